@@ -1,0 +1,1 @@
+"""The FMI contract, generated from the .proto files beside this module."""

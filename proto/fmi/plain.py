@@ -1,0 +1,518 @@
+"""Plain Python data in, typed packets out.
+
+The server's registry and the client's emitter both take packets as plain dicts. They may not import
+each other, so the one translation stands here, beside the contract that it translates to. Three forms
+are understood, and they may be mixed:
+
+* flat, ``{"type": "msp", "domain_id": "site_001", "metrics": {...}}``;
+* nested, ``{"header": {...}, "msp": {...}}``;
+* ProtoJSON, the same with camel-case names and text timestamps.
+
+Nothing is invented: a field that is missing stays unset, and the contract's rules tell of it. Whatever
+cannot be translated is collected, so that one `PlainDataError` names all of it.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import numbers
+import os
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+from fmi.v1 import packet_pb2
+from google.protobuf import json_format, timestamp_pb2
+from google.protobuf.message import Message
+
+__all__ = [
+    "CURRENT_REVISION",
+    "DEFAULT_COHORT",
+    "DEFAULT_PROFILE_CLASS",
+    "OLDEST_REVISION",
+    "PacketType",
+    "PlainDataError",
+    "Problem",
+    "flatten",
+    "new_packet_id",
+    "packet_from_plain",
+    "packet_to_plain",
+    "param_value",
+]
+
+CURRENT_REVISION: Final = max(packet_pb2.ContractRevision.values())
+"""The contract revision that this code speaks."""
+
+OLDEST_REVISION: Final = max(1, CURRENT_REVISION - 1)
+"""The oldest contract revision that a server of this version takes."""
+
+DEFAULT_COHORT: Final = "default"
+DEFAULT_PROFILE_CLASS: Final = "default"
+
+MAX_NESTING: Final = 16
+"""Plain dicts nested deeper than this are refused: names joined by dots would say nothing any more."""
+
+
+class PacketType(StrEnum):
+    """The three kinds of packet, under the names of the bodies of `fmi.v1.Packet`."""
+
+    MSP = "msp"
+    POP = "pop"
+    CCS = "ccs"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that could not be translated: where, which rule, and what to do."""
+
+    field: str
+    rule_id: str
+    description: str
+
+
+class PlainDataError(ValueError):
+    """Plain data is not a packet. `problems` names every field that could not be translated."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(f"{p.field}: {p.description}" for p in self.problems))
+
+
+def new_packet_id(*, now_ms: int | None = None) -> str:
+    """Make a packet id: a UUIDv7 (RFC 9562, section 5.7), so that ids sort by the time they were made.
+
+    Args:
+        now_ms: Unix time in milliseconds; the system clock's where it is not given.
+    """
+    unix_ms = time.time_ns() // 1_000_000 if now_ms is None else now_ms
+    bits = (unix_ms & 0xFFFF_FFFF_FFFF) << 80 | int.from_bytes(os.urandom(10), "big")
+    bits = bits & ~(0xF << 76) | 0x7 << 76  # version 7
+    bits = bits & ~(0x3 << 62) | 0x2 << 62  # the RFC's variant
+    return str(uuid.UUID(int=bits))
+
+
+def flatten(values: Mapping[str, Any], *, field: str = "values") -> dict[str, float]:
+    """Flatten nested dicts of numbers: ``{"ctl": {"tau": 0.9}}`` becomes ``{"ctl.tau": 0.9}``.
+
+    Args:
+        values: Names to numbers or to further mappings.
+        field: What to call `values` in an error.
+
+    Raises:
+        PlainDataError: A value is not a number, two names collide, or the nesting is too deep.
+    """
+    reader = _Reader()
+    flat = reader.numbers(values, field)
+    reader.raise_problems()
+    return flat
+
+
+def param_value(value: object, *, field: str = "value") -> packet_pb2.ParamValue:
+    """Translate a number, a text or a flag to a `ParamValue`.
+
+    Raises:
+        PlainDataError: The value is none of these.
+    """
+    reader = _Reader()
+    translated = reader.param(value, field)
+    reader.raise_problems()
+    return translated
+
+
+def packet_from_plain(data: Mapping[str, Any]) -> packet_pb2.Packet:
+    """Translate a plain dict in any of the three forms to a typed packet.
+
+    Args:
+        data: The packet. A `Packet` is not accepted here: it is typed already.
+
+    Returns:
+        The packet. Fields that `data` does not have are unset; the contract's rules are not checked.
+
+    Raises:
+        PlainDataError: A field is unknown or cannot be translated, or it is not clear which type of
+            packet it is.
+    """
+    reader = _Reader()
+    packet = reader.packet(data)
+    reader.raise_problems()
+    return packet
+
+
+def packet_to_plain(message: Message) -> dict[str, Any]:
+    """Translate a packet, or any other message of the contract, to plain data with the contract's names.
+
+    The inverse of `packet_from_plain` for packets whose numbers are finite.
+    """
+    return json_format.MessageToDict(message, preserving_proto_field_name=True)
+
+
+_HEADER_FIELDS: Final = frozenset(packet_pb2.PacketHeader.DESCRIPTOR.fields_by_name)
+_BODIES: Final[dict[PacketType, type[Message]]] = {
+    PacketType.MSP: packet_pb2.MetaSignalPack,
+    PacketType.POP: packet_pb2.PolicyOutcomePack,
+    PacketType.CCS: packet_pb2.ConceptCausalSummary,
+}
+_BODY_FIELDS: Final = {
+    kind: frozenset(body.DESCRIPTOR.fields_by_name) for kind, body in _BODIES.items()
+}
+_TYPE_KEYS: Final = ("type", "packet_type")
+_ALIASES: Final = {"timestamp": "emitted_at"}
+_CAMEL: Final = {
+    field.json_name: field.name
+    for message in (packet_pb2.PacketHeader, *_BODIES.values())
+    for field in message.DESCRIPTOR.fields
+}
+_EVIDENCE_FIELDS: Final = ("confidence", "samples", "stderr")
+
+
+class _Reader:
+    """Reads plain data and collects what is wrong with it, so that all of it is told at once."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+
+    def raise_problems(self) -> None:
+        if self.problems:
+            raise PlainDataError(self.problems)
+
+    def problem(self, field: str, rule: str, description: str) -> None:
+        self.problems.append(Problem(field, f"fmi.plain.{rule}", description))
+
+    def packet(self, data: Mapping[str, Any]) -> packet_pb2.Packet:
+        if not isinstance(data, Mapping):
+            self.problem("packet", "mapping", f"must be a mapping, not {type(data).__name__}")
+            return packet_pb2.Packet()
+        named = self._named(data)
+        kind = self._kind(named)
+        header = self._mapping(named.pop("header", {}), "header")
+        header_fields = self._named(header)
+        for name in [name for name in named if name in _HEADER_FIELDS]:
+            header_fields[name] = named.pop(name)
+        packet = packet_pb2.Packet(header=self.header(header_fields))
+        if kind is None:
+            return packet
+        body = self._named(self._mapping(named.pop(kind.value, {}), kind.value))
+        for name in [name for name in named if name in _BODY_FIELDS[kind]]:
+            body[name] = named.pop(name)
+        for name in named:
+            self.problem(name, "unknown_field", f"is not a field of a packet of type {kind.value}")
+        match kind:
+            case PacketType.MSP:
+                packet.msp.CopyFrom(self.msp(body))
+            case PacketType.POP:
+                packet.pop.CopyFrom(self.pop(body))
+            case PacketType.CCS:
+                packet.ccs.CopyFrom(self.ccs(body))
+        return packet
+
+    def header(self, fields: Mapping[str, Any]) -> packet_pb2.PacketHeader:
+        header = packet_pb2.PacketHeader()
+        for name, value in fields.items():
+            path = f"header.{name}"
+            match name:
+                case "emitted_at":
+                    self._timestamp(header.emitted_at, value, path)
+                case "provenance":
+                    self._parse(value, header.provenance, path)
+                case "rev":
+                    header.rev = self._integer(value, path, limit=2**32)
+                case _ if name in _HEADER_FIELDS:
+                    setattr(header, name, self._text(value, path))
+                case _:
+                    self.problem(path, "unknown_field", "is not a field of a packet's header")
+        return header
+
+    def msp(self, fields: Mapping[str, Any]) -> packet_pb2.MetaSignalPack:
+        sections: dict[str, dict[str, float]] = {}
+        pack = packet_pb2.MetaSignalPack()
+        for name, value in fields.items():
+            path = f"msp.{name}"
+            match name:
+                case "metrics" | "controller" | "evaluator" | "operators":
+                    sections[name] = self.numbers(value, path)
+                case "window_span":
+                    span = self.window_span(value, path)
+                    if span is not None:
+                        pack.window_span.CopyFrom(span)
+                case "evidence":
+                    pack.evidence.CopyFrom(self.evidence(value, path))
+                case _:
+                    self.problem(path, "unknown_field", "is not a field of a Meta Signal Pack")
+        for name, values in sections.items():
+            getattr(pack, name).update(values)
+        return pack
+
+    def pop(self, fields: Mapping[str, Any]) -> packet_pb2.PolicyOutcomePack:
+        pack = packet_pb2.PolicyOutcomePack()
+        for name, value in fields.items():
+            path = f"pop.{name}"
+            match name:
+                case "bundle":
+                    for key, item in self._leaves(value, path):
+                        pack.bundle[key].CopyFrom(self.param(item, f'{path}["{key}"]'))
+                case "before" | "after" | "control_delta":
+                    getattr(pack, name).update(self.numbers(value, path))
+                case "windows":
+                    pack.windows = self._integer(value, path, limit=2**32)
+                case "confidence":
+                    if value is not None:
+                        pack.confidence = self._number(value, path)
+                case _:
+                    self.problem(path, "unknown_field", "is not a field of a Policy Outcome Pack")
+        return pack
+
+    def ccs(self, fields: Mapping[str, Any]) -> packet_pb2.ConceptCausalSummary:
+        pack = packet_pb2.ConceptCausalSummary()
+        for name, value in fields.items():
+            path = f"ccs.{name}"
+            match name:
+                case "causal_pairs":
+                    pack.causal_pairs.extend(
+                        self.causal_pair(item, f"{path}[{index}]")
+                        for index, item in enumerate(self._items(value, path))
+                    )
+                case "concepts":
+                    for index, item in enumerate(self._items(value, path)):
+                        self._parse(item, pack.concepts.add(), f"{path}[{index}]")
+                case "tested_nodes":
+                    pack.tested_nodes.extend(
+                        self._text(item, f"{path}[{index}]")
+                        for index, item in enumerate(self._items(value, path))
+                    )
+                case "stability_delta":
+                    pack.stability_delta = self._number(value, path)
+                case "trust":
+                    if value is not None:
+                        pack.trust = self._number(value, path)
+                case _:
+                    self.problem(path, "unknown_field", "is not a field of a Concept Causal Summary")
+        return pack
+
+    def numbers(self, values: object, path: str) -> dict[str, float]:
+        flat: dict[str, float] = {}
+        for name, value in self._leaves(values, path):
+            if name in flat:
+                self.problem(
+                    f'{path}["{name}"]', "name_collision", "two nested names flatten to this one"
+                )
+            flat[name] = self._number(value, f'{path}["{name}"]')
+        return flat
+
+    def param(self, value: object, path: str) -> packet_pb2.ParamValue:
+        if isinstance(value, packet_pb2.ParamValue):
+            return value
+        if isinstance(value, bool):
+            return packet_pb2.ParamValue(flag=value)
+        if isinstance(value, str):
+            return packet_pb2.ParamValue(text=self._text(value, path))
+        return packet_pb2.ParamValue(number=self._number(value, path))
+
+    def window_span(self, value: object, path: str) -> packet_pb2.WindowSpan | None:
+        if value is None:
+            return None
+        if isinstance(value, packet_pb2.WindowSpan):
+            return value
+        if isinstance(value, Mapping):
+            ends: list[Any] = [value.get("start", 0), value.get("end", 0)]
+            if unknown := sorted(set(map(str, value)) - {"start", "end"}):
+                self.problem(path, "unknown_field", f"has unknown fields: {', '.join(unknown)}")
+        else:
+            ends = list(self._items(value, path))
+        if len(ends) != 2:
+            self.problem(path, "window_span", "must be a pair: the first and the last window")
+            return None
+        start, end = (self._integer(e, path, limit=2**63) for e in ends)
+        return packet_pb2.WindowSpan(start=start, end=end)
+
+    def evidence(self, value: object, path: str) -> packet_pb2.Evidence:
+        """Read evidence: numbers for the packet as a whole, mappings for single signals, or ProtoJSON."""
+        if isinstance(value, packet_pb2.Evidence):
+            return value
+        evidence = packet_pb2.Evidence()
+        for name, item in self._mapping(value, path).items():
+            if name in _EVIDENCE_FIELDS and isinstance(item, Mapping):
+                for signal, number in self._leaves(item, f"{path}.{name}"):
+                    self._evidence_number(
+                        evidence.signals[signal], name, number, f'{path}.{name}["{signal}"]'
+                    )
+            elif name in ("confidence", "samples"):
+                self._evidence_number(evidence, name, item, f"{path}.{name}")
+            elif name == "signals":
+                for signal, fields in self._mapping(item, f"{path}.signals").items():
+                    self._signal_evidence(evidence, str(signal), fields, path)
+            elif isinstance(item, Mapping):
+                self._signal_evidence(evidence, str(name), item, path)
+            else:
+                self.problem(
+                    f"{path}.{name}",
+                    "evidence",
+                    "must be confidence, samples, or a signal with its own confidence, samples, stderr",
+                )
+        return evidence
+
+    def _signal_evidence(
+        self, evidence: packet_pb2.Evidence, signal: str, fields: object, path: str
+    ) -> None:
+        where = f'{path}.signals["{signal}"]'
+        for name, number in self._mapping(fields, where).items():
+            if name in _EVIDENCE_FIELDS:
+                self._evidence_number(evidence.signals[signal], name, number, f"{where}.{name}")
+            else:
+                self.problem(f"{where}.{name}", "unknown_field", "is not evidence of a signal")
+
+    def _evidence_number(
+        self,
+        target: packet_pb2.Evidence | packet_pb2.SignalEvidence,
+        name: str,
+        value: object,
+        path: str,
+    ) -> None:
+        if name == "samples":
+            target.samples = self._integer(value, path, limit=2**64)
+        else:
+            setattr(target, name, self._number(value, path))
+
+    def causal_pair(self, value: object, path: str) -> packet_pb2.CausalPair:
+        """Read a pair from ``(source, target, weight, type[, stderr])`` or from a mapping."""
+        pair = packet_pb2.CausalPair()
+        if isinstance(value, packet_pb2.CausalPair):
+            return value
+        if isinstance(value, Mapping):
+            self._parse(value, pair, path)
+            return pair
+        parts = list(self._items(value, path))
+        if not 3 <= len(parts) <= 5:
+            self.problem(path, "causal_pair", "must be (source, target, weight, type[, stderr])")
+            return pair
+        pair.source = self._text(parts[0], f"{path}.source")
+        pair.target = self._text(parts[1], f"{path}.target")
+        pair.weight = self._number(parts[2], f"{path}.weight")
+        if len(parts) > 3 and parts[3] is not None:
+            pair.type = self._text(parts[3], f"{path}.type")
+        if len(parts) > 4 and parts[4] is not None:
+            pair.stderr = self._number(parts[4], f"{path}.stderr")
+        return pair
+
+    def _named(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        named: dict[str, Any] = {}
+        for key, value in data.items():
+            name = _CAMEL.get(str(key), _ALIASES.get(str(key), str(key)))
+            if name in named:
+                self.problem(name, "name_collision", "is given twice")
+            named[name] = value
+        return named
+
+    def _kind(self, named: dict[str, Any]) -> PacketType | None:
+        told = {str(named.pop(key)).lower() for key in _TYPE_KEYS if key in named}
+        told |= {kind.value for kind in PacketType if kind.value in named}
+        if not told:
+            told = {kind.value for kind in PacketType if _BODY_FIELDS[kind] & named.keys()}
+        known = {kind.value for kind in PacketType}
+        if len(told) == 1 and told <= known:
+            return PacketType(told.pop())
+        if unknown := sorted(told - known):
+            text = f"unknown packet type {unknown[0]!r}; the types are msp, pop, ccs"
+        elif told:
+            text = f"says more than one packet type: {', '.join(sorted(told))}"
+        else:
+            text = "must say the packet type: msp, pop or ccs"
+        self.problem("type", "packet_type", text)
+        return None
+
+    def _leaves(self, values: object, path: str) -> Iterable[tuple[str, object]]:
+        stack = [("", self._mapping(values, path), 0)]
+        while stack:
+            prefix, mapping, depth = stack.pop()
+            for key, value in mapping.items():
+                name = f"{prefix}{key}"
+                if not isinstance(value, Mapping):
+                    yield name, value
+                elif depth + 1 >= MAX_NESTING:
+                    self.problem(f'{path}["{name}"]', "nesting", f"is deeper than {MAX_NESTING}")
+                else:
+                    stack.append((f"{name}.", value, depth + 1))
+
+    def _mapping(self, value: object, path: str) -> Mapping[str, Any]:
+        if isinstance(value, Mapping):
+            return value
+        if value is not None:
+            self.problem(path, "mapping", f"must be a mapping, not {type(value).__name__}")
+        return {}
+
+    def _items(self, value: object, path: str) -> Iterable[object]:
+        if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+            return value
+        if value is not None:
+            self.problem(path, "sequence", f"must be a sequence, not {type(value).__name__}")
+        return ()
+
+    def _number(self, value: object, path: str) -> float:
+        if not isinstance(value, bool) and isinstance(value, numbers.Real | str):
+            try:
+                return float(value)  # text as in ProtoJSON: "NaN", "Infinity", "0.9"
+            except (ValueError, OverflowError):
+                pass
+        self.problem(path, "number", f"must be a number, not {_shown(value)}")
+        return 0.0
+
+    def _integer(self, value: object, path: str, *, limit: int) -> int:
+        try:
+            if not isinstance(value, bool) and isinstance(value, numbers.Real | str):
+                number = int(value)
+                if 0 <= number < limit and (isinstance(value, str) or number == value):
+                    return number
+        except (ValueError, OverflowError):
+            pass
+        self.problem(path, "integer", f"must be a whole number from 0, not {_shown(value)}")
+        return 0
+
+    def _text(self, value: object, path: str) -> str:
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                self.problem(path, "text", "is not valid Unicode")
+                return ""
+            return value
+        self.problem(path, "text", f"must be text, not {_shown(value)}")
+        return ""
+
+    def _timestamp(self, target: timestamp_pb2.Timestamp, value: object, path: str) -> None:
+        try:
+            if isinstance(value, timestamp_pb2.Timestamp):
+                target.CopyFrom(value)
+            elif isinstance(value, dt.datetime):
+                target.FromDatetime(value)
+            elif isinstance(value, str):
+                target.FromJsonString(value)
+            elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+                target.FromNanoseconds(int(float(value) * 1e9))
+            else:
+                raise TypeError
+        except (ValueError, TypeError, OverflowError):
+            self.problem(
+                path,
+                "timestamp",
+                f"must be a datetime, RFC 3339 text or Unix seconds, not {_shown(value)}",
+            )
+
+    def _parse(self, value: object, target: Message, path: str) -> None:
+        """Read a small message that has no plain form of its own as ProtoJSON."""
+        if isinstance(value, Message):
+            if value.DESCRIPTOR is target.DESCRIPTOR:
+                target.CopyFrom(value)
+            else:
+                self.problem(path, "message", f"must be a {target.DESCRIPTOR.name}")
+            return
+        try:
+            json_format.ParseDict(dict(self._mapping(value, path)), target, max_recursion_depth=8)
+        except (json_format.ParseError, TypeError, ValueError, RecursionError) as error:
+            self.problem(path, "message", str(error).splitlines()[0][:200])
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
