@@ -14,6 +14,7 @@ cannot be translated is collected, so that one `PlainDataError` names all of it.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import numbers
 import os
@@ -162,8 +163,11 @@ _TYPE_KEYS: Final = ("type", "packet_type")
 _ALIASES: Final = {"timestamp": "emitted_at"}
 _CAMEL: Final = {
     field.json_name: field.name
-    for message in (packet_pb2.PacketHeader, *_BODIES.values())
-    for field in message.DESCRIPTOR.fields
+    for descriptor in (
+        packet_pb2.PacketHeader.DESCRIPTOR,
+        *(body.DESCRIPTOR for body in _BODIES.values()),
+    )
+    for field in descriptor.fields
 }
 _EVIDENCE_FIELDS: Final = ("confidence", "samples", "stderr")
 
@@ -182,10 +186,7 @@ class _Reader:
         self.problems.append(Problem(field, f"fmi.plain.{rule}", description))
 
     def packet(self, data: Mapping[str, Any]) -> packet_pb2.Packet:
-        if not isinstance(data, Mapping):
-            self.problem("packet", "mapping", f"must be a mapping, not {type(data).__name__}")
-            return packet_pb2.Packet()
-        named = self._named(data)
+        named = self._named(self._mapping(data, "packet"))
         kind = self._kind(named)
         header = self._mapping(named.pop("header", {}), "header")
         header_fields = self._named(header)
@@ -449,23 +450,23 @@ class _Reader:
             self.problem(path, "sequence", f"must be a sequence, not {type(value).__name__}")
         return ()
 
-    def _number(self, value: object, path: str) -> float:
+    def _number(self, value: Any, path: str) -> float:
         if not isinstance(value, bool) and isinstance(value, numbers.Real | str):
-            try:
+            with contextlib.suppress(ValueError, OverflowError):
                 return float(value)  # text as in ProtoJSON: "NaN", "Infinity", "0.9"
-            except (ValueError, OverflowError):
-                pass
         self.problem(path, "number", f"must be a number, not {_shown(value)}")
         return 0.0
 
-    def _integer(self, value: object, path: str, *, limit: int) -> int:
-        try:
-            if not isinstance(value, bool) and isinstance(value, numbers.Real | str):
+    def _integer(self, value: Any, path: str, *, limit: int) -> int:
+        # Text as in ProtoJSON, where 64-bit numbers are text.
+        with contextlib.suppress(ValueError, OverflowError):
+            number = -1
+            if isinstance(value, str | numbers.Integral) and not isinstance(value, bool):
                 number = int(value)
-                if 0 <= number < limit and (isinstance(value, str) or number == value):
-                    return number
-        except (ValueError, OverflowError):
-            pass
+            elif isinstance(value, numbers.Real) and float(value).is_integer():
+                number = int(float(value))
+            if 0 <= number < limit:
+                return number
         self.problem(path, "integer", f"must be a whole number from 0, not {_shown(value)}")
         return 0
 
@@ -480,7 +481,7 @@ class _Reader:
         self.problem(path, "text", f"must be text, not {_shown(value)}")
         return ""
 
-    def _timestamp(self, target: timestamp_pb2.Timestamp, value: object, path: str) -> None:
+    def _timestamp(self, target: timestamp_pb2.Timestamp, value: Any, path: str) -> None:
         try:
             if isinstance(value, timestamp_pb2.Timestamp):
                 target.CopyFrom(value)

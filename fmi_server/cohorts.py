@@ -1,0 +1,458 @@
+"""Cohorts and their rules: specs checked, compiled, and changed safely.
+
+A `CohortSpec` is what people write. `CohortRules` is the same with every default filled in, in the
+types that the pipeline works with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
+
+from google.protobuf.duration_pb2 import Duration
+
+from fmi.v1 import cohort_pb2
+from fmi_server.config import AggregationConfig
+from fmi_server.contracts import FMIContractRegistry
+from fmi_server.errors import (
+    CohortUnknownError,
+    Reason,
+    SettingUnsupportedError,
+    SpecChangeUnsafeError,
+    SpecInvalidError,
+    Violation,
+)
+
+__all__ = [
+    "CohortRegistry",
+    "CohortRules",
+    "IngestRules",
+    "SignalRules",
+    "compile_spec",
+]
+
+DAY_S: Final = 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class SignalRules:
+    """The rules of one declared signal.
+
+    Attributes:
+        name: Its name.
+        section: The section it stands in, for example `controller`.
+        lower: The smallest value taken; minus infinity where there is no bound.
+        upper: The largest value taken; infinity where there is no bound.
+        transform: The scale of averaging: `linear`, `log` or `logit`.
+        direction: 1 where larger is better, -1 where smaller is better, 0 where it is not scored.
+        scale: A change of the metric that counts as 1 when policies are scored.
+        guardrail: Whether a policy that harms it is never recommended.
+        unit: The unit, for people.
+    """
+
+    name: str
+    section: str
+    lower: float = -math.inf
+    upper: float = math.inf
+    transform: str = "linear"
+    direction: int = 0
+    scale: float = 1.0
+    guardrail: bool = False
+    unit: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class IngestRules:
+    """Which packets a cohort takes. Times in seconds, sizes in bytes; see `IngestSpec`."""
+
+    max_packet_bytes: int = 256 * 1024
+    max_age_s: float = 7 * DAY_S
+    max_clock_skew_s: float = 300.0
+    max_norm: float = math.inf
+    min_trust: float = 0.0
+    dp_required: bool = False
+    refuse_schema_mismatch: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CohortRules:
+    """The compiled rules of one cohort; see `CohortSpec` for the meaning of each."""
+
+    name: str
+    declared: bool
+    schema_hash: str
+    spec: cohort_pb2.CohortSpec
+    signals: Mapping[str, SignalRules]
+    free_signals: bool
+    aggregation: AggregationConfig
+    ingest: IngestRules
+    min_interval_s: float
+    max_interval_s: float
+    quantum: Mapping[str, float]
+    policy_window_s: float
+    site_ttl_s: float
+    updates_kept: int
+
+
+def compile_spec(
+    spec: cohort_pb2.CohortSpec,
+    registry: FMIContractRegistry,
+    *,
+    defaults: AggregationConfig,
+    declared: bool = True,
+) -> CohortRules:
+    """Check a cohort spec and compile it.
+
+    Args:
+        spec: The spec as written; unset fields get their defaults.
+        registry: Checks the contract's rules.
+        defaults: Aggregation settings for the fields that the spec leaves unset.
+        declared: Whether somebody wrote the spec; False for a cohort opened on demand.
+
+    Raises:
+        SpecInvalidError: The spec breaks rules; all of them are told.
+        SettingUnsupportedError: It asks for privacy or access rules, which this version does not have.
+    """
+    found = registry.message_violations(spec)
+    if found:
+        raise SpecInvalidError(found)
+    found = list(_cross_field_violations(spec))
+    if found:
+        raise SpecInvalidError(found)
+    _refuse_unsupported(spec)
+    filled = _fill(spec, defaults)
+    aggregation = filled.aggregation
+    return CohortRules(
+        name=filled.name,
+        declared=declared,
+        schema_hash=hashlib.sha256(filled.SerializeToString(deterministic=True)).hexdigest(),
+        spec=filled,
+        signals=MappingProxyType({signal.name: _signal_rules(signal) for signal in filled.signals}),
+        free_signals=filled.free_signals,
+        aggregation=dataclasses.replace(
+            defaults,
+            metrics_trim_alpha=aggregation.metrics_trim_alpha,
+            vote_min_sites=aggregation.vote_min_sites,
+            metrics_aggregation=aggregation.metrics_aggregation,
+            max_byzantine=(
+                aggregation.max_byzantine if aggregation.HasField("max_byzantine") else None
+            ),
+            weight_cap=aggregation.weight_cap,
+        ),
+        ingest=IngestRules(
+            max_packet_bytes=filled.ingest.max_packet_bytes,
+            max_age_s=_seconds(filled.ingest.max_age),
+            max_clock_skew_s=_seconds(filled.ingest.max_clock_skew),
+            max_norm=filled.ingest.max_norm if filled.ingest.HasField("max_norm") else math.inf,
+            min_trust=filled.ingest.min_trust,
+            dp_required=filled.ingest.dp_required,
+            refuse_schema_mismatch=(
+                filled.ingest.schema_mismatch == cohort_pb2.SCHEMA_MISMATCH_REFUSE
+            ),
+        ),
+        min_interval_s=_seconds(filled.release.min_interval),
+        max_interval_s=_seconds(filled.release.max_interval),
+        quantum=MappingProxyType(dict(filled.policy.quantum)),
+        policy_window_s=_seconds(filled.policy.window),
+        site_ttl_s=_seconds(filled.retention.site_ttl),
+        updates_kept=filled.retention.updates,
+    )
+
+
+class CohortRegistry:
+    """The cohorts of a server, by name.
+
+    Args:
+        registry: Checks the contract's rules.
+        open_cohorts: Whether an undeclared cohort comes into being with its first packet.
+        defaults: Aggregation settings where a spec leaves them unset.
+        max_cohorts: Cohorts at most; none is opened on demand past it.
+    """
+
+    def __init__(
+        self,
+        registry: FMIContractRegistry,
+        *,
+        open_cohorts: bool = True,
+        defaults: AggregationConfig | None = None,
+        max_cohorts: int = 10_000,
+    ) -> None:
+        self._registry = registry
+        self._open_cohorts = open_cohorts
+        self._defaults = defaults or AggregationConfig()
+        self._max_cohorts = max_cohorts
+        self._rules: dict[str, CohortRules] = {}
+        self._template = self.compile(cohort_pb2.CohortSpec(name="template"), declared=False)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._rules
+
+    def __iter__(self) -> Iterator[CohortRules]:
+        return iter([self._rules[name] for name in sorted(self._rules)])
+
+    def compile(self, spec: cohort_pb2.CohortSpec, *, declared: bool = True) -> CohortRules:
+        """Check and compile a spec with this server's defaults, without declaring it.
+
+        Raises:
+            SpecInvalidError: The spec breaks rules.
+            SettingUnsupportedError: It asks for what this version does not have.
+        """
+        return compile_spec(spec, self._registry, defaults=self._defaults, declared=declared)
+
+    def rules(self, name: str) -> CohortRules:
+        """Return the rules of a cohort; of one that could be opened on demand, the defaults.
+
+        Raises:
+            CohortUnknownError: There is no such cohort and none can be opened.
+        """
+        known = self._rules.get(name)
+        if known is not None:
+            return known
+        if not self._open_cohorts or len(self._rules) >= self._max_cohorts:
+            raise CohortUnknownError(name)
+        return self._opened(name)
+
+    def open(self, name: str) -> CohortRules:
+        """Return the rules of a cohort and keep it as open from now on.
+
+        Raises:
+            CohortUnknownError: There is no such cohort and none can be opened.
+        """
+        rules = self.rules(name)
+        self._rules.setdefault(name, rules)
+        return rules
+
+    def declare(self, spec: cohort_pb2.CohortSpec, *, force: bool = False) -> tuple[CohortRules, bool]:
+        """Check a spec against the one in force, and put it in force.
+
+        Args:
+            spec: The new spec.
+            force: Whether a change that would break sites is made all the same.
+
+        Returns:
+            The rules in force, and whether anything changed.
+
+        Raises:
+            SpecInvalidError: The spec breaks rules.
+            SpecChangeUnsafeError: The change would break sites, and `force` was not said.
+            SettingUnsupportedError: It asks for what this version does not have.
+        """
+        rules, changed = self.check(spec, force=force)
+        if changed:
+            self._rules[rules.name] = rules
+        return rules, changed
+
+    def check(self, spec: cohort_pb2.CohortSpec, *, force: bool = False) -> tuple[CohortRules, bool]:
+        """Do all that `declare` does, but do not put the spec in force."""
+        rules = self.compile(spec)
+        present = self._rules.get(rules.name)
+        if present is None:
+            return rules, True
+        changed = present.schema_hash != rules.schema_hash or not present.declared
+        if changed and present.declared and not force:
+            unsafe = list(_unsafe_changes(present, rules))
+            if unsafe:
+                raise SpecChangeUnsafeError(unsafe)
+        return rules, changed
+
+    def _opened(self, name: str) -> CohortRules:
+        spec = cohort_pb2.CohortSpec()
+        spec.CopyFrom(self._template.spec)
+        spec.name = name
+        schema_hash = hashlib.sha256(spec.SerializeToString(deterministic=True)).hexdigest()
+        return dataclasses.replace(self._template, name=name, spec=spec, schema_hash=schema_hash)
+
+
+_SECTIONS: Final = {
+    cohort_pb2.SIGNAL_SECTION_METRICS: "metrics",
+    cohort_pb2.SIGNAL_SECTION_CONTROLLER: "controller",
+    cohort_pb2.SIGNAL_SECTION_EVALUATOR: "evaluator",
+    cohort_pb2.SIGNAL_SECTION_OPERATORS: "operators",
+}
+_TRANSFORMS: Final = {
+    cohort_pb2.SIGNAL_TRANSFORM_LINEAR: "linear",
+    cohort_pb2.SIGNAL_TRANSFORM_LOG: "log",
+    cohort_pb2.SIGNAL_TRANSFORM_LOGIT: "logit",
+}
+_DIRECTIONS: Final = {
+    cohort_pb2.SIGNAL_DIRECTION_UNSPECIFIED: 0,
+    cohort_pb2.SIGNAL_DIRECTION_HIGHER_IS_BETTER: 1,
+    cohort_pb2.SIGNAL_DIRECTION_LOWER_IS_BETTER: -1,
+}
+
+
+def _signal_rules(signal: cohort_pb2.SignalSpec) -> SignalRules:
+    return SignalRules(
+        name=signal.name,
+        section=_SECTIONS[signal.section],
+        lower=signal.lower if signal.HasField("lower") else -math.inf,
+        upper=signal.upper if signal.HasField("upper") else math.inf,
+        transform=_TRANSFORMS[signal.transform],
+        direction=_DIRECTIONS[signal.direction],
+        scale=signal.scale,
+        guardrail=signal.guardrail,
+        unit=signal.unit,
+    )
+
+
+def _fill(spec: cohort_pb2.CohortSpec, defaults: AggregationConfig) -> cohort_pb2.CohortSpec:
+    """Return a copy with every default written out, so that equal meaning gives an equal hash."""
+    filled = cohort_pb2.CohortSpec()
+    filled.CopyFrom(spec)
+    if not filled.HasField("free_signals"):
+        filled.free_signals = not filled.signals
+    for signal in filled.signals:
+        signal.transform = signal.transform or cohort_pb2.SIGNAL_TRANSFORM_LINEAR
+        if not signal.HasField("scale"):
+            signal.scale = 1.0
+    aggregation = filled.aggregation
+    for name in ("metrics_trim_alpha", "vote_min_sites", "weight_cap"):
+        if not aggregation.HasField(name):
+            setattr(aggregation, name, getattr(defaults, name))
+    aggregation.metrics_aggregation = aggregation.metrics_aggregation or defaults.metrics_aggregation
+    if not aggregation.HasField("max_byzantine") and defaults.max_byzantine is not None:
+        aggregation.max_byzantine = defaults.max_byzantine
+    _default_duration(filled.release, "min_interval", 1.0)
+    _default_duration(filled.release, "max_interval", 60.0)
+    ingest = IngestRules()
+    if not filled.ingest.HasField("max_packet_bytes"):
+        filled.ingest.max_packet_bytes = ingest.max_packet_bytes
+    _default_duration(filled.ingest, "max_age", ingest.max_age_s)
+    _default_duration(filled.ingest, "max_clock_skew", ingest.max_clock_skew_s)
+    if not filled.ingest.HasField("min_trust"):
+        filled.ingest.min_trust = ingest.min_trust
+    filled.ingest.schema_mismatch = (
+        filled.ingest.schema_mismatch or cohort_pb2.SCHEMA_MISMATCH_WARN
+    )
+    _default_duration(filled.policy, "window", 30 * DAY_S)
+    _default_duration(filled.retention, "site_ttl", 30 * DAY_S)
+    if not filled.retention.HasField("updates"):
+        filled.retention.updates = 1000
+    return filled
+
+
+def _default_duration(
+    message: (
+        cohort_pb2.ReleaseSpec
+        | cohort_pb2.IngestSpec
+        | cohort_pb2.PolicySpec
+        | cohort_pb2.RetentionSpec
+    ),
+    field: Any,  # the stubs type HasField by a literal per message
+    seconds: float,
+) -> None:
+    if not message.HasField(field):
+        getattr(message, field).FromNanoseconds(int(seconds * 1e9))
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9
+
+
+def _cross_field_violations(spec: cohort_pb2.CohortSpec) -> Iterator[Violation]:
+    seen: set[str] = set()
+    for index, signal in enumerate(spec.signals):
+        where = f"signals[{index}]"
+        if signal.name in seen:
+            yield _invalid(f"{where}.name", "signal_once", f"{signal.name!r} is declared twice")
+        seen.add(signal.name)
+        has_lower, has_upper = signal.HasField("lower"), signal.HasField("upper")
+        if signal.transform == cohort_pb2.SIGNAL_TRANSFORM_LOG and not (
+            has_lower and signal.lower > 0
+        ):
+            yield _invalid(f"{where}.lower", "log_bounds", "transform log needs a lower bound above 0")
+        if signal.transform == cohort_pb2.SIGNAL_TRANSFORM_LOGIT and not (
+            has_lower and has_upper and signal.lower > 0 and signal.upper < 1
+        ):
+            yield _invalid(
+                f"{where}.lower", "logit_bounds", "transform logit needs bounds inside 0 and 1"
+            )
+        if signal.guardrail and not signal.direction:
+            yield _invalid(
+                f"{where}.guardrail", "guardrail_direction", "a guardrail needs a direction"
+            )
+        scored = signal.direction or signal.guardrail
+        if scored and signal.section != cohort_pb2.SIGNAL_SECTION_METRICS:
+            yield _invalid(f"{where}.direction", "metric_direction", "only metrics have a direction")
+    release = spec.release
+    shortest = _seconds(release.min_interval) if release.HasField("min_interval") else 1.0
+    longest = _seconds(release.max_interval) if release.HasField("max_interval") else 60.0
+    if longest < shortest:
+        yield _invalid(
+            "release.max_interval",
+            "interval_order",
+            f"is {longest:g} s, but must be at least min_interval, {shortest:g} s",
+        )
+
+
+def _invalid(field: str, rule: str, description: str) -> Violation:
+    return Violation(field, f"fmi.cohort_spec.{rule}", description, Reason.SPEC_INVALID)
+
+
+def _refuse_unsupported(spec: cohort_pb2.CohortSpec) -> None:
+    privacy = spec.privacy
+    for name in ("dp_epsilon", "dp_delta", "dp_noise_sigma", "dp_epochs"):
+        if getattr(privacy, name):
+            raise SettingUnsupportedError(
+                f"privacy.{name}",
+                "this version has no differential privacy; remove it and do not rely on noise, or use "
+                "a version that has it",
+            )
+    if privacy.HasField("dp_sensitivity"):
+        raise SettingUnsupportedError(
+            "privacy.dp_sensitivity", "this version has no differential privacy; remove it"
+        )
+    for name in ("emit", "subscribe", "admin"):
+        if getattr(spec.access, name):
+            raise SettingUnsupportedError(
+                f"access.{name}",
+                "this version does not authenticate principals, so it cannot hold access rules; remove "
+                "them and keep the server on a network that only its sites reach",
+            )
+
+
+def _unsafe_changes(present: CohortRules, new: CohortRules) -> Iterator[Violation]:
+    for name, old in present.signals.items():
+        field = f'signals["{name}"]'
+        changed = new.signals.get(name)
+        if changed is None:
+            if not new.free_signals:
+                yield _unsafe(field, "signal_removed", "would be removed, so sites that send it break")
+            continue
+        if changed.section != old.section:
+            yield _unsafe(
+                f"{field}.section",
+                "section_changed",
+                f"would change from {old.section} to {changed.section}",
+            )
+        if changed.transform != old.transform:
+            yield _unsafe(
+                f"{field}.transform",
+                "transform_changed",
+                f"would change from {old.transform} to {changed.transform}",
+            )
+        if changed.lower > old.lower or changed.upper < old.upper:
+            yield _unsafe(
+                f"{field}.lower" if changed.lower > old.lower else f"{field}.upper",
+                "bounds_narrowed",
+                f"would be narrowed from [{old.lower:g}, {old.upper:g}] to "
+                f"[{changed.lower:g}, {changed.upper:g}]",
+            )
+    if present.free_signals and not new.free_signals:
+        yield _unsafe(
+            "free_signals", "vocabulary_closed", "would be closed, so undeclared signals are refused"
+        )
+
+
+def _unsafe(field: str, rule: str, description: str) -> Violation:
+    return Violation(
+        field,
+        f"fmi.cohort_change.{rule}",
+        f"{description}; say force to do it all the same",
+        Reason.SPEC_CHANGE_UNSAFE,
+    )

@@ -1,0 +1,245 @@
+"""Settings: how packets are aggregated, how updates are routed, and how the server runs.
+
+The server reads its settings from flags, then the environment (`FMI_...`), then a YAML file, and checks
+them all before it starts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from fmi_server.errors import SettingUnsupportedError
+
+__all__ = [
+    "ESTIMATORS",
+    "AggregationConfig",
+    "RouterConfig",
+    "ServerSettings",
+    "SettingsError",
+    "load_settings",
+]
+
+ESTIMATORS: Final = ("trimmed_mean", "weighted_mean", "mean", "median", "mean_of_median")
+"""The names that `metrics_aggregation` takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class AggregationConfig:
+    """How the packets of a cohort become one aggregate.
+
+    Attributes:
+        metrics_trim_alpha: Share of sites trimmed in each tail, in [0, 0.5).
+        vote_min_sites: Sites needed before a signal, a hint or an edge has a value; at least 1.
+        metrics_aggregation: The estimator, one of `ESTIMATORS`.
+        dp_noise_sigma: Noise of differential privacy; see below.
+        dp_epsilon: Privacy budget epsilon; see below.
+        dp_delta: Privacy budget delta; see below.
+        dp_sensitivity: Sensitivity of an aggregate to one site; see below.
+        max_byzantine: Lying sites per signal that the trimmed mean must withstand. None means 1 from 3
+            sites on.
+        weight_cap: The largest share of one site in an average, in (0, 1].
+
+    This version has no differential privacy. The four `dp_` settings are accepted only with the values
+    that ask for none, so that nobody believes to be protected who is not.
+
+    Raises:
+        ValueError: A setting is out of its range.
+        SettingUnsupportedError: A `dp_` setting asks for privacy.
+    """
+
+    metrics_trim_alpha: float = 0.1
+    vote_min_sites: int = 3
+    metrics_aggregation: str = "trimmed_mean"
+    dp_noise_sigma: float = 0.0
+    dp_epsilon: float = 0.0
+    dp_delta: float = 0.0
+    dp_sensitivity: float = 1.0
+    max_byzantine: int | None = None
+    weight_cap: float = 0.25
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name} must be a finite number, not {value}")
+        if not 0 <= self.metrics_trim_alpha < 0.5:
+            raise ValueError(
+                f"metrics_trim_alpha must be in [0, 0.5), not {self.metrics_trim_alpha}: half or more "
+                "in each tail leaves nothing"
+            )
+        if self.vote_min_sites < 1:
+            raise ValueError(f"vote_min_sites must be at least 1, not {self.vote_min_sites}")
+        if self.metrics_aggregation not in ESTIMATORS:
+            raise ValueError(
+                f"metrics_aggregation must be one of {', '.join(ESTIMATORS)}, "
+                f"not {self.metrics_aggregation!r}"
+            )
+        if self.max_byzantine is not None and self.max_byzantine < 0:
+            raise ValueError(f"max_byzantine must be at least 0, not {self.max_byzantine}")
+        if not 0 < self.weight_cap <= 1:
+            raise ValueError(f"weight_cap must be in (0, 1], not {self.weight_cap}")
+        self._refuse_privacy()
+
+    def _refuse_privacy(self) -> None:
+        neutral = {"dp_noise_sigma": 0.0, "dp_epsilon": 0.0, "dp_delta": 0.0, "dp_sensitivity": 1.0}
+        for name, value in neutral.items():
+            if getattr(self, name) != value:
+                raise SettingUnsupportedError(
+                    name,
+                    f"is {getattr(self, name)!r}, but this version has no differential privacy; "
+                    f"set it to {value} and do not rely on noise, or use a version that has it",
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """How packets and updates are routed.
+
+    Attributes:
+        queue_packets: Packets that a named destination without a consumer holds; past it, `route`
+            waits.
+        max_subscribers: Subscriptions at the same time; past it, a new one is refused with a time to
+            try again.
+        progress_interval_s: Seconds between signs of life on an idle subscription.
+        page_updates: Updates read from the store at once when a subscriber catches up.
+    """
+
+    queue_packets: int = 1024
+    max_subscribers: int = 10_000
+    progress_interval_s: float = 20.0
+    page_updates: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("queue_packets", "max_subscribers", "page_updates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.progress_interval_s > 0:
+            raise ValueError(f"progress_interval_s must be above 0, not {self.progress_interval_s}")
+
+
+class SettingsError(Exception):
+    """A setting is wrong. The message is one line that names it and says what to do."""
+
+
+class ServerSettings(BaseSettings):
+    """How the server runs. Six of them suffice to start; each has a default.
+
+    The environment variable of `data_dir` is `FMI_DATA_DIR`, and so on.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="FMI_", extra="forbid", frozen=True)
+
+    listen: str = Field(default="127.0.0.1:50061", description="address and port; port 0 picks one")
+    data_dir: Path = Field(default=Path("fmi-data"), description="where the SQLite store lives")
+    store: Literal["sqlite", "memory"] = Field(default="sqlite", description="where packets are kept")
+    cohorts: Path | None = Field(default=None, description="folder of cohort files (*.yaml)")
+    open_cohorts: bool = Field(default=True, description="open undeclared cohorts on demand")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="the least severe log line that is written"
+    )
+    log_format: Literal["text", "json"] = Field(default="text", description="form of the log lines")
+    metrics_listen: str | None = Field(
+        default=None, description="address and port of the Prometheus page; none by default"
+    )
+    insecure: bool = Field(
+        default=False, description="allow to listen beyond loopback without TLS"
+    )
+    reflection: bool = Field(default=True, description="serve reflection and channelz")
+    max_message_bytes: int = Field(
+        default=8 * 2**20, ge=2**16, le=2**30, description="largest gRPC message taken"
+    )
+    max_batch_packets: int = Field(
+        default=10_000, ge=1, le=1_000_000, description="most packets in one envelope or batch"
+    )
+    max_batch_bytes: int = Field(
+        default=16 * 2**20, ge=2**16, le=2**30, description="most bytes an envelope may decode to"
+    )
+    max_inflight: int = Field(
+        default=10_000, ge=1, description="Emit calls at work at once; past it they are refused"
+    )
+    max_subscribers: int = Field(default=10_000, ge=1, description="subscriptions at the same time")
+    max_cohorts: int = Field(
+        default=10_000, ge=1, description="cohorts at most; no more are opened on demand past it"
+    )
+    progress_interval_s: float = Field(
+        default=20.0, gt=0, le=30, description="seconds between signs of life on a subscription"
+    )
+    drain_s: float = Field(
+        default=10.0, ge=0, description="seconds that calls have to end after SIGTERM"
+    )
+
+    @field_validator("listen", "metrics_listen")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        host, separator, port = value.rpartition(":")
+        if not separator or not host or not port.isdecimal() or int(port) > 65535:
+            raise ValueError("must be HOST:PORT, for example 127.0.0.1:50061 or [::1]:50061")
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Put flags before the environment before the file."""
+        del dotenv_settings, file_secret_settings
+        yaml_file = settings_cls.model_config.get("yaml_file")
+        file = (YamlConfigSettingsSource(settings_cls),) if yaml_file else ()
+        return (init_settings, env_settings, *file)
+
+
+def load_settings(flags: dict[str, Any], *, config_file: Path | None = None) -> ServerSettings:
+    """Read the settings from flags, environment and file, in that order, and check them.
+
+    Args:
+        flags: Settings given on the command line, by name; those not given are absent.
+        config_file: A YAML file with settings by name.
+
+    Raises:
+        SettingsError: A setting is unknown or wrong, or the file cannot be read.
+    """
+    if config_file is not None:
+        _check_file(config_file)
+
+    class FromFile(ServerSettings):
+        model_config = SettingsConfigDict(yaml_file=config_file)
+
+    try:
+        return FromFile(**flags)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors(include_url=False):
+            name = ".".join(map(str, item["loc"])) or "settings"
+            message = item["msg"].removeprefix("Value error, ")
+            given = "" if item["type"] in ("missing", "extra_forbidden") else f", not {item['input']!r}"
+            lines.append(f"{name}: {message}{given}")
+        raise SettingsError("; ".join(lines)) from None
+
+
+def _check_file(path: Path) -> None:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if content is not None and not isinstance(content, dict):
+        raise SettingsError(f"{path}: must have settings by name, not a {type(content).__name__}")
