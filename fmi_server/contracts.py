@@ -7,6 +7,7 @@ message costs more than all the others together.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -186,6 +187,7 @@ _BODY_OF: Final[dict[type[Message], str]] = {
     PolicyOutcomePack: "pop",
     ConceptCausalSummary: "ccs",
 }
+_LONG_NUMBER: Final = re.compile(r"-?\d{16,}")
 _REQUIRED: Final = "required"
 _MISSING_RULES: Final = frozenset(
     {_REQUIRED, "map.min_pairs", "fmi.msp.no_signal", "fmi.ccs.empty", "fmi.plain.packet_type"}
@@ -195,8 +197,12 @@ _MISSING_RULES: Final = frozenset(
 def _told(violation: protovalidate.Violation) -> Violation:
     raw = violation.proto
     path = _path(raw.field.elements) if raw.field is not None else ""
-    what = " (the name)" if raw.for_key else ""
-    description = (raw.message or raw.rule_id or "breaks a rule") + what
+    description = _LONG_NUMBER.sub(lambda m: f"{float(m[0]):g}", raw.message or "breaks a rule")
+    value = violation.field_value
+    if raw.for_key:
+        description = f"the name {description}"
+    elif isinstance(value, float):
+        description = f"{description}, not {value:g}"
     return Violation(path or "body", raw.rule_id or "custom", description)
 
 

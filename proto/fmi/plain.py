@@ -451,7 +451,8 @@ class _Reader:
         return ()
 
     def _number(self, value: Any, path: str) -> float:
-        if not isinstance(value, bool) and isinstance(value, numbers.Real | str):
+        # A flag is no number, although Python counts with it.
+        if not (value is True or value is False) and isinstance(value, numbers.Real | str):
             with contextlib.suppress(ValueError, OverflowError):
                 return float(value)  # text as in ProtoJSON: "NaN", "Infinity", "0.9"
         self.problem(path, "number", f"must be a number, not {_shown(value)}")
@@ -461,7 +462,9 @@ class _Reader:
         # Text as in ProtoJSON, where 64-bit numbers are text.
         with contextlib.suppress(ValueError, OverflowError):
             number = -1
-            if isinstance(value, str | numbers.Integral) and not isinstance(value, bool):
+            if isinstance(value, bool):
+                pass
+            elif isinstance(value, str | numbers.Integral):
                 number = int(value)
             elif isinstance(value, numbers.Real) and float(value).is_integer():
                 number = int(float(value))

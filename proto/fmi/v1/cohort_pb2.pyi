@@ -230,9 +230,9 @@ class SignalSpec(_message.Message):
     section: Global___SignalSection.ValueType
     """Required. The section it stands in."""
     lower: _builtins.float
-    """Optional. The smallest value taken; a smaller one is refused. Unset means no bound."""
+    """Optional. The smallest value taken; a smaller one is refused; within ±1e150. Unset means no bound."""
     upper: _builtins.float
-    """Optional. The largest value taken; a larger one is refused. Unset means no bound."""
+    """Optional. The largest value taken; a larger one is refused; within ±1e150. Unset means no bound."""
     unit: _builtins.str
     """Optional. The unit, for people, for example `ms`."""
     transform: Global___SignalTransform.ValueType

@@ -351,19 +351,27 @@ class MetaSignalPack(_message.Message):
 
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Optional. Performance metrics by name, for example `gain_p50`. Finite numbers."""
+        """Optional. Performance metrics by name, for example `gain_p50`. Numbers within
+        ±1e150, whose squares are finite.
+        """
 
     @_builtins.property
     def controller(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Optional. Parameters of the controller by name, for example `tau`. Finite numbers."""
+        """Optional. Parameters of the controller by name, for example `tau`. Numbers within
+        ±1e150, whose squares are finite.
+        """
 
     @_builtins.property
     def evaluator(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Optional. Parameters of the evaluator by name, for example `g_min`. Finite numbers."""
+        """Optional. Parameters of the evaluator by name, for example `g_min`. Numbers within
+        ±1e150, whose squares are finite.
+        """
 
     @_builtins.property
     def operators(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Optional. States of operators by name. Finite numbers."""
+        """Optional. States of operators by name. Numbers within
+        ±1e150, whose squares are finite.
+        """
 
     @_builtins.property
     def evidence(self) -> Global___Evidence:
@@ -617,7 +625,9 @@ class PolicyOutcomePack(_message.Message):
 
     @_builtins.property
     def before(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Required. Metrics before the change, by name. Finite numbers."""
+        """Required. Metrics before the change, by name. Numbers within
+        ±1e150, whose squares are finite.
+        """
 
     @_builtins.property
     def after(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
@@ -661,7 +671,7 @@ class ParamValue(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     FLAG_FIELD_NUMBER: _builtins.int
     number: _builtins.float
-    """A finite number."""
+    """A number within ±1e150."""
     text: _builtins.str
     """A category or a name, at most 256 bytes."""
     flag: _builtins.bool
@@ -755,11 +765,11 @@ class CausalPair(_message.Message):
     target: _builtins.str
     """Required. The effect; not the same as `source`."""
     weight: _builtins.float
-    """Required. Signed size of the effect; a finite number."""
+    """Required. Signed size of the effect, within ±1e150."""
     type: _builtins.str
     """Optional. The kind of relation, for example `direct` or `lagged`. Unset means `direct`."""
     stderr: _builtins.float
-    """Optional. Standard error of `weight`; greater than 0. Unset means unknown."""
+    """Optional. Standard error of `weight`; greater than 0, at most 1e150. Unset means unknown."""
     def __init__(
         self,
         *,
@@ -791,7 +801,7 @@ class Concept(_message.Message):
     id: _builtins.str
     """Required. Its name in the cohort."""
     score: _builtins.float
-    """Required. How strongly it is at work; a finite number."""
+    """Required. How strongly it is at work, within ±1e150."""
     @_builtins.property
     def links(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Optional. Ids of concepts it is linked to."""
@@ -834,3 +844,29 @@ class PacketBatch(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PacketBatch: _TypeAlias = PacketBatch  # noqa: Y015
+
+@_typing.final
+class RawPacketBatch(_message.Message):
+    """The same bytes as a `PacketBatch`, with every packet left unparsed, so that one that cannot be parsed
+    does not harm the others.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PACKETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def packets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Required. Serialised packets."""
+
+    def __init__(
+        self,
+        *,
+        packets: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["packets", b"packets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RawPacketBatch: _TypeAlias = RawPacketBatch  # noqa: Y015
