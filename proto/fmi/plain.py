@@ -451,8 +451,7 @@ class _Reader:
         return ()
 
     def _number(self, value: Any, path: str) -> float:
-        # A flag is no number, although Python counts with it.
-        if not (value is True or value is False) and isinstance(value, numbers.Real | str):
+        if _is_numeric(value):
             with contextlib.suppress(ValueError, OverflowError):
                 return float(value)  # text as in ProtoJSON: "NaN", "Infinity", "0.9"
         self.problem(path, "number", f"must be a number, not {_shown(value)}")
@@ -492,7 +491,7 @@ class _Reader:
                 target.FromDatetime(value)
             elif isinstance(value, str):
                 target.FromJsonString(value)
-            elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+            elif _is_numeric(value):
                 target.FromNanoseconds(int(float(value) * 1e9))
             else:
                 raise TypeError
@@ -520,3 +519,8 @@ class _Reader:
 def _shown(value: object) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
+
+
+def _is_numeric(value: object) -> bool:
+    """Say whether a value may stand for a number. A flag is none, although Python counts with it."""
+    return isinstance(value, numbers.Real | str) and not isinstance(value, bool)

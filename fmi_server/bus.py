@@ -1,0 +1,154 @@
+"""An in-process message bus, and the adapter that joins the federation to it.
+
+Packets come in on the topic `federation.packet`, released priors go out on `meta.fmi_update`. What
+crosses the bus is plain data: a message of the contract arrives at a handler as a dict with the
+contract's names, so that the meta layer needs no protobuf.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
+
+from google.protobuf.message import Message
+
+from fmi.plain import packet_to_plain
+from fmi.v1 import packet_pb2, update_pb2
+from fmi_server.errors import FMIError, OverloadedError
+
+__all__ = ["PACKET_TOPIC", "UPDATE_TOPIC", "Bus", "FederationBusAdapter", "InProcessBus"]
+
+PACKET_TOPIC: Final = "federation.packet"
+UPDATE_TOPIC: Final = "meta.fmi_update"
+
+Handler = Callable[[str, Mapping[str, Any]], object]
+
+_log = logging.getLogger(__name__)
+
+
+class Bus(Protocol):
+    """What the adapter needs of a bus."""
+
+    def subscribe(self, topic: str, handler: Handler) -> Callable[[], None]:
+        """Call `handler(topic, payload)` for every message on a topic; return how to stop that."""
+
+    def publish(self, topic: str, payload: Mapping[str, Any] | Message) -> int:
+        """Give a payload to the handlers of a topic; return how many there were."""
+
+
+class InProcessBus:
+    """A synchronous publish-subscribe bus inside one process.
+
+    Handlers run in the order in which they subscribed, in the publisher's thread. One that raises does
+    not keep the message from the others: its error is logged and counted.
+
+    Attributes:
+        failures: Handler calls that raised.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: defaultdict[str, list[Handler]] = defaultdict(list)
+        self.failures = 0
+
+    def subscribe(self, topic: str, handler: Handler) -> Callable[[], None]:
+        """Call `handler(topic, payload)` for every message on a topic.
+
+        Returns:
+            A function that ends the subscription; calling it twice does nothing more.
+        """
+        handlers = self._handlers[topic]
+        handlers.append(handler)
+
+        def unsubscribe() -> None:
+            if handler in handlers:
+                handlers.remove(handler)
+
+        return unsubscribe
+
+    def publish(self, topic: str, payload: Mapping[str, Any] | Message) -> int:
+        """Give a payload to the handlers of a topic.
+
+        Args:
+            topic: The topic.
+            payload: Plain data, or a message of the contract, which is translated to plain data once.
+
+        Returns:
+            How many handlers took it.
+        """
+        handlers = list(self._handlers.get(topic, ()))
+        if not handlers:
+            return 0
+        plain = packet_to_plain(payload) if isinstance(payload, Message) else payload
+        taken = 0
+        for handler in handlers:
+            try:
+                handler(topic, plain)
+            except Exception:
+                self.failures += 1
+                _log.exception("a handler of topic %s failed", topic)
+            else:
+                taken += 1
+        return taken
+
+
+class _Ingest(Protocol):
+    """The part of `FMIService` that the adapter feeds."""
+
+    async def emit(self, packet: packet_pb2.Packet | Mapping[str, Any]) -> object: ...
+
+
+class FederationBusAdapter:
+    """Feeds the packets of a bus to the service, and the service's priors to the bus.
+
+    Args:
+        bus: The bus.
+        service: Takes the packets.
+        queue_packets: Packets that may wait for the service. Past it the publisher gets
+            `OverloadedError`; the bus logs it, and the packet is dropped and counted.
+
+    Attributes:
+        refused: Packets that the service refused; each is logged with its reason.
+        dropped: Packets for which there was no room.
+    """
+
+    def __init__(self, bus: Bus, service: _Ingest, *, queue_packets: int = 1024) -> None:
+        self._bus = bus
+        self._service = service
+        self._queue: asyncio.Queue[Mapping[str, Any]] = asyncio.Queue(queue_packets)
+        self.refused = 0
+        self.dropped = 0
+
+    async def run(self) -> None:
+        """Take packets from the bus until cancelled. Run it as a task of the service's task group."""
+        unsubscribe = self._bus.subscribe(PACKET_TOPIC, self._take)
+        try:
+            while True:
+                payload = await self._queue.get()
+                try:
+                    await self._service.emit(payload)
+                except FMIError as error:
+                    self.refused += 1
+                    _log.warning("a packet from the bus was refused: %s", error)
+                finally:
+                    self._queue.task_done()
+        finally:
+            unsubscribe()
+
+    async def drained(self) -> None:
+        """Wait until every packet taken from the bus so far has been emitted or refused."""
+        await self._queue.join()
+
+    def publish(self, update: update_pb2.Update) -> None:
+        """Give a released prior to the bus; other kinds of update are passed over."""
+        if update.WhichOneof("body") == "prior_update":
+            self._bus.publish(UPDATE_TOPIC, update.prior_update)
+
+    def _take(self, topic: str, payload: Mapping[str, Any]) -> None:
+        try:
+            self._queue.put_nowait(payload)
+        except asyncio.QueueFull:
+            self.dropped += 1
+            raise OverloadedError(f"packets waiting on topic {topic}") from None

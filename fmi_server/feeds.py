@@ -1,0 +1,504 @@
+"""Feeds: what one subscriber has had, what it may have next, and in which order.
+
+A feed holds no queue of updates. It holds a position, and takes what comes behind it from the log that
+all feeds share (`UpdateLog`), so that a slow subscriber costs no more memory than a quick one (BOUNDED).
+
+* LATEST: a set of cohorts and kinds that have something new. Of each the newest update is taken at the
+  moment it is sent; what it overtook is told of as `lagged`.
+* EVERY: the log from the position on, from memory where it is there and else from the store.
+
+Both give updates in order of their sequence. So one number, the sequence of the last event, says what a
+subscriber has had of every cohort and kind, and is its resume token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from fmi.v1 import interchange_service_pb2 as wire_pb2
+from fmi.v1 import update_pb2
+from fmi_server.errors import CompactedError, FMIError, InvalidFilterError
+
+__all__ = [
+    "Feed",
+    "FeedRequest",
+    "Key",
+    "PublishedUpdate",
+    "UpdateLog",
+    "UpdateReader",
+    "kind_name",
+    "matches",
+]
+
+Key = tuple[str, int]
+"""A cohort and a kind of update."""
+
+
+def kind_name(kind: int) -> str:
+    """Return the short name of a kind of update: `prior`, `warm_start` ..."""
+    name = update_pb2.UpdateKind.Name(update_pb2.UpdateKind.ValueType(kind))
+    return name.removeprefix("UPDATE_KIND_").lower()
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedUpdate:
+    """An update, serialised once however many subscribers there are.
+
+    Attributes:
+        key: Its cohort and kind.
+        revision: Its revision.
+        sequence: Its place among all updates.
+        payload: The serialised `Update`.
+        event: The serialised `SubscribeResponse` that carries it.
+    """
+
+    key: Key
+    revision: int
+    sequence: int
+    payload: bytes
+    event: bytes
+
+    @classmethod
+    def from_payload(
+        cls, key: Key, revision: int, sequence: int, payload: bytes, *, history_epoch: str
+    ) -> PublishedUpdate:
+        """Frame a serialised update as an event."""
+        update = update_pb2.Update.FromString(payload)
+        event = wire_pb2.SubscribeResponse(
+            resume_token=resume_token(history_epoch, sequence), update=update
+        )
+        return cls(key, revision, sequence, payload, event.SerializeToString())
+
+
+class UpdateReader(Protocol):
+    """Reads published updates that are no longer in memory."""
+
+    async def since(self, sequence: int, limit: int) -> Sequence[PublishedUpdate]:
+        """Return up to `limit` updates behind a sequence, in order of sequence."""
+
+    async def one(self, key: Key, revision: int) -> PublishedUpdate | None:
+        """Return one update, or None where it is not kept."""
+
+    async def oldest(self, key: Key) -> int:
+        """Return the oldest revision kept; 0 where there is none."""
+
+
+@dataclass(slots=True)
+class UpdateLog:
+    """The published updates that are in memory: the newest of each key, and the most recent of all.
+
+    Attributes:
+        history_epoch: Names the history that sequences and revisions count in.
+        head: The sequence of the last update.
+        latest: The newest update of each cohort and kind.
+        recent: The most recent updates, oldest first, without gaps up to `head`.
+    """
+
+    history_epoch: str
+    head: int = 0
+    latest: dict[Key, PublishedUpdate] = field(default_factory=dict)
+    recent: deque[PublishedUpdate] = field(default_factory=lambda: deque(maxlen=1024))
+
+    def add(self, update: PublishedUpdate) -> None:
+        """Add the next update."""
+        self.head = update.sequence
+        self.latest[update.key] = update
+        self.recent.append(update)
+
+    def since(self, sequence: int) -> list[PublishedUpdate] | None:
+        """Return what is behind a sequence, or None where not all of it is in memory."""
+        if sequence >= self.head:
+            return []
+        if not self.recent or self.recent[0].sequence > sequence + 1:
+            return None
+        skip = sequence + 1 - self.recent[0].sequence
+        return [self.recent[index] for index in range(skip, len(self.recent))]
+
+
+@dataclass(frozen=True, slots=True)
+class FeedRequest:
+    """What a subscriber asked for, checked.
+
+    Attributes:
+        patterns: Patterns of cohort names.
+        kinds: Kinds of update; empty means all.
+        every: Whether every update is wanted, and not only the newest.
+        start: First revision wanted, by cohort and kind.
+        resume_after: The sequence behind which to go on; None for a snapshot.
+        history_changed: Whether a start or token was left out because it is of another history.
+    """
+
+    patterns: tuple[str, ...]
+    kinds: frozenset[int] = frozenset()
+    every: bool = False
+    start: Mapping[Key, int] = field(default_factory=dict)
+    resume_after: int | None = None
+    history_changed: bool = False
+
+    @classmethod
+    def from_message(
+        cls, request: wire_pb2.SubscribeRequest, *, history_epoch: str, head: int
+    ) -> FeedRequest:
+        """Read a request that keeps the contract's rules.
+
+        Raises:
+            InvalidFilterError: The start or the resume token cannot be meant.
+        """
+        resume_after: int | None = None
+        changed = False
+        if request.resume_token:
+            if request.start_revisions:
+                raise InvalidFilterError("resume_token", "cannot be given with start_revisions")
+            epoch, _, sequence = request.resume_token.rpartition(":")
+            if not epoch or not sequence.isdecimal() or len(sequence) > 19:
+                raise InvalidFilterError("resume_token", "is not one that this server gave")
+            if epoch != history_epoch:
+                changed = True
+            elif int(sequence) > head:
+                raise InvalidFilterError("resume_token", "is ahead of the server's history")
+            else:
+                resume_after = int(sequence)
+        start: dict[Key, int] = {}
+        for index, item in enumerate(request.start_revisions):
+            if item.history_epoch and item.history_epoch != history_epoch:
+                changed = True
+                continue
+            key = (item.cohort, item.kind)
+            if key in start:
+                raise InvalidFilterError(
+                    f"start_revisions[{index}]", "names a cohort and kind a second time"
+                )
+            start[key] = item.revision
+        result = cls(
+            patterns=tuple(request.cohorts),
+            kinds=frozenset(request.kinds),
+            every=request.mode == wire_pb2.DELIVERY_MODE_EVERY,
+            start=start,
+            resume_after=resume_after,
+            history_changed=changed,
+        )
+        for cohort, kind in start:
+            if not result.wants((cohort, kind)):
+                raise InvalidFilterError(
+                    "start_revisions",
+                    f"names {kind_name(kind)} of cohort {cohort!r}, which the filter leaves out",
+                )
+        return result
+
+    def wants(self, key: Key) -> bool:
+        """Say whether a cohort and kind are asked for."""
+        cohort, kind = key
+        return (not self.kinds or kind in self.kinds) and any(
+            matches(pattern, cohort) for pattern in self.patterns
+        )
+
+
+class Feed:
+    """The events of one subscription, as serialised `SubscribeResponse` messages.
+
+    `events` is read by one task. `offer` and `stop` are called from the same event loop.
+
+    Attributes:
+        conflated: Updates left out so far.
+    """
+
+    def __init__(
+        self, request: FeedRequest, log: UpdateLog, reader: UpdateReader, *, page_updates: int
+    ) -> None:
+        self._request = request
+        self._log = log
+        self._reader = reader
+        self._page = page_updates
+        self._given: dict[Key, int] = {}
+        self._wanted: dict[Key, bool] = {}
+        self._pending: set[Key] = set()
+        self._wake = asyncio.Event()
+        self._progress_due = False
+        self._end: FMIError | None = None
+        self._position = 0
+        self.conflated = 0
+
+    @property
+    def request(self) -> FeedRequest:
+        """What the subscriber asked for."""
+        return self._request
+
+    def wants(self, key: Key) -> bool:
+        """Say whether updates of a cohort and kind belong to the feed. Each answer is kept."""
+        known = self._wanted.get(key)
+        if known is None:
+            known = self._wanted[key] = self._request.wants(key)
+        return known
+
+    def offer(self, key: Key) -> None:
+        """Tell the feed that there is a new update of a key that it wants."""
+        self._pending.add(key)
+        self._wake.set()
+
+    def progress(self) -> None:
+        """Ask for a sign of life, to be sent behind all data."""
+        self._progress_due = True
+        self._wake.set()
+
+    def stop(self, reason: FMIError) -> None:
+        """End the feed: its reader gets `reason`."""
+        self._end = reason
+        self._wake.set()
+
+    async def events(self, now_ns: _Clock) -> AsyncIterator[bytes]:
+        """Give the snapshot or what was missed, its end, and then what comes.
+
+        Args:
+            now_ns: Unix time in nanoseconds, for signs of life.
+
+        Raises:
+            CompactedError: A revision asked for, or one that would come next, is no longer kept.
+            InvalidFilterError: A start revision is ahead of the history.
+            FMIError: The reason given to `stop`.
+        """
+        count = 0
+        head = self._log.head
+        start = self._every_start(head) if self._request.every else self._latest_start()
+        async for event in start:
+            count += 1
+            yield event
+        end = wire_pb2.SnapshotEnd(
+            updates=count,
+            history_epoch=self._log.history_epoch,
+            history_changed=self._request.history_changed,
+        )
+        yield self._control(snapshot_end=end)
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._end is not None:
+                raise self._end
+            live = self._every_from(self._position) if self._request.every else self._latest_live()
+            async for event in live:
+                yield event
+                if self._end is not None:
+                    raise self._end
+            if self._progress_due:
+                self._progress_due = False
+                progress = wire_pb2.Progress()
+                progress.server_time.FromNanoseconds(now_ns())
+                yield self._control(progress=progress)
+
+    async def _latest_start(self) -> AsyncIterator[bytes]:
+        """Give the newest update of each key that the subscriber has not had."""
+        log, request = self._log, self._request
+        for key, revision in request.start.items():
+            latest = log.latest.get(key)
+            newest = latest.revision if latest else 0
+            if revision > newest + 1:
+                raise _ahead(key, revision, newest)
+            self._given[key] = revision - 1
+        missed_after = request.resume_after
+        if missed_after is not None:
+            await self._remember_given(missed_after)
+        keys = [key for key in log.latest if self.wants(key)]
+        for event in self._newest(keys, missed_after or 0):
+            yield event
+
+    async def _remember_given(self, sequence: int) -> None:
+        """Find the revision of each key at a sequence, so that `lagged` can be exact."""
+        position = sequence
+        while position < self._log.head:
+            page = self._log.since(position)
+            if page is None:
+                page = list(await self._reader.since(position, self._page))
+            if not page:
+                return
+            for update in page:
+                self._given.setdefault(update.key, update.revision - 1)
+            position = page[-1].sequence
+
+    async def _latest_live(self) -> AsyncIterator[bytes]:
+        while self._pending:
+            keys, self._pending = self._pending, set()
+            for event in self._newest(keys, 0):
+                yield event
+
+    def _newest(self, keys: Collection[Key], after: int) -> list[bytes]:
+        updates = sorted((self._log.latest[key] for key in keys), key=lambda u: u.sequence)
+        events: list[bytes] = []
+        for update in updates:
+            given = self._given.get(update.key)
+            if update.sequence <= after or (given is not None and update.revision <= given):
+                continue
+            if given is not None and update.revision > given + 1:
+                events.append(self._lagged(update, given))
+            self._given[update.key] = update.revision
+            self._position = max(self._position, update.sequence)
+            events.append(update.event)
+        return events
+
+    def _lagged(self, update: PublishedUpdate, given: int) -> bytes:
+        self.conflated += update.revision - given - 1
+        cohort, kind = update.key
+        lagged = wire_pb2.Lagged(
+            cohort=cohort,
+            kind=update_pb2.UpdateKind.ValueType(kind),
+            from_revision=given + 1,
+            to_revision=update.revision - 1,
+        )
+        return self._control(lagged=lagged)
+
+    async def _every_start(self, head: int) -> AsyncIterator[bytes]:
+        """Give every update from the start revisions or the token on, and a snapshot of the rest."""
+        request, log = self._request, self._log
+        if request.resume_after is not None:
+            self._position = request.resume_after
+            async for event in self._every_from(request.resume_after):
+                yield event
+            return
+        floor: dict[Key, int] = {}
+        positions = [head]
+        for key, revision in request.start.items():
+            latest = log.latest.get(key)
+            newest = latest.revision if latest else 0
+            if revision > newest + 1:
+                raise _ahead(key, revision, newest)
+            floor[key] = revision
+            self._given[key] = revision - 1
+            if revision <= newest:
+                first = await self._reader.one(key, revision)
+                if first is None:
+                    raise await self._compacted(key, revision)
+                positions.append(first.sequence - 1)
+        for key, update in list(log.latest.items()):
+            if key not in floor and update.sequence <= head and self.wants(key):
+                floor[key] = update.revision
+                positions.append(update.sequence - 1)
+        self._position = min(positions)
+        async for event in self._every_from(self._position, floor):
+            yield event
+
+    async def _every_from(
+        self, position: int, floor: Mapping[Key, int] | None = None
+    ) -> AsyncIterator[bytes]:
+        """Give every wanted update behind a position, up to the head as it is then."""
+        while position < self._log.head:
+            page = self._log.since(position)
+            if page is None:
+                page = list(await self._reader.since(position, self._page))
+            if not page:
+                return
+            for update in page:
+                position = update.sequence
+                self._pending.discard(update.key)
+                if not self.wants(update.key):
+                    continue
+                if floor is not None and update.revision < floor.get(update.key, 0):
+                    continue
+                await self._refuse_gap(update)
+                self._given[update.key] = update.revision
+                self._position = position
+                yield update.event
+            self._position = position
+
+    async def _refuse_gap(self, update: PublishedUpdate) -> None:
+        """Raise where updates before this one are no longer kept and the subscriber may lack them."""
+        key, revision = update.key, update.revision
+        given = self._given.get(key)
+        if given is not None:
+            if revision != given + 1:
+                raise await self._compacted(key, given + 1)
+        elif self._request.resume_after is not None and revision > 1:
+            # The token says a sequence, not a revision. If the one before is not kept, nobody can tell
+            # any more on which side of the token it was.
+            before = await self._reader.one(key, revision - 1)
+            if before is None:
+                raise await self._compacted(key, revision - 1)
+
+    async def _compacted(self, key: Key, revision: int) -> CompactedError:
+        cohort, kind = key
+        oldest = await self._reader.oldest(key)
+        return CompactedError(cohort, kind_name(kind), revision, oldest)
+
+    def _control(
+        self,
+        *,
+        snapshot_end: wire_pb2.SnapshotEnd | None = None,
+        progress: wire_pb2.Progress | None = None,
+        lagged: wire_pb2.Lagged | None = None,
+    ) -> bytes:
+        return wire_pb2.SubscribeResponse(
+            resume_token=resume_token(self._log.history_epoch, self._position),
+            snapshot_end=snapshot_end,
+            progress=progress,
+            lagged=lagged,
+        ).SerializeToString()
+
+
+class _Clock(Protocol):
+    def __call__(self) -> int: ...
+
+
+def resume_token(history_epoch: str, sequence: int) -> str:
+    """Write a position in a history as a resume token."""
+    return f"{history_epoch}:{sequence}"
+
+
+def _ahead(key: Key, revision: int, newest: int) -> InvalidFilterError:
+    cohort, kind = key
+    return InvalidFilterError(
+        "start_revisions",
+        f"revision {revision} of {kind_name(kind)} in cohort {cohort!r} is ahead of the history, whose "
+        f"newest is {newest}",
+    )
+
+
+_ANY: Final = "**"
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Say whether a cohort's name matches a pattern.
+
+    `*` stands for any characters but `/`, `**` for any characters, `?` for one character but `/`. The
+    cost is at most the product of the lengths, whatever the pattern: it is matched by stepping through
+    the set of places that can be reached, never by trying and going back.
+
+    Args:
+        pattern: The pattern.
+        name: The cohort's name.
+    """
+    tokens: list[str] = []
+    index = 0
+    while index < len(pattern):
+        if pattern.startswith(_ANY, index):
+            tokens.append(_ANY)
+            index += 2
+        else:
+            tokens.append(pattern[index])
+            index += 1
+    reached = _skip_stars(tokens, {0})
+    for character in name:
+        following: set[int] = set()
+        for place in reached:
+            if place == len(tokens):
+                continue
+            token = tokens[place]
+            if token == _ANY or (token == "*" and character != "/"):
+                following.add(place)
+            elif token == character or (token == "?" and character != "/"):
+                following.add(place + 1)
+        reached = _skip_stars(tokens, following)
+        if not reached:
+            return False
+    return len(tokens) in reached
+
+
+def _skip_stars(tokens: Sequence[str], places: set[int]) -> set[int]:
+    """Add the places that are reached because a star may stand for nothing."""
+    result = set(places)
+    for place in places:
+        following = place
+        while following < len(tokens) and tokens[following] in ("*", _ANY):
+            following += 1
+            result.add(following)
+    return result

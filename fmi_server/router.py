@@ -1,0 +1,181 @@
+"""FMIRouter: packets to named destinations, updates to subscribers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Final
+
+from fmi.v1 import packet_pb2
+from fmi_server.config import RouterConfig
+from fmi_server.errors import FMIError, OverloadedError, ServerDrainingError, ThingNotFoundError
+from fmi_server.feeds import Feed, FeedRequest, Key, PublishedUpdate, UpdateLog, UpdateReader
+from fmi_server.telemetry import FMITelemetry
+
+__all__ = ["AGGREGATOR", "FMIRouter"]
+
+AGGREGATOR: Final = "aggregator"
+"""The destination where packets are counted. Every router has it."""
+
+Consumer = Callable[[packet_pb2.Packet], Awaitable[None]]
+
+
+class FMIRouter:
+    """Routes packets to named destinations and fans updates out to subscribers.
+
+    A destination holds packets in a bounded queue until somebody receives them; with a consumer
+    attached, they go there at once. Where a queue is full, `route` waits: the sender is slowed, nothing
+    is dropped.
+
+    A router belongs to one event loop.
+
+    Args:
+        config: Bounds and intervals.
+        telemetry: Counts subscribers and conflated updates.
+        clock_ns: Unix time in nanoseconds.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig | None = None,
+        *,
+        telemetry: FMITelemetry | None = None,
+        clock_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self.config = config or RouterConfig()
+        self._telemetry = telemetry or FMITelemetry()
+        self._clock_ns = clock_ns
+        self._queues: dict[str, asyncio.Queue[packet_pb2.Packet]] = {}
+        self._consumers: dict[str, Consumer] = {}
+        self._feeds: set[Feed] = set()
+        # The feeds that want a key, found once per key and kept while feeds come and go.
+        self._interested: dict[Key, set[Feed]] = {}
+        self._draining: FMIError | None = None
+        self.add_destination(AGGREGATOR)
+
+    # Packets
+
+    @property
+    def destinations(self) -> tuple[str, ...]:
+        """The names of the destinations."""
+        return tuple(sorted(self._queues))
+
+    def add_destination(self, name: str, consumer: Consumer | None = None) -> None:
+        """Add a destination, or attach a consumer to one that is there.
+
+        Args:
+            name: Its name.
+            consumer: Takes each packet; where it is not given, packets wait for `receive`.
+        """
+        self._queues.setdefault(name, asyncio.Queue(self.config.queue_packets))
+        if consumer is not None:
+            self._consumers[name] = consumer
+
+    async def route(self, packet: packet_pb2.Packet, destination: str = AGGREGATOR) -> None:
+        """Give a packet to a destination. Waits while its queue is full.
+
+        Raises:
+            ThingNotFoundError: There is no such destination.
+        """
+        consumer = self._consumers.get(destination)
+        if consumer is not None:
+            await consumer(packet)
+            return
+        await self._queue(destination).put(packet)
+
+    async def receive(self, destination: str = AGGREGATOR) -> packet_pb2.Packet:
+        """Wait for the next packet at a destination that has no consumer.
+
+        Raises:
+            ThingNotFoundError: There is no such destination.
+        """
+        return await self._queue(destination).get()
+
+    def _queue(self, destination: str) -> asyncio.Queue[packet_pb2.Packet]:
+        if destination not in self._queues:
+            raise ThingNotFoundError("destination", destination)
+        return self._queues[destination]
+
+    # Updates
+
+    @property
+    def subscribers(self) -> int:
+        """Open subscriptions."""
+        return len(self._feeds)
+
+    def subscribers_of(self, cohort: str) -> int:
+        """Return how many open subscriptions want something of a cohort."""
+        return sum(
+            any(feed.wants((cohort, kind)) for kind in feed.request.kinds or (1,))
+            for feed in self._feeds
+        )
+
+    async def subscribe(
+        self, request: FeedRequest, log: UpdateLog, reader: UpdateReader
+    ) -> AsyncIterator[bytes]:
+        """Give the events of a subscription, as serialised `SubscribeResponse` messages, until it ends.
+
+        Args:
+            request: What is wanted.
+            log: The updates in memory.
+            reader: Reads those that are not.
+
+        Raises:
+            OverloadedError: There are as many subscriptions as are allowed.
+            ServerDrainingError: The server is going down.
+            CompactedError: A revision that comes next is no longer kept.
+            InvalidFilterError: A start revision is ahead of the history.
+        """
+        if self._draining is not None:
+            raise self._draining
+        if len(self._feeds) >= self.config.max_subscribers:
+            raise OverloadedError("subscriptions", retry_after_s=5.0)
+        feed = Feed(request, log, reader, page_updates=self.config.page_updates)
+        # It is known before its snapshot is read, so that no update falls between the two.
+        self._feeds.add(feed)
+        for key, feeds in self._interested.items():
+            if feed.wants(key):
+                feeds.add(feed)
+        self._telemetry.subscribers(len(self._feeds))
+        conflated = 0
+        try:
+            async for event in feed.events(self._clock_ns):
+                if feed.conflated > conflated:
+                    self._telemetry.conflated(feed.conflated - conflated)
+                    conflated = feed.conflated
+                yield event
+        finally:
+            self._feeds.discard(feed)
+            for feeds in self._interested.values():
+                feeds.discard(feed)
+            self._telemetry.subscribers(len(self._feeds))
+
+    def publish(self, update: PublishedUpdate) -> None:
+        """Tell every subscriber that wants it of an update, which is in the log already."""
+        interested = self._interested.get(update.key)
+        if interested is None:
+            interested = {feed for feed in self._feeds if feed.wants(update.key)}
+            self._interested[update.key] = interested
+        for feed in interested:
+            feed.offer(update.key)
+
+    async def give_signs_of_life(self) -> None:
+        """Send progress on every subscription at each interval, until cancelled.
+
+        The subscriptions are spread over the interval, so that a thousand of them are not woken at once.
+        """
+        parts = 20
+        turn = 0
+        while True:
+            await asyncio.sleep(self.config.progress_interval_s / parts)
+            for feed in list(self._feeds):
+                if id(feed) // 64 % parts == turn:
+                    feed.progress()
+            turn = (turn + 1) % parts
+
+    def drain(self, *, retry_after_s: float = 1.0) -> None:
+        """End every subscription with a hint to connect again, and take no new ones."""
+        self._draining = ServerDrainingError(retry_after_s=retry_after_s)
+        for feed in self._feeds:
+            feed.stop(self._draining)

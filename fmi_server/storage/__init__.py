@@ -1,0 +1,10 @@
+"""Stores: one contract (`base`), an embedded SQLite store, and one in memory."""
+
+from __future__ import annotations
+
+from fmi_server.storage.base import Store, StoreError
+from fmi_server.storage.memory import MemoryStore
+from fmi_server.storage.sqlite import SqliteStore
+from fmi_server.storage.sqlite_backup import restore_backup
+
+__all__ = ["MemoryStore", "SqliteStore", "Store", "StoreError", "restore_backup"]

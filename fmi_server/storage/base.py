@@ -1,0 +1,415 @@
+"""The contract of a store: what it keeps, what it promises, how it fails.
+
+A store keeps packets, the updates that were released, cohort specs, the sites' counters and the
+encoder dictionaries. It knows neither protobuf nor gRPC: every payload is opaque bytes.
+
+Promises every store makes (`tests/storage/test_store_contract.py` holds all of them to it):
+
+* DURABLE: `append` and every other write return only once the data would survive `kill -9` and a
+  power cut. `MemoryStore` is the one exception and says so in the log when it is opened.
+* ONCE: `(domain_id, packet_id)` is the key of a packet. Whatever the number of calls, callers and
+  restarts, one record is kept under a key.
+* Partial success: a record that cannot be kept is answered `rejected`; its neighbours are kept.
+* Fenced: an update is written only as the direct successor of the last one, or not at all.
+* Bounded: what waits to be written is bounded; past the bound `StoreBusyError` is raised at once.
+
+A store belongs to the event loop that opened it, and one process is the only writer. Cancelling a
+write gives up the answer, not the write: it may still be carried out.
+
+Errors::
+
+    StoreError
+    ├── StoreUnavailableError     nothing was written; the same call may succeed later
+    │   ├── StoreBusyError        too much is waiting to be written; try again shortly
+    │   └── StoreLockedError      another process has this store open
+    ├── StoreCorruptError         the file is not a database of ours, or is damaged
+    ├── StoreVersionError         the database was written by a newer version
+    ├── RevisionConflictError     the fence: not the direct successor of the last update
+    ├── DictionaryConflictError   a dictionary id cannot change its meaning
+    └── UnknownPacketError        no such packet
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Literal, Self
+
+from fmi_server.errors import FMIError, Reason
+from fmi_server.storage.records import (
+    CONTENT_HASH_BYTES,
+    MAX_PAYLOAD_BYTES,
+    PACKET_KINDS,
+    AppendOutcome,
+    AppendStatus,
+    CohortRecord,
+    DictionaryRecord,
+    PacketKey,
+    PacketKind,
+    PacketRecord,
+    SiteRecord,
+    StoredPacket,
+    StoreStats,
+    UpdateRecord,
+    record_problem,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+    from types import TracebackType
+
+__all__ = [
+    "CONTENT_HASH_BYTES",
+    "MAX_PAYLOAD_BYTES",
+    "PACKET_KINDS",
+    "AppendOutcome",
+    "AppendStatus",
+    "CohortRecord",
+    "DictionaryConflictError",
+    "DictionaryRecord",
+    "PacketKey",
+    "PacketKind",
+    "PacketRecord",
+    "RevisionConflictError",
+    "SiteRecord",
+    "Store",
+    "StoreBusyError",
+    "StoreCorruptError",
+    "StoreError",
+    "StoreLockedError",
+    "StoreStats",
+    "StoreUnavailableError",
+    "StoreVersionError",
+    "StoredPacket",
+    "UnavailableReason",
+    "UnknownPacketError",
+    "UpdateRecord",
+    "record_problem",
+]
+
+UnavailableReason = Literal[
+    "busy",
+    "closed",
+    "disk_full",
+    "io_error",
+    "locked",
+    "no_directory",
+    "read_only",
+    "unsupported",
+]
+
+
+class StoreError(FMIError):
+    """Root of everything a store raises on purpose."""
+
+
+class StoreUnavailableError(StoreError):
+    """Nothing was written; the store works again once the cause is gone."""
+
+    reason = Reason.STORE_UNAVAILABLE
+    retry_after_s = 2.0
+
+    def __init__(self, cause: UnavailableReason, *, detail: str, path: str = "") -> None:
+        self.cause: UnavailableReason = cause
+        self.detail = detail
+        self.path = path
+        where = f" {path}" if path else ""
+        super().__init__(f"store{where} unavailable ({cause}): {detail}")
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The cause; where the store lies is the operator's business."""
+        return {"cause": self.cause}
+
+
+class StoreBusyError(StoreUnavailableError):
+    """More waits to be written than the bound allows; nothing of this call was taken."""
+
+    reason = Reason.OVERLOADED
+    retry_after_s = 0.5
+
+    def __init__(self, *, pending_records: int, pending_bytes: int, path: str = "") -> None:
+        self.pending_records = pending_records
+        self.pending_bytes = pending_bytes
+        super().__init__(
+            "busy",
+            detail=f"{pending_records} records ({pending_bytes} bytes) wait to be written; "
+            "try again shortly",
+            path=path,
+        )
+
+
+class StoreLockedError(StoreUnavailableError):
+    """Another process, or another store of this one, has the database open."""
+
+    def __init__(self, *, path: str, holder_pid: int | None) -> None:
+        self.holder_pid = holder_pid
+        holder = f"process {holder_pid}" if holder_pid is not None else "another process"
+        super().__init__(
+            "locked",
+            detail=f"{holder} has it open; stop it or choose another path",
+            path=path,
+        )
+
+
+class StoreCorruptError(StoreError):
+    """The file is not a database of this server, or it is damaged. It was not touched."""
+
+    reason = Reason.STORE_CORRUPT
+
+    def __init__(self, *, path: str, detail: str) -> None:
+        self.path = path
+        self.detail = detail
+        super().__init__(f"{path} is not a usable FMI database: {detail}")
+
+
+class StoreVersionError(StoreError):
+    """The database was written by a newer version of the server. It was not touched."""
+
+    reason = Reason.STORE_CORRUPT
+
+    def __init__(self, *, path: str, found: int, supported: int) -> None:
+        self.path = path
+        self.found = found
+        self.supported = supported
+        super().__init__(
+            f"{path} has schema version {found}, this server knows versions up to {supported}; "
+            "upgrade the server or restore an older backup"
+        )
+
+
+class RevisionConflictError(StoreError):
+    """An update is not the direct successor of the last one; nothing of the call was written."""
+
+    def __init__(
+        self,
+        *,
+        cohort: str,
+        kind: int,
+        revision: int,
+        expected_revision: int,
+        sequence: int,
+        expected_sequence: int,
+    ) -> None:
+        self.cohort = cohort
+        self.kind = kind
+        self.revision = revision
+        self.expected_revision = expected_revision
+        self.sequence = sequence
+        self.expected_sequence = expected_sequence
+        super().__init__(
+            f"cohort {cohort!r} kind {kind}: revision {revision} at sequence {sequence} refused, "
+            f"expected revision {expected_revision} at sequence {expected_sequence}"
+        )
+
+
+class DictionaryConflictError(StoreError):
+    """The dictionary id is taken by other data."""
+
+    reason = Reason.SPEC_CHANGE_UNSAFE
+
+    def __init__(self, *, dictionary_id: int) -> None:
+        self.dictionary_id = dictionary_id
+        super().__init__(f"dictionary {dictionary_id} exists with other data; choose a new id")
+
+
+class UnknownPacketError(StoreError):
+    """No packet is kept under this position or key."""
+
+    reason = Reason.NOT_FOUND
+
+    def __init__(self, *, packet: int | PacketKey) -> None:
+        self.packet = packet
+        super().__init__(f"no packet {packet!r} in the store")
+
+
+class Store(ABC):
+    """Keep packets, updates, cohorts, sites and dictionaries. See the module for the promises.
+
+    Every method may raise `StoreUnavailableError` (also when the store is not open) and
+    `StoreCorruptError`.
+    """
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Open the store, creating it if there is none.
+
+        Raises:
+            StoreLockedError: It is open elsewhere.
+            StoreCorruptError: What is there is not a store; it was not touched.
+            StoreVersionError: It was written by a newer version; it was not touched.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Write what was accepted, answer it, then close. Closing twice is no error."""
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    @property
+    @abstractmethod
+    def history_epoch(self) -> str:
+        """Random name of this history: made with the store, changed when a backup is restored."""
+
+    @abstractmethod
+    def stats(self) -> StoreStats:
+        """Return counters since opening; costs nothing and needs no disk."""
+
+    # Packets
+
+    @abstractmethod
+    async def append(self, records: Sequence[PacketRecord]) -> list[AppendOutcome]:
+        """Keep packets, DURABLE and ONCE, and answer each in the order given.
+
+        Sequences rise in the order of the records and across calls; numbers may be left out.
+        Among equal keys in one call the first is kept. The counters of the sites are part of the
+        same transaction.
+
+        Raises:
+            StoreBusyError: The bound on waiting records is reached; nothing was taken.
+            StoreUnavailableError: The commit failed; nothing of the call was kept.
+        """
+
+    @abstractmethod
+    async def load(
+        self, cohort: str | None = None, *, after: int = 0, limit: int = 1000
+    ) -> list[StoredPacket]:
+        """Return up to `limit` packets with a sequence above `after`, in sequence order.
+
+        Quarantined packets are included. Fewer than `limit` means that there are no more.
+        """
+
+    @abstractmethod
+    def live_packets(
+        self, *, window_since_us: int, page: int = 1000
+    ) -> AsyncIterator[list[StoredPacket]]:
+        """Yield what a restart needs, in pages, in sequence order.
+
+        That is, leaving out quarantined packets: the newest MSP of each site in each cohort
+        (highest `emitted_at_us`, then highest sequence), and all POPs and CCSs with
+        `received_at_us >= window_since_us`.
+        """
+
+    @abstractmethod
+    async def packet(self, packet: int | PacketKey) -> StoredPacket | None:
+        """Return one packet by its sequence or its key, or None."""
+
+    @abstractmethod
+    async def quarantined(
+        self, cohort: str | None = None, *, after: int = 0, limit: int = 1000
+    ) -> list[StoredPacket]:
+        """Return up to `limit` quarantined packets above `after`, in sequence order."""
+
+    @abstractmethod
+    async def set_quarantine(
+        self, packet: int | PacketKey, *, quarantined: bool, reason: str = ""
+    ) -> bool:
+        """Put a packet in quarantine or release it; return whether that changed anything.
+
+        The reason is kept while the packet is in quarantine and dropped on release.
+
+        Raises:
+            UnknownPacketError: There is no such packet.
+        """
+
+    # Updates
+
+    @abstractmethod
+    async def publish(self, updates: Sequence[UpdateRecord]) -> list[int]:
+        """Keep updates, all or none, DURABLE; return their sequences.
+
+        The fence: each `sequence` must be the last one plus 1, 2, ... and each `revision` the last
+        one of its cohort and kind plus one (1 for the first).
+
+        Raises:
+            RevisionConflictError: The fence does not hold; nothing was written.
+        """
+
+    @abstractmethod
+    async def next_update_sequence(self) -> int:
+        """Return the sequence that the next update must carry."""
+
+    @abstractmethod
+    async def latest_updates(self) -> list[UpdateRecord]:
+        """Return the newest update of each cohort and kind, in sequence order."""
+
+    @abstractmethod
+    async def updates(
+        self, cohort: str, kind: int, *, after_revision: int = 0, limit: int = 100
+    ) -> list[UpdateRecord]:
+        """Return up to `limit` updates of one cohort and kind, in revision order."""
+
+    @abstractmethod
+    async def updates_since(self, sequence: int, *, limit: int = 100) -> list[UpdateRecord]:
+        """Return up to `limit` updates of all cohorts above `sequence`, in sequence order."""
+
+    @abstractmethod
+    async def update(self, cohort: str, kind: int, revision: int) -> UpdateRecord | None:
+        """Return one update, or None when it never was or is no longer held."""
+
+    @abstractmethod
+    async def oldest_revision(self, cohort: str, kind: int) -> int | None:
+        """Return the oldest revision still held, or None when there is none."""
+
+    @abstractmethod
+    async def trim_updates(self, cohort: str, kind: int, *, keep: int) -> int:
+        """Keep only the newest `keep` updates of a cohort and kind; return how many went.
+
+        Raises:
+            ValueError: `keep` is below 1; the newest update is never dropped.
+        """
+
+    # Cohorts, sites, dictionaries
+
+    @abstractmethod
+    async def put_cohort(self, name: str, spec: bytes, revision: int) -> None:
+        """Keep a cohort spec in place of the one before."""
+
+    @abstractmethod
+    async def cohorts(self) -> list[CohortRecord]:
+        """Return all cohort specs, by name."""
+
+    @abstractmethod
+    async def sites(
+        self,
+        cohort: str | None = None,
+        *,
+        after: tuple[str, str] | None = None,
+        limit: int | None = None,
+    ) -> list[SiteRecord]:
+        """Return sites ordered by (cohort, domain_id) in code point order.
+
+        Args:
+            cohort: Only this cohort.
+            after: Only sites above this (cohort, domain_id); for paging.
+            limit: At most this many; None for all.
+        """
+
+    @abstractmethod
+    async def put_reputations(self, cohort: str, reputations: Mapping[str, float]) -> None:
+        """Keep the reputation of sites by `domain_id`; sites never seen are passed over.
+
+        Raises:
+            ValueError: A reputation is not finite; nothing was written.
+        """
+
+    @abstractmethod
+    async def put_dictionary(self, dictionary_id: int, data: bytes, created_at_us: int) -> None:
+        """Keep an encoder dictionary. Putting the same again is no error.
+
+        Raises:
+            DictionaryConflictError: The id is taken by other data.
+        """
+
+    @abstractmethod
+    async def dictionaries(self) -> list[DictionaryRecord]:
+        """Return all dictionaries, by id."""

@@ -1,0 +1,338 @@
+"""The store for tests and notebooks: dictionaries, and nothing survives the process."""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from fmi_server.storage.base import (
+    DictionaryConflictError,
+    RevisionConflictError,
+    Store,
+    StoreUnavailableError,
+    UnknownPacketError,
+)
+from fmi_server.storage.records import (
+    AppendOutcome,
+    CohortRecord,
+    DictionaryRecord,
+    PacketKey,
+    PacketRecord,
+    SiteRecord,
+    StoredPacket,
+    StoreStats,
+    UpdateRecord,
+    record_problem,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+
+__all__ = ["MemoryStore"]
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Data:
+    """Everything kept. Packets stand in the order of their sequences, which begin at 1."""
+
+    packets: list[StoredPacket]
+    by_key: dict[PacketKey, int]
+    updates: dict[tuple[str, int], list[UpdateRecord]]
+    update_sequence: int
+    cohorts: dict[str, CohortRecord]
+    sites: dict[tuple[str, str], SiteRecord]
+    dictionaries: dict[int, DictionaryRecord]
+
+
+class MemoryStore(Store):
+    """Keep the contract of a store, except that nothing is durable.
+
+    Closing forgets everything; opening again begins a new history.
+    """
+
+    def __init__(self) -> None:
+        self._kept: _Data | None = None
+        self._epoch = ""
+        self._stats = StoreStats()
+
+    async def open(self) -> None:
+        """Begin empty, and say that nothing will last."""
+        if self._kept is None:
+            self._kept = _Data([], {}, {}, 0, {}, {}, {})
+            self._epoch = secrets.token_hex(16)
+            self._stats = StoreStats()
+            _LOG.warning("the store is in memory: nothing is durable, all is lost at the end")
+
+    async def close(self) -> None:
+        """Forget everything."""
+        self._kept = None
+
+    @property
+    def _data(self) -> _Data:
+        if self._kept is None:
+            raise StoreUnavailableError("closed", detail="open() it before use")
+        return self._kept
+
+    @property
+    def history_epoch(self) -> str:
+        """Random name of this history."""
+        _ = self._data
+        return self._epoch
+
+    def stats(self) -> StoreStats:
+        """Return counters since opening."""
+        return self._stats if self._kept is not None else StoreStats()
+
+    # Packets
+
+    async def append(self, records: Sequence[PacketRecord]) -> list[AppendOutcome]:
+        """Keep packets, ONCE."""
+        data = self._data
+        if not records:
+            return []
+        outcomes = [self._append_one(data, record) for record in records]
+        stored = [outcome.status == "stored" for outcome in outcomes]
+        statuses = [outcome.status for outcome in outcomes]
+        old = self._stats
+        self._stats = replace(
+            old,
+            groups=old.groups + 1,
+            records_stored=old.records_stored + sum(stored),
+            payload_bytes_stored=old.payload_bytes_stored
+            + sum(len(r.payload) for r, kept in zip(records, stored, strict=True) if kept),
+            duplicates=old.duplicates + statuses.count("duplicate"),
+            reused=old.reused + statuses.count("reused"),
+            rejected=old.rejected + statuses.count("rejected"),
+            largest_group=max(old.largest_group, len(records)),
+            last_group=len(records),
+        )
+        return outcomes
+
+    def _append_one(self, data: _Data, record: PacketRecord) -> AppendOutcome:
+        if problem := record_problem(record):
+            return AppendOutcome("rejected", 0, record.received_at_us, False, "", problem)
+        key = PacketKey(record.domain_id, record.packet_id)
+        place = (record.cohort, record.domain_id)
+        seen = record.received_at_us
+        site = data.sites.get(place) or SiteRecord(*place, seen, seen, 0, 0, 0, 0, 0, 0, None)
+        site = replace(
+            site,
+            first_seen_us=min(site.first_seen_us, seen),
+            last_seen_us=max(site.last_seen_us, seen),
+        )
+        sequence = data.by_key.get(key)
+        if sequence is None:
+            sequence = len(data.packets) + 1
+            data.packets.append(StoredPacket(sequence, record))
+            data.by_key[key] = sequence
+            data.sites[place] = replace(
+                site,
+                msp_count=site.msp_count + (record.kind == "msp"),
+                pop_count=site.pop_count + (record.kind == "pop"),
+                ccs_count=site.ccs_count + (record.kind == "ccs"),
+                quarantined_count=site.quarantined_count + record.quarantined,
+            )
+            return AppendOutcome(
+                "stored", sequence, seen, record.quarantined, record.quarantine_reason
+            )
+        first = data.packets[sequence - 1].record
+        same = first.content_hash == record.content_hash
+        data.sites[place] = replace(
+            site,
+            duplicate_count=site.duplicate_count + same,
+            reused_count=site.reused_count + (not same),
+        )
+        return AppendOutcome(
+            "duplicate" if same else "reused",
+            sequence,
+            first.received_at_us,
+            first.quarantined,
+            first.quarantine_reason,
+        )
+
+    async def load(
+        self, cohort: str | None = None, *, after: int = 0, limit: int = 1000
+    ) -> list[StoredPacket]:
+        """Return packets in sequence order."""
+        packets = islice(self._data.packets, max(0, after), None)
+        chosen = (p for p in packets if cohort is None or p.record.cohort == cohort)
+        return list(islice(chosen, limit))
+
+    async def live_packets(
+        self, *, window_since_us: int, page: int = 1000
+    ) -> AsyncIterator[list[StoredPacket]]:
+        """Yield what a restart needs, in pages."""
+        newest: dict[tuple[str, str], StoredPacket] = {}
+        live: list[StoredPacket] = []
+        for packet in self._data.packets:
+            record = packet.record
+            if record.quarantined:
+                continue
+            if record.kind != "msp":
+                if record.received_at_us >= window_since_us:
+                    live.append(packet)
+                continue
+            place = (record.cohort, record.domain_id)
+            known = newest.get(place)
+            if known is None or record.emitted_at_us >= known.record.emitted_at_us:
+                newest[place] = packet
+        live = sorted([*live, *newest.values()], key=lambda packet: packet.sequence)
+        for start in range(0, len(live), page):
+            yield live[start : start + page]
+
+    async def packet(self, packet: int | PacketKey) -> StoredPacket | None:
+        """Return one packet, or None."""
+        data = self._data
+        sequence = data.by_key.get(packet, 0) if isinstance(packet, PacketKey) else packet
+        return data.packets[sequence - 1] if 1 <= sequence <= len(data.packets) else None
+
+    async def quarantined(
+        self, cohort: str | None = None, *, after: int = 0, limit: int = 1000
+    ) -> list[StoredPacket]:
+        """Return quarantined packets in sequence order."""
+        packets = islice(self._data.packets, max(0, after), None)
+        chosen = (p for p in packets if p.record.quarantined and cohort in (None, p.record.cohort))
+        return list(islice(chosen, limit))
+
+    async def set_quarantine(
+        self, packet: int | PacketKey, *, quarantined: bool, reason: str = ""
+    ) -> bool:
+        """Put a packet in quarantine or release it."""
+        data = self._data
+        found = await self.packet(packet)
+        if found is None:
+            raise UnknownPacketError(packet=packet)
+        before = found.record
+        record = replace(
+            before, quarantined=quarantined, quarantine_reason=reason if quarantined else ""
+        )
+        data.packets[found.sequence - 1] = StoredPacket(found.sequence, record)
+        place = (before.cohort, before.domain_id)
+        site = data.sites[place]
+        data.sites[place] = replace(
+            site,
+            quarantined_count=site.quarantined_count + quarantined - before.quarantined,
+        )
+        return before.quarantined != quarantined
+
+    # Updates
+
+    async def publish(self, updates: Sequence[UpdateRecord]) -> list[int]:
+        """Keep updates, all or none, behind the fence."""
+        data = self._data
+        last = {key: held[-1].revision for key, held in data.updates.items()}
+        for sequence, update in enumerate(updates, data.update_sequence + 1):
+            key = (update.cohort, update.kind)
+            expected = last.get(key, 0) + 1
+            if update.revision != expected or update.sequence != sequence:
+                raise RevisionConflictError(
+                    cohort=update.cohort,
+                    kind=update.kind,
+                    revision=update.revision,
+                    expected_revision=expected,
+                    sequence=update.sequence,
+                    expected_sequence=sequence,
+                )
+            last[key] = expected
+        for update in updates:
+            data.updates.setdefault((update.cohort, update.kind), []).append(update)
+        data.update_sequence += len(updates)
+        return [update.sequence for update in updates]
+
+    async def next_update_sequence(self) -> int:
+        """Return the sequence that the next update must carry."""
+        return self._data.update_sequence + 1
+
+    async def latest_updates(self) -> list[UpdateRecord]:
+        """Return the newest update of each cohort and kind."""
+        newest = [held[-1] for held in self._data.updates.values()]
+        return sorted(newest, key=lambda update: update.sequence)
+
+    async def updates(
+        self, cohort: str, kind: int, *, after_revision: int = 0, limit: int = 100
+    ) -> list[UpdateRecord]:
+        """Return updates of one cohort and kind, in revision order."""
+        held = self._data.updates.get((cohort, kind), [])
+        return [update for update in held if update.revision > after_revision][:limit]
+
+    async def updates_since(self, sequence: int, *, limit: int = 100) -> list[UpdateRecord]:
+        """Return updates of all cohorts, in sequence order."""
+        later = [
+            update
+            for held in self._data.updates.values()
+            for update in held
+            if update.sequence > sequence
+        ]
+        return sorted(later, key=lambda update: update.sequence)[:limit]
+
+    async def update(self, cohort: str, kind: int, revision: int) -> UpdateRecord | None:
+        """Return one update, or None."""
+        held = self._data.updates.get((cohort, kind), [])
+        return next((update for update in held if update.revision == revision), None)
+
+    async def oldest_revision(self, cohort: str, kind: int) -> int | None:
+        """Return the oldest revision still held."""
+        held = self._data.updates.get((cohort, kind))
+        return held[0].revision if held else None
+
+    async def trim_updates(self, cohort: str, kind: int, *, keep: int) -> int:
+        """Keep only the newest updates of a cohort and kind."""
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, not {keep}")
+        held = self._data.updates.get((cohort, kind), [])
+        dropped = max(0, len(held) - keep)
+        del held[:dropped]
+        return dropped
+
+    # Cohorts, sites, dictionaries
+
+    async def put_cohort(self, name: str, spec: bytes, revision: int) -> None:
+        """Keep a cohort spec in place of the one before."""
+        self._data.cohorts[name] = CohortRecord(name, spec, revision)
+
+    async def cohorts(self) -> list[CohortRecord]:
+        """Return all cohort specs, by name."""
+        return [record for _, record in sorted(self._data.cohorts.items())]
+
+    async def sites(
+        self,
+        cohort: str | None = None,
+        *,
+        after: tuple[str, str] | None = None,
+        limit: int | None = None,
+    ) -> list[SiteRecord]:
+        """Return sites ordered by (cohort, domain_id)."""
+        chosen = (
+            site
+            for place, site in sorted(self._data.sites.items())
+            if cohort in (None, site.cohort) and (after is None or place > after)
+        )
+        return list(islice(chosen, limit))
+
+    async def put_reputations(self, cohort: str, reputations: Mapping[str, float]) -> None:
+        """Keep the reputation of sites."""
+        sites = self._data.sites
+        for domain_id, value in reputations.items():
+            if not math.isfinite(value):
+                raise ValueError(f"the reputation of {domain_id!r} is not finite")
+        for domain_id, value in reputations.items():
+            place = (cohort, domain_id)
+            if place in sites:
+                sites[place] = replace(sites[place], reputation=float(value))
+
+    async def put_dictionary(self, dictionary_id: int, data: bytes, created_at_us: int) -> None:
+        """Keep an encoder dictionary."""
+        kept = self._data.dictionaries
+        if dictionary_id in kept and kept[dictionary_id].data != data:
+            raise DictionaryConflictError(dictionary_id=dictionary_id)
+        kept.setdefault(dictionary_id, DictionaryRecord(dictionary_id, data, created_at_us))
+
+    async def dictionaries(self) -> list[DictionaryRecord]:
+        """Return all dictionaries, by id."""
+        return [record for _, record in sorted(self._data.dictionaries.items())]

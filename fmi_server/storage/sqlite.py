@@ -1,0 +1,474 @@
+"""The embedded store: one SQLite database, one writing thread, a few reading ones.
+
+Where things are: `sqlite_schema` opens the database, `sqlite_writer` is the thread and its group
+commit, `sqlite_append` puts packets in. This module is the contract on top of them.
+
+Reads go to connections of their own. In WAL mode a reader neither waits for the writer nor holds
+it up, and it sees every write that was answered before the read began.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from fmi_server.storage.base import (
+    DictionaryConflictError,
+    RevisionConflictError,
+    Store,
+    StoreUnavailableError,
+    UnknownPacketError,
+)
+from fmi_server.storage.records import (
+    AppendOutcome,
+    CohortRecord,
+    DictionaryRecord,
+    PacketKey,
+    PacketRecord,
+    SiteRecord,
+    StoredPacket,
+    StoreStats,
+    UpdateRecord,
+)
+from fmi_server.storage.sqlite_append import (
+    PACKET_COLUMNS,
+    chunk_sizes,
+    find_packet,
+    placeholders,
+    stored_packet,
+)
+from fmi_server.storage.sqlite_backup import copy_database
+from fmi_server.storage.sqlite_live import live_sequences, set_packet_quarantine
+from fmi_server.storage.sqlite_schema import (
+    DatabaseLock,
+    connect_reader,
+    prepare_database,
+    set_size_limit,
+    translate_error,
+)
+from fmi_server.storage.sqlite_writer import GroupLimits, GroupWriter
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+__all__ = ["SqliteStore"]
+
+T = TypeVar("T")
+
+_UPDATE_COLUMNS = "sequence, cohort, kind, revision, published_at_us, content_hash, payload"
+_SITE_COLUMNS = (
+    "cohort, domain_id, first_seen_us, last_seen_us, msp_count, pop_count, ccs_count, "
+    "quarantined_count, duplicate_count, reused_count, reputation"
+)
+_READERS = 2
+_NO_LIMIT = -1
+
+
+class SqliteStore(Store):
+    """Keep everything in one SQLite file.
+
+    Args:
+        path: The database. It is created if missing; its directory must exist. Beside it stand
+            `<path>-wal` and `<path>-shm` while it is open, and `<path>.lock`.
+        limits: Bounds of the group commit.
+        max_bytes: Refuse to grow beyond this size with `StoreUnavailableError` (`disk_full`);
+            None for no limit of our own.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        limits: GroupLimits | None = None,
+        max_bytes: int | None = None,
+    ) -> None:
+        self._path = Path(path).absolute()
+        self._limits = limits or GroupLimits()
+        self._max_bytes = max_bytes
+        self._epoch = ""
+        self._lock: DatabaseLock | None = None
+        self._writer: GroupWriter | None = None
+        self._readers: ThreadPoolExecutor | None = None
+        self._reader = threading.local()
+        self._reader_connections: list[sqlite3.Connection] = []
+
+    @property
+    def path(self) -> Path:
+        """Where the database is."""
+        return self._path
+
+    @property
+    def history_epoch(self) -> str:
+        """Random name of this history."""
+        if self._writer is None:
+            raise self._closed()
+        return self._epoch
+
+    def stats(self) -> StoreStats:
+        """Return counters since opening."""
+        return self._writer.snapshot() if self._writer is not None else StoreStats()
+
+    async def open(self) -> None:
+        """Lock, check and open the database, creating or migrating it as needed."""
+        if self._writer is not None:
+            return
+        loop = asyncio.get_running_loop()
+        connection = await loop.run_in_executor(None, self._prepare)
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="fmi-store-reader")
+        self._reader = threading.local()
+        self._writer = GroupWriter(
+            self._path,
+            connection,
+            loop=loop,
+            limits=self._limits,
+            max_bytes=self._max_bytes,
+        )
+
+    def _prepare(self) -> sqlite3.Connection:
+        lock: DatabaseLock | None = None
+        try:
+            # Through symlinks, so that two names of one database share one lock.
+            self._path = self._path.resolve()
+            lock = DatabaseLock(self._path)
+            lock.acquire()
+            connection, self._epoch = prepare_database(self._path, max_bytes=self._max_bytes)
+        except (sqlite3.Error, OSError) as error:
+            if lock is not None:
+                lock.release()
+            raise translate_error(error, self._path) from error
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
+        self._lock = lock
+        return connection
+
+    async def close(self) -> None:
+        """Write and answer what was accepted, fold the log into the database, close."""
+        writer, readers = self._writer, self._readers
+        if writer is None or readers is None:
+            return
+        self._writer = self._readers = None
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, readers.shutdown)
+        for connection in self._reader_connections:
+            connection.close()
+        self._reader_connections.clear()
+        # Last, so that the writer's is the last connection: closing it folds the log in.
+        await writer.stop()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    async def set_max_bytes(self, max_bytes: int | None) -> None:
+        """Change the size limit of the database while it is open; None lifts it."""
+        writer = self._open_writer()
+        self._max_bytes = writer.max_bytes = max_bytes
+        await writer.run(lambda connection: set_size_limit(connection, max_bytes))
+
+    async def backup(self, target: Path | str) -> None:
+        """Write a consistent copy to a new file while the store is in use.
+
+        Raises:
+            FileExistsError: `target` exists.
+        """
+        await self._read(lambda connection: copy_database(connection, Path(target).absolute()))
+
+    def _closed(self) -> StoreUnavailableError:
+        return StoreUnavailableError("closed", detail="open() it before use", path=str(self._path))
+
+    def _open_writer(self) -> GroupWriter:
+        if self._writer is None:
+            raise self._closed()
+        return self._writer
+
+    async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
+        readers = self._readers
+        if readers is None:
+            raise self._closed()
+        return await asyncio.get_running_loop().run_in_executor(readers, self._query, query)
+
+    def _query(self, query: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            connection: sqlite3.Connection | None = getattr(self._reader, "connection", None)
+            if connection is None:
+                connection = self._reader.connection = connect_reader(self._path)
+                self._reader_connections.append(connection)
+            return query(connection)
+        except FileExistsError:
+            raise
+        except (sqlite3.Error, OSError) as error:
+            raise translate_error(error, self._path) from error
+
+    # Packets
+
+    async def append(self, records: Sequence[PacketRecord]) -> list[AppendOutcome]:
+        """Keep packets, DURABLE and ONCE."""
+        writer = self._open_writer()
+        if not records:
+            return []
+        return await writer.append(records)
+
+    async def _packets(self, where: str, parameters: Sequence[object]) -> list[StoredPacket]:
+        sql = f"SELECT {PACKET_COLUMNS} FROM packets WHERE {where}"  # noqa: S608 - constants only
+        rows = await self._read(lambda connection: connection.execute(sql, parameters).fetchall())
+        return [stored_packet(row) for row in rows]
+
+    async def load(
+        self, cohort: str | None = None, *, after: int = 0, limit: int = 1000
+    ) -> list[StoredPacket]:
+        """Return packets in sequence order."""
+        if cohort is None:
+            return await self._packets("sequence > ? ORDER BY sequence LIMIT ?", (after, limit))
+        return await self._packets(
+            "cohort = ? AND sequence > ? ORDER BY sequence LIMIT ?", (cohort, after, limit)
+        )
+
+    async def live_packets(
+        self, *, window_since_us: int, page: int = 1000
+    ) -> AsyncIterator[list[StoredPacket]]:
+        """Yield what a restart needs, in pages."""
+        sequences = await self._read(lambda connection: live_sequences(connection, window_since_us))
+        for start in range(0, len(sequences), page):
+            chosen = sequences[start : start + page]
+            packets: list[StoredPacket] = []
+            for size in chunk_sizes(len(chosen)):
+                part = chosen[len(packets) : len(packets) + size]
+                marks = ", ".join("?" * size)
+                packets += await self._packets(f"sequence IN ({marks}) ORDER BY sequence", part)
+            yield packets
+
+    async def packet(self, packet: int | PacketKey) -> StoredPacket | None:
+        """Return one packet, or None."""
+        return await self._read(lambda connection: find_packet(connection, packet))
+
+    async def quarantined(
+        self, cohort: str | None = None, *, after: int = 0, limit: int = 1000
+    ) -> list[StoredPacket]:
+        """Return quarantined packets in sequence order."""
+        return await self._packets(
+            "quarantined = 1 AND sequence > ? AND (? IS NULL OR cohort = ?) "
+            "ORDER BY sequence LIMIT ?",
+            (after, cohort, cohort, limit),
+        )
+
+    async def set_quarantine(
+        self, packet: int | PacketKey, *, quarantined: bool, reason: str = ""
+    ) -> bool:
+        """Put a packet in quarantine or release it."""
+
+        def change(connection: sqlite3.Connection) -> bool:
+            found = find_packet(connection, packet)
+            if found is None:
+                raise UnknownPacketError(packet=packet)
+            return set_packet_quarantine(connection, found, quarantined=quarantined, reason=reason)
+
+        return await self._open_writer().run(change)
+
+    # Updates
+
+    async def publish(self, updates: Sequence[UpdateRecord]) -> list[int]:
+        """Keep updates, all or none, behind the fence."""
+        return await self._open_writer().run(lambda connection: _publish(connection, updates))
+
+    async def next_update_sequence(self) -> int:
+        """Return the sequence that the next update must carry."""
+        return await self._read(_next_update_sequence)
+
+    async def _updates(self, where: str, parameters: Sequence[object]) -> list[UpdateRecord]:
+        sql = f"SELECT {_UPDATE_COLUMNS} FROM updates WHERE {where}"  # noqa: S608 - constants only
+        rows = await self._read(lambda connection: connection.execute(sql, parameters).fetchall())
+        return [UpdateRecord(*row) for row in rows]
+
+    async def latest_updates(self) -> list[UpdateRecord]:
+        """Return the newest update of each cohort and kind."""
+        return await self._updates(
+            "(cohort, kind, revision) IN "
+            "(SELECT cohort, kind, max(revision) FROM updates GROUP BY cohort, kind) "
+            "ORDER BY sequence",
+            (),
+        )
+
+    async def updates(
+        self, cohort: str, kind: int, *, after_revision: int = 0, limit: int = 100
+    ) -> list[UpdateRecord]:
+        """Return updates of one cohort and kind, in revision order."""
+        return await self._updates(
+            "cohort = ? AND kind = ? AND revision > ? ORDER BY revision LIMIT ?",
+            (cohort, kind, after_revision, limit),
+        )
+
+    async def updates_since(self, sequence: int, *, limit: int = 100) -> list[UpdateRecord]:
+        """Return updates of all cohorts, in sequence order."""
+        return await self._updates("sequence > ? ORDER BY sequence LIMIT ?", (sequence, limit))
+
+    async def update(self, cohort: str, kind: int, revision: int) -> UpdateRecord | None:
+        """Return one update, or None."""
+        found = await self._updates(
+            "cohort = ? AND kind = ? AND revision = ?", (cohort, kind, revision)
+        )
+        return found[0] if found else None
+
+    async def oldest_revision(self, cohort: str, kind: int) -> int | None:
+        """Return the oldest revision still held."""
+
+        def query(connection: sqlite3.Connection) -> int | None:
+            oldest: int | None = connection.execute(
+                "SELECT min(revision) FROM updates WHERE cohort = ? AND kind = ?", (cohort, kind)
+            ).fetchone()[0]
+            return oldest
+
+        return await self._read(query)
+
+    async def trim_updates(self, cohort: str, kind: int, *, keep: int) -> int:
+        """Keep only the newest updates of a cohort and kind."""
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, not {keep}")
+        return await self._open_writer().run(
+            lambda connection: (
+                connection.execute(
+                    "DELETE FROM updates WHERE cohort = ?1 AND kind = ?2 AND revision <= "
+                    "(SELECT max(revision) FROM updates WHERE cohort = ?1 AND kind = ?2) - ?3",
+                    (cohort, kind, keep),
+                ).rowcount
+            )
+        )
+
+    # Cohorts, sites, dictionaries
+
+    async def put_cohort(self, name: str, spec: bytes, revision: int) -> None:
+        """Keep a cohort spec in place of the one before."""
+
+        def put(connection: sqlite3.Connection) -> None:
+            connection.execute(
+                "INSERT INTO cohorts (name, spec, revision) VALUES (?, ?, ?) ON CONFLICT (name) "
+                "DO UPDATE SET spec = excluded.spec, revision = excluded.revision",
+                (name, spec, revision),
+            )
+
+        await self._open_writer().run(put)
+
+    async def cohorts(self) -> list[CohortRecord]:
+        """Return all cohort specs, by name."""
+        rows = await self._read(
+            lambda connection: connection.execute(
+                "SELECT name, spec, revision FROM cohorts ORDER BY name"
+            ).fetchall()
+        )
+        return [CohortRecord(*row) for row in rows]
+
+    async def sites(
+        self,
+        cohort: str | None = None,
+        *,
+        after: tuple[str, str] | None = None,
+        limit: int | None = None,
+    ) -> list[SiteRecord]:
+        """Return sites ordered by (cohort, domain_id)."""
+        conditions: list[str] = []
+        parameters: list[object] = []
+        if cohort is not None:
+            conditions.append("cohort = ?")
+            parameters.append(cohort)
+        if after is not None:
+            conditions.append("(cohort, domain_id) > (?, ?)")
+            parameters += after
+        where = "WHERE " + " AND ".join(conditions) if conditions else ""
+        sql = f"SELECT {_SITE_COLUMNS} FROM sites {where} ORDER BY cohort, domain_id LIMIT ?"  # noqa: S608 - constants only
+        parameters.append(_NO_LIMIT if limit is None else limit)
+        rows = await self._read(lambda connection: connection.execute(sql, parameters).fetchall())
+        return [SiteRecord(*row) for row in rows]
+
+    async def put_reputations(self, cohort: str, reputations: Mapping[str, float]) -> None:
+        """Keep the reputation of sites."""
+        pairs = [(domain_id, float(value)) for domain_id, value in reputations.items()]
+        for domain_id, value in pairs:
+            if not math.isfinite(value):
+                raise ValueError(f"the reputation of {domain_id!r} is not finite")
+        await self._open_writer().run(
+            lambda connection: _put_reputations(connection, cohort, pairs)
+        )
+
+    async def put_dictionary(self, dictionary_id: int, data: bytes, created_at_us: int) -> None:
+        """Keep an encoder dictionary."""
+
+        def put(connection: sqlite3.Connection) -> None:
+            inserted = connection.execute(
+                "INSERT INTO dictionaries (dictionary_id, data, created_at_us) VALUES (?, ?, ?) "
+                "ON CONFLICT DO NOTHING",
+                (dictionary_id, data, created_at_us),
+            ).rowcount
+            if not inserted:
+                (held,) = connection.execute(
+                    "SELECT data FROM dictionaries WHERE dictionary_id = ?", (dictionary_id,)
+                ).fetchone()
+                if held != data:
+                    raise DictionaryConflictError(dictionary_id=dictionary_id)
+
+        await self._open_writer().run(put)
+
+    async def dictionaries(self) -> list[DictionaryRecord]:
+        """Return all dictionaries, by id."""
+        rows = await self._read(
+            lambda connection: connection.execute(
+                "SELECT dictionary_id, data, created_at_us FROM dictionaries ORDER BY dictionary_id"
+            ).fetchall()
+        )
+        return [DictionaryRecord(*row) for row in rows]
+
+
+def _next_update_sequence(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("SELECT max(sequence) FROM updates").fetchone()[0] or 0) + 1
+
+
+def _publish(connection: sqlite3.Connection, updates: Sequence[UpdateRecord]) -> list[int]:
+    sequence = _next_update_sequence(connection)
+    for update in updates:
+        last = connection.execute(
+            "SELECT max(revision) FROM updates WHERE cohort = ? AND kind = ?",
+            (update.cohort, update.kind),
+        ).fetchone()[0]
+        expected = (last or 0) + 1
+        if update.revision != expected or update.sequence != sequence:
+            raise RevisionConflictError(
+                cohort=update.cohort,
+                kind=update.kind,
+                revision=update.revision,
+                expected_revision=expected,
+                sequence=update.sequence,
+                expected_sequence=sequence,
+            )
+        connection.execute(
+            f"INSERT INTO updates ({_UPDATE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 - constants only
+            (
+                update.sequence,
+                update.cohort,
+                update.kind,
+                update.revision,
+                update.published_at_us,
+                update.content_hash,
+                update.payload,
+            ),
+        )
+        sequence += 1
+    return [update.sequence for update in updates]
+
+
+def _put_reputations(
+    connection: sqlite3.Connection, cohort: str, pairs: Sequence[tuple[str, float]]
+) -> None:
+    start = 0
+    for size in chunk_sizes(len(pairs)):
+        values = [value for pair in pairs[start : start + size] for value in pair]
+        connection.execute(
+            f"WITH given (domain_id, reputation) AS (VALUES {placeholders(2, size)}) "  # noqa: S608 - constants only
+            "UPDATE sites SET reputation = given.reputation FROM given "
+            "WHERE sites.cohort = ? AND sites.domain_id = given.domain_id",
+            (*values, cohort),
+        )
+        start += size

@@ -1,0 +1,332 @@
+"""The SQLite database of a store: its tables, its versions, and how it is opened safely.
+
+Opening checks what can be checked in bounded time, because a million packets must open in seconds
+and `PRAGMA quick_check` reads every page: the magic bytes, the application id, the schema version
+and the names of all tables and indexes. SQLite itself refuses a file that is shorter than its
+header says. Damage deep inside a page shows when that page is read, as `StoreCorruptError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import sqlite3
+from typing import TYPE_CHECKING
+
+from fmi_server.storage.base import (
+    StoreCorruptError,
+    StoreError,
+    StoreLockedError,
+    StoreUnavailableError,
+    StoreVersionError,
+    UnavailableReason,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = [
+    "APPLICATION_ID",
+    "SCHEMA_VERSION",
+    "DatabaseLock",
+    "connect_reader",
+    "connect_writer",
+    "prepare_database",
+    "set_size_limit",
+    "sync_directory",
+    "translate_error",
+]
+
+APPLICATION_ID = 0x464D4931
+"""`FMI1` in the header of the file; `file(1)` shows it."""
+
+_MAGIC = b"SQLite format 3\x00"
+_OLDEST_SQLITE = (3, 37, 0)
+"""The first with STRICT tables."""
+
+_PAGE_BYTES = 8192
+"""Half the writes per 420-byte packet of the default 4096, at no cost for single commits."""
+
+# The unique key leads with packet_id: these are UUIDv7, so new keys share a few index pages. Led
+# by domain_id the key would dirty one page per site and group, and cost three times the time.
+# newest_msp is NULL while newest_emitted_us is not: the newest MSP went into quarantine and the
+# one before it has to be looked for.
+_VERSION_1 = (
+    "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID",
+    """CREATE TABLE packets (
+        sequence INTEGER PRIMARY KEY,
+        domain_id TEXT NOT NULL,
+        packet_id TEXT NOT NULL,
+        cohort TEXT NOT NULL,
+        kind INTEGER NOT NULL,
+        content_hash BLOB NOT NULL CHECK (length(content_hash) = 16),
+        received_at_us INTEGER NOT NULL,
+        emitted_at_us INTEGER NOT NULL,
+        quarantined INTEGER NOT NULL CHECK (quarantined IN (0, 1)),
+        quarantine_reason TEXT NOT NULL,
+        payload BLOB NOT NULL
+    ) STRICT""",
+    "CREATE UNIQUE INDEX packets_by_key ON packets (packet_id, domain_id)",
+    "CREATE INDEX packets_by_cohort ON packets (cohort, sequence)",
+    """CREATE INDEX packets_in_window ON packets (received_at_us)
+        WHERE kind > 0 AND quarantined = 0""",
+    "CREATE INDEX packets_in_quarantine ON packets (sequence) WHERE quarantined = 1",
+    """CREATE TABLE sites (
+        cohort TEXT NOT NULL,
+        domain_id TEXT NOT NULL,
+        first_seen_us INTEGER NOT NULL,
+        last_seen_us INTEGER NOT NULL,
+        msp_count INTEGER NOT NULL,
+        pop_count INTEGER NOT NULL,
+        ccs_count INTEGER NOT NULL,
+        quarantined_count INTEGER NOT NULL,
+        duplicate_count INTEGER NOT NULL,
+        reused_count INTEGER NOT NULL,
+        newest_msp INTEGER,
+        newest_emitted_us INTEGER,
+        reputation REAL,
+        PRIMARY KEY (cohort, domain_id)
+    ) STRICT, WITHOUT ROWID""",
+    """CREATE TABLE updates (
+        sequence INTEGER PRIMARY KEY,
+        cohort TEXT NOT NULL,
+        kind INTEGER NOT NULL,
+        revision INTEGER NOT NULL,
+        published_at_us INTEGER NOT NULL,
+        content_hash BLOB NOT NULL,
+        payload BLOB NOT NULL
+    ) STRICT""",
+    "CREATE UNIQUE INDEX updates_by_revision ON updates (cohort, kind, revision)",
+    """CREATE TABLE cohorts (
+        name TEXT PRIMARY KEY, spec BLOB NOT NULL, revision INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID""",
+    """CREATE TABLE dictionaries (
+        dictionary_id INTEGER PRIMARY KEY, data BLOB NOT NULL, created_at_us INTEGER NOT NULL
+    ) STRICT""",
+)
+
+_MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1,)
+"""Statements that lead from version i to i + 1. Released entries never change."""
+
+SCHEMA_VERSION = len(_MIGRATIONS)
+
+
+class DatabaseLock:
+    """Hold a database for one process, by `flock` on `<database>.lock`.
+
+    A file of its own, because closing any descriptor of the database itself would drop SQLite's
+    POSIX locks on it. The lock goes with the process, however it ends; the file stays.
+    """
+
+    def __init__(self, database: Path) -> None:
+        self._database = database
+        self._descriptor = -1
+
+    def acquire(self) -> None:
+        """Take the lock or raise `StoreLockedError` with the holder's process id."""
+        path = self._database.with_name(self._database.name + ".lock")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0)
+            os.close(descriptor)
+            raise StoreLockedError(
+                path=str(self._database),
+                holder_pid=int(holder) if holder.isdigit() else None,
+            ) from None
+        except OSError:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Give the lock back; releasing twice is no error."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def translate_error(error: sqlite3.Error | OSError, path: Path) -> StoreError:
+    """Return the typed error for one of SQLite's or the operating system's."""
+    where = str(path)
+    if isinstance(error, OSError):
+        reason: UnavailableReason = "io_error"
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            reason = "read_only"
+        elif isinstance(error, FileNotFoundError | NotADirectoryError):
+            reason = "no_directory"
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = "disk_full"
+        return StoreUnavailableError(reason, detail=error.strerror or str(error), path=where)
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return StoreCorruptError(path=where, detail=str(error))
+    reasons: dict[int, UnavailableReason] = {
+        sqlite3.SQLITE_FULL: "disk_full",
+        sqlite3.SQLITE_READONLY: "read_only",
+        sqlite3.SQLITE_CANTOPEN: "read_only",
+        sqlite3.SQLITE_PERM: "read_only",
+        sqlite3.SQLITE_BUSY: "locked",
+        sqlite3.SQLITE_LOCKED: "locked",
+    }
+    return StoreUnavailableError(reasons.get(code, "io_error"), detail=str(error), path=where)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a file's creation or renaming in `directory` durable."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # Threads take turns, never share: the writer's connection stays with its thread, and close()
+    # closes the readers' after their threads are gone.
+    connection = sqlite3.connect(
+        path, timeout=5.0, isolation_level=None, check_same_thread=False, cached_statements=256
+    )
+    connection.execute("PRAGMA cache_size = -16384")
+    return connection
+
+
+def connect_writer(path: Path, *, max_bytes: int | None) -> sqlite3.Connection:
+    """Connect for writing: write-ahead log, each commit synced, `max_bytes` as the size limit."""
+    connection = _connect(path)
+    try:
+        connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+        _enable_wal(connection, path)
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA wal_autocheckpoint = 2000")
+        connection.execute("PRAGMA journal_size_limit = 67108864")
+        set_size_limit(connection, max_bytes)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _enable_wal(connection: sqlite3.Connection, path: Path) -> None:
+    mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+    if mode != "wal":  # a file system without shared memory, as some network ones are
+        raise StoreUnavailableError(
+            "unsupported", detail=f"journal mode is {mode}, WAL is needed", path=str(path)
+        )
+
+
+def set_size_limit(connection: sqlite3.Connection, max_bytes: int | None) -> None:
+    """Let the database grow to `max_bytes`, or without limit for None."""
+    page_bytes = connection.execute("PRAGMA page_size").fetchone()[0]
+    pages = 4_294_967_294 if max_bytes is None else max(1, max_bytes // page_bytes)
+    connection.execute(f"PRAGMA max_page_count = {pages}")
+
+
+def connect_reader(path: Path) -> sqlite3.Connection:
+    """Connect for reading only."""
+    connection = _connect(path)
+    connection.execute("PRAGMA query_only = ON")
+    return connection
+
+
+def prepare_database(path: Path, *, max_bytes: int | None) -> tuple[sqlite3.Connection, str]:
+    """Create, migrate or check the database; return the writer's connection and the epoch.
+
+    A file that is not ours is left as it is: its first bytes are read before SQLite sees it.
+
+    Raises:
+        StoreCorruptError: Not a database, another program's, or parts are missing.
+        StoreVersionError: From a newer version.
+        StoreUnavailableError: The directory cannot be written, or SQLite is too old.
+    """
+    if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
+        raise StoreUnavailableError(
+            "unsupported",
+            detail=f"SQLite is {sqlite3.sqlite_version}, 3.37.0 or newer is needed",
+            path=str(path),
+        )
+    _check_magic(path)
+    if not _is_ours(path):
+        raise StoreCorruptError(path=str(path), detail="it belongs to another program")
+    connection = connect_writer(path, max_bytes=max_bytes)
+    try:
+        _migrate(connection)
+        _check_schema(connection, path)
+        epoch = _history_epoch(connection, path)
+        sync_directory(path.parent)
+    except BaseException:
+        connection.close()
+        raise
+    return connection, epoch
+
+
+def _history_epoch(connection: sqlite3.Connection, path: Path) -> str:
+    row = connection.execute("SELECT value FROM meta WHERE name = 'history_epoch'").fetchone()
+    if row is None:
+        raise StoreCorruptError(path=str(path), detail="the history epoch is missing")
+    return str(row[0])
+
+
+def _check_magic(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if not path.is_file() and path.exists():
+            raise StoreCorruptError(path=str(path), detail="it is not a regular file")
+        with path.open("rb") as file:
+            start = file.read(len(_MAGIC))
+        if start not in (b"", _MAGIC):
+            raise StoreCorruptError(path=str(path), detail="it is not an SQLite database")
+
+
+def _is_ours(path: Path) -> bool:
+    """Tell a new or an FMI database from another program's, before anything is written to it."""
+    if not path.exists() or path.stat().st_size == 0:
+        return True
+    address = path.as_uri() + "?mode=ro"
+    with contextlib.closing(sqlite3.connect(address, uri=True)) as connection:
+        identity = connection.execute("PRAGMA application_id").fetchone()[0]
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        objects = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+    if version > SCHEMA_VERSION and identity == APPLICATION_ID:
+        raise StoreVersionError(path=str(path), found=version, supported=SCHEMA_VERSION)
+    # Nothing in it: the process ended between creating the file and the first transaction.
+    return bool(identity == APPLICATION_ID or (identity == 0 and version == 0 and objects == 0))
+
+
+def _migrate(connection: sqlite3.Connection) -> None:
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    while version < SCHEMA_VERSION:
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for statement in _MIGRATIONS[version]:
+                connection.execute(statement)
+            if version == 0:
+                connection.execute(
+                    "INSERT INTO meta (name, value) VALUES ('history_epoch', ?)",
+                    (secrets.token_hex(16),),
+                )
+                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            version += 1
+            connection.execute(f"PRAGMA user_version = {version}")
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+
+def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
+    present = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema")}
+    expected = {
+        statement.split(" ON ")[0].split(" (")[0].split()[-1]
+        for migration in _MIGRATIONS
+        for statement in migration
+        if statement.startswith("CREATE")
+    }
+    if missing := sorted(expected - present):
+        raise StoreCorruptError(path=str(path), detail="missing in it: " + ", ".join(missing))

@@ -1,0 +1,115 @@
+"""FMITelemetry: what the server did, as counts for people, programs and Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+__all__ = ["FMITelemetry"]
+
+_LATENCY_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+
+
+class FMITelemetry:
+    """Counts packets, refusals, releases and subscribers.
+
+    Labels come from closed sets (packet types, reasons, kinds): never from names that a site chooses,
+    so that no site can blow up the number of time series.
+
+    Attributes:
+        registry: The Prometheus registry that the metrics stand in.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._packets = Counter(
+            "fmi_packets",
+            "Packets by type and what became of them.",
+            ("type", "status"),
+            registry=self.registry,
+        )
+        self._refusals = Counter(
+            "fmi_refusals", "Refusals by reason.", ("reason",), registry=self.registry
+        )
+        self._bytes = Counter(
+            "fmi_packet_bytes", "Bytes of packets stored, uncompressed.", registry=self.registry
+        )
+        self._ignored = Counter(
+            "fmi_ignored_values",
+            "Values of accepted packets that could not be counted.",
+            ("reason",),
+            registry=self.registry,
+        )
+        self._releases = Counter(
+            "fmi_releases", "Releases by outcome.", ("outcome",), registry=self.registry
+        )
+        self._updates = Counter(
+            "fmi_updates", "Updates published, by kind.", ("kind",), registry=self.registry
+        )
+        self._conflated = Counter(
+            "fmi_conflated_updates",
+            "Updates that subscribers did not get because newer ones overtook them.",
+            registry=self.registry,
+        )
+        self._subscribers = Gauge("fmi_subscribers", "Open subscriptions.", registry=self.registry)
+        self._cohorts = Gauge("fmi_cohorts", "Cohorts known.", registry=self.registry)
+        self._release_seconds = Histogram(
+            "fmi_release_seconds",
+            "Seconds from the start of a release until it is durable.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=self.registry,
+        )
+        # The children are looked up once: the lookup by labels costs more than the count.
+        self._packet_children: dict[tuple[str, str], Counter] = {}
+
+    def packet(self, kind: str, status: str, *, size: int = 0, count: int = 1) -> None:
+        """Count packets of a type (`msp`, `pop`, `ccs`, `unknown`) that met with a status."""
+        child = self._packet_children.get((kind, status))
+        if child is None:
+            child = self._packets.labels(kind, status)
+            self._packet_children[kind, status] = child
+        child.inc(count)
+        if size:
+            self._bytes.inc(size)
+
+    def refusal(self, reason: str) -> None:
+        """Count a refusal by the name of its reason."""
+        self._refusals.labels(reason).inc()
+
+    def ignored(self, reason: str, count: int = 1) -> None:
+        """Count values of accepted packets that could not be counted."""
+        self._ignored.labels(reason).inc(count)
+
+    def release(self, outcome: str, seconds: float) -> None:
+        """Count a release: `published`, `unchanged` or `failed`."""
+        self._releases.labels(outcome).inc()
+        self._release_seconds.observe(seconds)
+
+    def update(self, kind: str) -> None:
+        """Count an update that was published."""
+        self._updates.labels(kind).inc()
+
+    def conflated(self, count: int) -> None:
+        """Count updates that a slow subscriber did not get."""
+        self._conflated.inc(count)
+
+    def subscribers(self, count: int) -> None:
+        """Set the number of open subscriptions."""
+        self._subscribers.set(count)
+
+    def cohorts(self, count: int) -> None:
+        """Set the number of cohorts."""
+        self._cohorts.set(count)
+
+    def snapshot(self) -> Mapping[str, float]:
+        """Return every count by name and labels, for example `fmi_packets_total{type="msp",...}`."""
+        values: dict[str, float] = {}
+        for metric in self.registry.collect():
+            for sample in metric.samples:
+                if sample.name.endswith("_created"):
+                    continue
+                labels = ",".join(f'{key}="{value}"' for key, value in sorted(sample.labels.items()))
+                values[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+        return values
