@@ -14,7 +14,6 @@
     - UpdateNotFoundError
     - CompactedError
     - InvalidFilterError
-    - HistoryChangedError
     - SpecInvalidError
     - SpecChangeUnsafeError
     - SettingUnsupportedError
@@ -39,7 +38,6 @@ __all__ = [
     "EnvelopeMalformedError",
     "EnvelopeTooLargeError",
     "FMIError",
-    "HistoryChangedError",
     "InvalidFilterError",
     "OverloadedError",
     "PacketIdReusedError",
@@ -81,7 +79,6 @@ class Reason:
     UPDATE_NOT_FOUND: Final = error_pb2.ERROR_REASON_UPDATE_NOT_FOUND
     COMPACTED: Final = error_pb2.ERROR_REASON_COMPACTED
     INVALID_FILTER: Final = error_pb2.ERROR_REASON_INVALID_FILTER
-    HISTORY_CHANGED: Final = error_pb2.ERROR_REASON_HISTORY_CHANGED
     SPEC_INVALID: Final = error_pb2.ERROR_REASON_SPEC_INVALID
     SPEC_CHANGE_UNSAFE: Final = error_pb2.ERROR_REASON_SPEC_CHANGE_UNSAFE
     SETTING_UNSUPPORTED: Final = error_pb2.ERROR_REASON_SETTING_UNSUPPORTED
@@ -124,6 +121,11 @@ class FMIError(Exception):
 
     reason: error_pb2.ErrorReason.ValueType = Reason.INTERNAL
     retry_after_s: float | None = None
+
+    @property
+    def public_message(self) -> str:
+        """What the caller may read; the server's own paths are not in it."""
+        return str(self)
 
     @property
     def violations(self) -> Sequence[Violation]:
@@ -363,25 +365,6 @@ class InvalidFilterError(FMIError):
     def violations(self) -> Sequence[Violation]:
         """The field that is wrong."""
         return (Violation(self.field, "fmi.subscribe.filter", self.detail, self.reason),)
-
-
-class HistoryChangedError(FMIError):
-    """A revision was asked for that counts in another history."""
-
-    reason = Reason.HISTORY_CHANGED
-
-    def __init__(self, asked: str, present: str) -> None:
-        self.asked = asked
-        self.present = present
-        super().__init__(
-            f"history {asked!r} is not the present one ({present!r}): the server was restored from a "
-            "backup; subscribe again without a start revision"
-        )
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """The present history."""
-        return {"history_epoch": self.present}
 
 
 class SettingUnsupportedError(FMIError):

@@ -101,6 +101,11 @@ UnavailableReason = Literal[
 class StoreError(FMIError):
     """Root of everything a store raises on purpose."""
 
+    @property
+    def public_message(self) -> str:
+        """Say that it is the store; paths and causes are for the operator, in the log."""
+        return "the store cannot do this now; nothing was stored"
+
 
 class StoreUnavailableError(StoreError):
     """Nothing was written; the store works again once the cause is gone."""

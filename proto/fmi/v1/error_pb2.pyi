@@ -70,19 +70,17 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The revision asked for is no longer kept."""
     ERROR_REASON_INVALID_FILTER: _ErrorReason.ValueType  # 21
     """The filter, the start or the resume token of a subscription is wrong."""
-    ERROR_REASON_HISTORY_CHANGED: _ErrorReason.ValueType  # 22
-    """The resume token or start revision belongs to another history."""
-    ERROR_REASON_SPEC_INVALID: _ErrorReason.ValueType  # 23
+    ERROR_REASON_SPEC_INVALID: _ErrorReason.ValueType  # 22
     """The cohort spec is not valid."""
-    ERROR_REASON_SPEC_CHANGE_UNSAFE: _ErrorReason.ValueType  # 24
+    ERROR_REASON_SPEC_CHANGE_UNSAFE: _ErrorReason.ValueType  # 23
     """The change of the cohort spec would break sites, and `force` was not said."""
-    ERROR_REASON_SETTING_UNSUPPORTED: _ErrorReason.ValueType  # 25
+    ERROR_REASON_SETTING_UNSUPPORTED: _ErrorReason.ValueType  # 24
     """The setting is known but this version does not have what it asks for, so it is refused rather than
     ignored.
     """
-    ERROR_REASON_NOT_FOUND: _ErrorReason.ValueType  # 26
+    ERROR_REASON_NOT_FOUND: _ErrorReason.ValueType  # 25
     """There is no such site, packet or other thing."""
-    ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 27
+    ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 26
     """Something went wrong inside the server; the request id finds it in the log."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
@@ -134,19 +132,17 @@ ERROR_REASON_COMPACTED: ErrorReason.ValueType  # 20
 """The revision asked for is no longer kept."""
 ERROR_REASON_INVALID_FILTER: ErrorReason.ValueType  # 21
 """The filter, the start or the resume token of a subscription is wrong."""
-ERROR_REASON_HISTORY_CHANGED: ErrorReason.ValueType  # 22
-"""The resume token or start revision belongs to another history."""
-ERROR_REASON_SPEC_INVALID: ErrorReason.ValueType  # 23
+ERROR_REASON_SPEC_INVALID: ErrorReason.ValueType  # 22
 """The cohort spec is not valid."""
-ERROR_REASON_SPEC_CHANGE_UNSAFE: ErrorReason.ValueType  # 24
+ERROR_REASON_SPEC_CHANGE_UNSAFE: ErrorReason.ValueType  # 23
 """The change of the cohort spec would break sites, and `force` was not said."""
-ERROR_REASON_SETTING_UNSUPPORTED: ErrorReason.ValueType  # 25
+ERROR_REASON_SETTING_UNSUPPORTED: ErrorReason.ValueType  # 24
 """The setting is known but this version does not have what it asks for, so it is refused rather than
 ignored.
 """
-ERROR_REASON_NOT_FOUND: ErrorReason.ValueType  # 26
+ERROR_REASON_NOT_FOUND: ErrorReason.ValueType  # 25
 """There is no such site, packet or other thing."""
-ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 27
+ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 26
 """Something went wrong inside the server; the request id finds it in the log."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 

@@ -62,27 +62,31 @@ class _WarmStartSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WarmS
     DESCRIPTOR: _descriptor.EnumDescriptor
     WARM_START_SOURCE_UNSPECIFIED: _WarmStartSource.ValueType  # 0
     """Unset."""
-    WARM_START_SOURCE_REGIME: _WarmStartSource.ValueType  # 1
-    """From sites of the same profile class in the nearest regime."""
-    WARM_START_SOURCE_PROFILE_CLASS: _WarmStartSource.ValueType  # 2
-    """From sites of the same profile class in any regime."""
-    WARM_START_SOURCE_COHORT: _WarmStartSource.ValueType  # 3
-    """From the whole cohort."""
-    WARM_START_SOURCE_NONE: _WarmStartSource.ValueType  # 4
+    WARM_START_SOURCE_PROFILE_AND_REGIME: _WarmStartSource.ValueType  # 1
+    """Sites of the same profile class in the nearest regime."""
+    WARM_START_SOURCE_REGIME: _WarmStartSource.ValueType  # 2
+    """Sites of any profile class in the nearest regime."""
+    WARM_START_SOURCE_PROFILE_CLASS: _WarmStartSource.ValueType  # 3
+    """Sites of the same profile class in any regime."""
+    WARM_START_SOURCE_COHORT: _WarmStartSource.ValueType  # 4
+    """The whole cohort."""
+    WARM_START_SOURCE_NONE: _WarmStartSource.ValueType  # 5
     """There is nothing to start from yet."""
 
 class WarmStartSource(_WarmStartSource, metaclass=_WarmStartSourceEnumTypeWrapper):
-    """How far a warm start was narrowed down."""
+    """The group of sites that a warm start comes from, narrowest first."""
 
 WARM_START_SOURCE_UNSPECIFIED: WarmStartSource.ValueType  # 0
 """Unset."""
-WARM_START_SOURCE_REGIME: WarmStartSource.ValueType  # 1
-"""From sites of the same profile class in the nearest regime."""
-WARM_START_SOURCE_PROFILE_CLASS: WarmStartSource.ValueType  # 2
-"""From sites of the same profile class in any regime."""
-WARM_START_SOURCE_COHORT: WarmStartSource.ValueType  # 3
-"""From the whole cohort."""
-WARM_START_SOURCE_NONE: WarmStartSource.ValueType  # 4
+WARM_START_SOURCE_PROFILE_AND_REGIME: WarmStartSource.ValueType  # 1
+"""Sites of the same profile class in the nearest regime."""
+WARM_START_SOURCE_REGIME: WarmStartSource.ValueType  # 2
+"""Sites of any profile class in the nearest regime."""
+WARM_START_SOURCE_PROFILE_CLASS: WarmStartSource.ValueType  # 3
+"""Sites of the same profile class in any regime."""
+WARM_START_SOURCE_COHORT: WarmStartSource.ValueType  # 4
+"""The whole cohort."""
+WARM_START_SOURCE_NONE: WarmStartSource.ValueType  # 5
 """There is nothing to start from yet."""
 Global___WarmStartSource: _TypeAlias = WarmStartSource  # noqa: Y015
 
@@ -288,19 +292,22 @@ class MetaPriorUpdate(_message.Message):
     COHORTS_FIELD_NUMBER: _builtins.int
     ESTIMATES_FIELD_NUMBER: _builtins.int
     LINEAGE_FIELD_NUMBER: _builtins.int
+    UNTAGGED_SITES_FIELD_NUMBER: _builtins.int
     rev: _builtins.int
     """Output only. The revision of the update that carries it; 0 where nothing was published."""
     confidence: _builtins.float
     """Output only. Confidence in the prior as a whole, in 0..1: the mean over the settings that have a
     value.
     """
+    untagged_sites: _builtins.int
+    """Output only. Sites that named no regime."""
     @_builtins.property
     def prior(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Output only. Settings (controller, evaluator and operators signals) by name: the values to apply."""
 
     @_builtins.property
     def contexts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Context]:
-        """Output only. The regimes seen in the cohort."""
+        """Output only. The regimes that sites named. Sites that named none are counted in `untagged_sites`."""
 
     @_builtins.property
     def cohorts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -326,10 +333,11 @@ class MetaPriorUpdate(_message.Message):
         cohorts: _abc.Iterable[_builtins.str] | None = ...,
         estimates: _abc.Mapping[_builtins.str, Global___SignalEstimate] | None = ...,
         lineage: Global___Lineage | None = ...,
+        untagged_sites: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lineage", b"lineage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohorts", b"cohorts", "confidence", b"confidence", "contexts", b"contexts", "estimates", b"estimates", "lineage", b"lineage", "prior", b"prior", "rev", b"rev"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohorts", b"cohorts", "confidence", b"confidence", "contexts", b"contexts", "estimates", b"estimates", "lineage", b"lineage", "prior", b"prior", "rev", b"rev", "untagged_sites", b"untagged_sites"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -352,6 +360,7 @@ class SignalEstimate(_message.Message):
     CONFIDENCE_FIELD_NUMBER: _builtins.int
     ESTIMATOR_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    TOLERATED_FIELD_NUMBER: _builtins.int
     section: _builtins.str
     """Output only. The section of the packet that the signal stands in: `metrics`, `controller`,
     `evaluator` or `operators`.
@@ -380,6 +389,8 @@ class SignalEstimate(_message.Message):
     """
     reason: _builtins.str
     """Output only. Why there is no value; empty where there is one."""
+    tolerated: _builtins.int
+    """Output only. Lying sites under which `value` still lies in the range of the honest values."""
     def __init__(
         self,
         *,
@@ -394,10 +405,11 @@ class SignalEstimate(_message.Message):
         confidence: _builtins.float = ...,
         estimator: _builtins.str = ...,
         reason: _builtins.str = ...,
+        tolerated: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_lower", b"_lower", "_stderr", b"_stderr", "_upper", b"_upper", "_value", b"_value", "lower", b"lower", "stderr", b"stderr", "upper", b"upper", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lower", b"_lower", "_stderr", b"_stderr", "_upper", b"_upper", "_value", b"_value", "confidence", b"confidence", "effective_sites", b"effective_sites", "estimator", b"estimator", "lower", b"lower", "reason", b"reason", "section", b"section", "sites", b"sites", "stderr", b"stderr", "trimmed", b"trimmed", "upper", b"upper", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lower", b"_lower", "_stderr", b"_stderr", "_upper", b"_upper", "_value", b"_value", "confidence", b"confidence", "effective_sites", b"effective_sites", "estimator", b"estimator", "lower", b"lower", "reason", b"reason", "section", b"section", "sites", b"sites", "stderr", b"stderr", "tolerated", b"tolerated", "trimmed", b"trimmed", "upper", b"upper", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__lower: _TypeAlias = _typing.Literal["lower"]  # noqa: Y015
     _WhichOneofArgType__lower: _TypeAlias = _typing.Literal["_lower", b"_lower"]  # noqa: Y015
@@ -469,7 +481,7 @@ class Context(_message.Message):
     CONCEPTS_FIELD_NUMBER: _builtins.int
     SETTINGS_FIELD_NUMBER: _builtins.int
     regime: _builtins.str
-    """Output only. The regime tag, or the site's id where sites gave none."""
+    """Output only. The regime tag."""
     sites: _builtins.int
     """Output only. Sites in the regime."""
     @_builtins.property
@@ -596,28 +608,30 @@ class ContextSelector(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     REGIME_FIELD_NUMBER: _builtins.int
     DISTANCE_FIELD_NUMBER: _builtins.int
-    REASON_FIELD_NUMBER: _builtins.int
+    SHARED_CONCEPTS_FIELD_NUMBER: _builtins.int
     source: Global___WarmStartSource.ValueType
     """Output only. The narrowest source that gave a value."""
     regime: _builtins.str
     """Output only. The regime that was used; empty where none was."""
     distance: _builtins.float
-    """Output only. Distance between the concepts asked for and those of the regime, from 0 (equal) to 1.
-    Unset where no concepts were compared.
+    """Output only. Root mean square difference of the concepts that both the site and the regime have; 0
+    where the regime was named. Unset where no regime was matched.
     """
-    reason: _builtins.str
-    """Output only. Why the source is not a narrower one; empty where it is the narrowest."""
+    @_builtins.property
+    def shared_concepts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Output only. The concepts that were compared."""
+
     def __init__(
         self,
         *,
         source: Global___WarmStartSource.ValueType = ...,
         regime: _builtins.str = ...,
         distance: _builtins.float | None = ...,
-        reason: _builtins.str = ...,
+        shared_concepts: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_distance", b"_distance", "distance", b"distance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distance", b"_distance", "distance", b"distance", "reason", b"reason", "regime", b"regime", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distance", b"_distance", "distance", b"distance", "regime", b"regime", "shared_concepts", b"shared_concepts", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__distance: _TypeAlias = _typing.Literal["distance"]  # noqa: Y015
     _WhichOneofArgType__distance: _TypeAlias = _typing.Literal["_distance", b"_distance"]  # noqa: Y015
@@ -633,21 +647,40 @@ class InitOrigin(_message.Message):
 
     SOURCE_FIELD_NUMBER: _builtins.int
     SITES_FIELD_NUMBER: _builtins.int
+    LOWER_FIELD_NUMBER: _builtins.int
+    UPPER_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_FIELD_NUMBER: _builtins.int
     source: Global___WarmStartSource.ValueType
     """Output only. The group of sites."""
     sites: _builtins.int
     """Output only. Sites behind the value."""
+    lower: _builtins.float
+    """Output only. Lower end of the 95 % confidence interval. Unset where it could not be estimated."""
+    upper: _builtins.float
+    """Output only. Upper end of the 95 % confidence interval. Unset where it could not be estimated."""
+    confidence: _builtins.float
+    """Output only. Confidence in the value, in 0..1."""
     def __init__(
         self,
         *,
         source: Global___WarmStartSource.ValueType = ...,
         sites: _builtins.int = ...,
+        lower: _builtins.float | None = ...,
+        upper: _builtins.float | None = ...,
+        confidence: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lower", b"_lower", "_upper", b"_upper", "lower", b"lower", "upper", b"upper"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sites", b"sites", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lower", b"_lower", "_upper", b"_upper", "confidence", b"confidence", "lower", b"lower", "sites", b"sites", "source", b"source", "upper", b"upper"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__lower: _TypeAlias = _typing.Literal["lower"]  # noqa: Y015
+    _WhichOneofArgType__lower: _TypeAlias = _typing.Literal["_lower", b"_lower"]  # noqa: Y015
+    _WhichOneofReturnType__upper: _TypeAlias = _typing.Literal["upper"]  # noqa: Y015
+    _WhichOneofArgType__upper: _TypeAlias = _typing.Literal["_upper", b"_upper"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lower) -> _WhichOneofReturnType__lower | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__upper) -> _WhichOneofReturnType__upper | None: ...
 
 Global___InitOrigin: _TypeAlias = InitOrigin  # noqa: Y015
 
@@ -815,17 +848,42 @@ class CausalConsensus(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class UnpooledEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     EDGES_FIELD_NUMBER: _builtins.int
     CYCLES_FIELD_NUMBER: _builtins.int
+    UNPOOLED_FIELD_NUMBER: _builtins.int
     LINEAGE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def edges(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConsensusEdge]:
-        """Output only. The relations, strongest support first."""
+        """Output only. The relations that a quorum of sites found, strongest support first."""
 
     @_builtins.property
     def cycles(self) -> _containers.RepeatedCompositeFieldContainer[Global___CausalCycle]:
-        """Output only. Cycles among the accepted relations, each flagged with its weakest edge. None is
-        broken.
+        """Output only. Cycles among the relations, each flagged with its weakest edge. None is broken."""
+
+    @_builtins.property
+    def unpooled(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Output only. Relations that are not in `edges`, counted by the reason, for example
+        `below_quorum`. They are not named, because a single site may stand behind one.
         """
 
     @_builtins.property
@@ -837,11 +895,12 @@ class CausalConsensus(_message.Message):
         *,
         edges: _abc.Iterable[Global___ConsensusEdge] | None = ...,
         cycles: _abc.Iterable[Global___CausalCycle] | None = ...,
+        unpooled: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         lineage: Global___Lineage | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lineage", b"lineage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycles", b"cycles", "edges", b"edges", "lineage", b"lineage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cycles", b"cycles", "edges", b"edges", "lineage", b"lineage", "unpooled", b"unpooled"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -857,15 +916,21 @@ class ConsensusEdge(_message.Message):
     TARGET_FIELD_NUMBER: _builtins.int
     TYPE_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
+    STDERR_FIELD_NUMBER: _builtins.int
     LOWER_FIELD_NUMBER: _builtins.int
     UPPER_FIELD_NUMBER: _builtins.int
     SITES_FIELD_NUMBER: _builtins.int
     TESTING_SITES_FIELD_NUMBER: _builtins.int
     SUPPORT_FIELD_NUMBER: _builtins.int
+    POSITIVE_SITES_FIELD_NUMBER: _builtins.int
+    NEGATIVE_SITES_FIELD_NUMBER: _builtins.int
+    ESTIMATOR_FIELD_NUMBER: _builtins.int
+    POOLED_SITES_FIELD_NUMBER: _builtins.int
     I_SQUARED_FIELD_NUMBER: _builtins.int
+    TAU_SQUARED_FIELD_NUMBER: _builtins.int
     SIGN_CONFLICT_FIELD_NUMBER: _builtins.int
     DIRECTION_CONFLICT_FIELD_NUMBER: _builtins.int
-    REASON_FIELD_NUMBER: _builtins.int
+    IN_CYCLE_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     """Output only. The cause."""
     target: _builtins.str
@@ -873,7 +938,9 @@ class ConsensusEdge(_message.Message):
     type: _builtins.str
     """Output only. The kind of relation."""
     weight: _builtins.float
-    """Output only. The pooled weight. Unset below the quorum."""
+    """Output only. The pooled weight."""
+    stderr: _builtins.float
+    """Output only. Standard error of the weight. Unset where it could not be estimated."""
     lower: _builtins.float
     """Output only. Lower end of the 95 % interval of the weight. Unset where it could not be estimated."""
     upper: _builtins.float
@@ -884,70 +951,95 @@ class ConsensusEdge(_message.Message):
     """Output only. Sites that could have found it: both ends were among their tested nodes."""
     support: _builtins.float
     """Output only. Wilson lower bound of the share of testing sites that found it, in 0..1."""
+    positive_sites: _builtins.int
+    """Output only. Sites that found a positive weight."""
+    negative_sites: _builtins.int
+    """Output only. Sites that found a negative weight."""
+    estimator: _builtins.str
+    """Output only. How the weight was pooled, for example `dersimonian_laird_hksj` or `trimmed_mean`."""
+    pooled_sites: _builtins.int
+    """Output only. Sites whose weights were pooled; fewer than `sites` where only some gave standard
+    errors and they sufficed.
+    """
     i_squared: _builtins.float
     """Output only. Heterogeneity I2 in 0..1. Unset where sites gave no standard errors."""
+    tau_squared: _builtins.float
+    """Output only. Variance between sites. Unset where sites gave no standard errors."""
     sign_conflict: _builtins.bool
     """Output only. True where sites disagree about the sign."""
     direction_conflict: _builtins.bool
-    """Output only. True where sites disagree about the direction."""
-    reason: _builtins.str
-    """Output only. Why there is no pooled weight; empty where there is one."""
+    """Output only. True where the reverse relation is in the consensus too."""
+    in_cycle: _builtins.bool
+    """Output only. True where the relation lies on a cycle."""
     def __init__(
         self,
         *,
         source: _builtins.str = ...,
         target: _builtins.str = ...,
         type: _builtins.str = ...,
-        weight: _builtins.float | None = ...,
+        weight: _builtins.float = ...,
+        stderr: _builtins.float | None = ...,
         lower: _builtins.float | None = ...,
         upper: _builtins.float | None = ...,
         sites: _builtins.int = ...,
         testing_sites: _builtins.int = ...,
         support: _builtins.float = ...,
+        positive_sites: _builtins.int = ...,
+        negative_sites: _builtins.int = ...,
+        estimator: _builtins.str = ...,
+        pooled_sites: _builtins.int = ...,
         i_squared: _builtins.float | None = ...,
+        tau_squared: _builtins.float | None = ...,
         sign_conflict: _builtins.bool = ...,
         direction_conflict: _builtins.bool = ...,
-        reason: _builtins.str = ...,
+        in_cycle: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_i_squared", b"_i_squared", "_lower", b"_lower", "_upper", b"_upper", "_weight", b"_weight", "i_squared", b"i_squared", "lower", b"lower", "upper", b"upper", "weight", b"weight"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_i_squared", b"_i_squared", "_lower", b"_lower", "_stderr", b"_stderr", "_tau_squared", b"_tau_squared", "_upper", b"_upper", "i_squared", b"i_squared", "lower", b"lower", "stderr", b"stderr", "tau_squared", b"tau_squared", "upper", b"upper"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_i_squared", b"_i_squared", "_lower", b"_lower", "_upper", b"_upper", "_weight", b"_weight", "direction_conflict", b"direction_conflict", "i_squared", b"i_squared", "lower", b"lower", "reason", b"reason", "sign_conflict", b"sign_conflict", "sites", b"sites", "source", b"source", "support", b"support", "target", b"target", "testing_sites", b"testing_sites", "type", b"type", "upper", b"upper", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_i_squared", b"_i_squared", "_lower", b"_lower", "_stderr", b"_stderr", "_tau_squared", b"_tau_squared", "_upper", b"_upper", "direction_conflict", b"direction_conflict", "estimator", b"estimator", "i_squared", b"i_squared", "in_cycle", b"in_cycle", "lower", b"lower", "negative_sites", b"negative_sites", "pooled_sites", b"pooled_sites", "positive_sites", b"positive_sites", "sign_conflict", b"sign_conflict", "sites", b"sites", "source", b"source", "stderr", b"stderr", "support", b"support", "target", b"target", "tau_squared", b"tau_squared", "testing_sites", b"testing_sites", "type", b"type", "upper", b"upper", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__i_squared: _TypeAlias = _typing.Literal["i_squared"]  # noqa: Y015
     _WhichOneofArgType__i_squared: _TypeAlias = _typing.Literal["_i_squared", b"_i_squared"]  # noqa: Y015
     _WhichOneofReturnType__lower: _TypeAlias = _typing.Literal["lower"]  # noqa: Y015
     _WhichOneofArgType__lower: _TypeAlias = _typing.Literal["_lower", b"_lower"]  # noqa: Y015
+    _WhichOneofReturnType__stderr: _TypeAlias = _typing.Literal["stderr"]  # noqa: Y015
+    _WhichOneofArgType__stderr: _TypeAlias = _typing.Literal["_stderr", b"_stderr"]  # noqa: Y015
+    _WhichOneofReturnType__tau_squared: _TypeAlias = _typing.Literal["tau_squared"]  # noqa: Y015
+    _WhichOneofArgType__tau_squared: _TypeAlias = _typing.Literal["_tau_squared", b"_tau_squared"]  # noqa: Y015
     _WhichOneofReturnType__upper: _TypeAlias = _typing.Literal["upper"]  # noqa: Y015
     _WhichOneofArgType__upper: _TypeAlias = _typing.Literal["_upper", b"_upper"]  # noqa: Y015
-    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
-    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__i_squared) -> _WhichOneofReturnType__i_squared | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lower) -> _WhichOneofReturnType__lower | None: ...
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__upper) -> _WhichOneofReturnType__upper | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stderr) -> _WhichOneofReturnType__stderr | None: ...
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tau_squared) -> _WhichOneofReturnType__tau_squared | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__upper) -> _WhichOneofReturnType__upper | None: ...
 
 Global___ConsensusEdge: _TypeAlias = ConsensusEdge  # noqa: Y015
 
 @_typing.final
 class CausalCycle(_message.Message):
-    """A cycle in the consensus."""
+    """A cycle in the consensus: variables each of which can be reached from each other."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NODES_FIELD_NUMBER: _builtins.int
     WEAKEST_SOURCE_FIELD_NUMBER: _builtins.int
     WEAKEST_TARGET_FIELD_NUMBER: _builtins.int
+    WEAKEST_TYPE_FIELD_NUMBER: _builtins.int
     weakest_source: _builtins.str
     """Output only. Cause of the edge with the least support."""
     weakest_target: _builtins.str
     """Output only. Effect of the edge with the least support."""
+    weakest_type: _builtins.str
+    """Output only. Kind of the edge with the least support."""
     @_builtins.property
     def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Output only. The variables in it, in order."""
+        """Output only. The variables."""
 
     def __init__(
         self,
@@ -955,10 +1047,11 @@ class CausalCycle(_message.Message):
         nodes: _abc.Iterable[_builtins.str] | None = ...,
         weakest_source: _builtins.str = ...,
         weakest_target: _builtins.str = ...,
+        weakest_type: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes", "weakest_source", b"weakest_source", "weakest_target", b"weakest_target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes", "weakest_source", b"weakest_source", "weakest_target", b"weakest_target", "weakest_type", b"weakest_type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
