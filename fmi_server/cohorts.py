@@ -12,11 +12,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from google.protobuf.duration_pb2 import Duration
 
 from fmi.v1 import cohort_pb2
+from fmi_server.aggregation import SignalRule, TransformName
 from fmi_server.config import AggregationConfig
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.errors import (
@@ -32,38 +33,10 @@ __all__ = [
     "CohortRegistry",
     "CohortRules",
     "IngestRules",
-    "SignalRules",
     "compile_spec",
 ]
 
 DAY_S: Final = 86_400.0
-
-
-@dataclass(frozen=True, slots=True)
-class SignalRules:
-    """The rules of one declared signal.
-
-    Attributes:
-        name: Its name.
-        section: The section it stands in, for example `controller`.
-        lower: The smallest value taken; minus infinity where there is no bound.
-        upper: The largest value taken; infinity where there is no bound.
-        transform: The scale of averaging: `linear`, `log` or `logit`.
-        direction: 1 where larger is better, -1 where smaller is better, 0 where it is not scored.
-        scale: A change of the metric that counts as 1 when policies are scored.
-        guardrail: Whether a policy that harms it is never recommended.
-        unit: The unit, for people.
-    """
-
-    name: str
-    section: str
-    lower: float = -math.inf
-    upper: float = math.inf
-    transform: str = "linear"
-    direction: int = 0
-    scale: float = 1.0
-    guardrail: bool = False
-    unit: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +60,8 @@ class CohortRules:
     declared: bool
     schema_hash: str
     spec: cohort_pb2.CohortSpec
-    signals: Mapping[str, SignalRules]
+    signals: Mapping[str, SignalRule]
+    guardrails: frozenset[str]
     free_signals: bool
     aggregation: AggregationConfig
     ingest: IngestRules
@@ -132,7 +106,8 @@ def compile_spec(
         declared=declared,
         schema_hash=hashlib.sha256(filled.SerializeToString(deterministic=True)).hexdigest(),
         spec=filled,
-        signals=MappingProxyType({signal.name: _signal_rules(signal) for signal in filled.signals}),
+        signals=MappingProxyType({signal.name: _signal_rule(signal) for signal in filled.signals}),
+        guardrails=frozenset(signal.name for signal in filled.signals if signal.guardrail),
         free_signals=filled.free_signals,
         aggregation=dataclasses.replace(
             defaults,
@@ -274,28 +249,27 @@ _SECTIONS: Final = {
     cohort_pb2.SIGNAL_SECTION_EVALUATOR: "evaluator",
     cohort_pb2.SIGNAL_SECTION_OPERATORS: "operators",
 }
-_TRANSFORMS: Final = {
+_TRANSFORMS: Final[Mapping[int, TransformName]] = {
     cohort_pb2.SIGNAL_TRANSFORM_LINEAR: "linear",
     cohort_pb2.SIGNAL_TRANSFORM_LOG: "log",
     cohort_pb2.SIGNAL_TRANSFORM_LOGIT: "logit",
 }
-_DIRECTIONS: Final = {
-    cohort_pb2.SIGNAL_DIRECTION_UNSPECIFIED: 0,
+_DIRECTIONS: Final[Mapping[int, Literal[1, -1] | None]] = {
+    cohort_pb2.SIGNAL_DIRECTION_UNSPECIFIED: None,
     cohort_pb2.SIGNAL_DIRECTION_HIGHER_IS_BETTER: 1,
     cohort_pb2.SIGNAL_DIRECTION_LOWER_IS_BETTER: -1,
 }
 
 
-def _signal_rules(signal: cohort_pb2.SignalSpec) -> SignalRules:
-    return SignalRules(
+def _signal_rule(signal: cohort_pb2.SignalSpec) -> SignalRule:
+    return SignalRule(
         name=signal.name,
         section=_SECTIONS[signal.section],
-        lower=signal.lower if signal.HasField("lower") else -math.inf,
-        upper=signal.upper if signal.HasField("upper") else math.inf,
+        lower=signal.lower if signal.HasField("lower") else None,
+        upper=signal.upper if signal.HasField("upper") else None,
         transform=_TRANSFORMS[signal.transform],
         direction=_DIRECTIONS[signal.direction],
         scale=signal.scale,
-        guardrail=signal.guardrail,
         unit=signal.unit,
     )
 
@@ -436,17 +410,25 @@ def _unsafe_changes(present: CohortRules, new: CohortRules) -> Iterator[Violatio
                 "transform_changed",
                 f"would change from {old.transform} to {changed.transform}",
             )
-        if changed.lower > old.lower or changed.upper < old.upper:
+        old_lower, old_upper = _bounds(old)
+        lower, upper = _bounds(changed)
+        if lower > old_lower or upper < old_upper:
             yield _unsafe(
-                f"{field}.lower" if changed.lower > old.lower else f"{field}.upper",
+                f"{field}.lower" if lower > old_lower else f"{field}.upper",
                 "bounds_narrowed",
-                f"would be narrowed from [{old.lower:g}, {old.upper:g}] to "
-                f"[{changed.lower:g}, {changed.upper:g}]",
+                f"would be narrowed from [{old_lower:g}, {old_upper:g}] to [{lower:g}, {upper:g}]",
             )
     if present.free_signals and not new.free_signals:
         yield _unsafe(
             "free_signals", "vocabulary_closed", "would be closed, so undeclared signals are refused"
         )
+
+
+def _bounds(signal: SignalRule) -> tuple[float, float]:
+    return (
+        -math.inf if signal.lower is None else signal.lower,
+        math.inf if signal.upper is None else signal.upper,
+    )
 
 
 def _unsafe(field: str, rule: str, description: str) -> Violation:

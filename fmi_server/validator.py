@@ -213,10 +213,15 @@ def _signal_violations(
                 f"stands in {section}, but is a signal of {signal.section} in this cohort",
                 Reason.COHORT_RULE_VIOLATION,
             )
-        elif in_bounds and not signal.lower <= value <= signal.upper:
+        elif in_bounds and (
+            (signal.lower is not None and value < signal.lower)
+            or (signal.upper is not None and value > signal.upper)
+        ):
+            lower = "-inf" if signal.lower is None else f"{signal.lower:g}"
+            upper = "inf" if signal.upper is None else f"{signal.upper:g}"
             yield Violation(
                 field,
                 "fmi.cohort.bounds",
-                f"is {value:g}, outside the cohort's bounds [{signal.lower:g}, {signal.upper:g}]",
+                f"is {value:g}, outside the cohort's bounds [{lower}, {upper}]",
                 Reason.COHORT_RULE_VIOLATION,
             )

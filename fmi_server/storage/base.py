@@ -216,6 +216,11 @@ class DictionaryConflictError(StoreError):
         self.dictionary_id = dictionary_id
         super().__init__(f"dictionary {dictionary_id} exists with other data; choose a new id")
 
+    @property
+    def public_message(self) -> str:
+        """The whole message; it has nothing of the server's own."""
+        return str(self)
+
 
 class UnknownPacketError(StoreError):
     """No packet is kept under this position or key."""
@@ -225,6 +230,11 @@ class UnknownPacketError(StoreError):
     def __init__(self, *, packet: int | PacketKey) -> None:
         self.packet = packet
         super().__init__(f"no packet {packet!r} in the store")
+
+    @property
+    def public_message(self) -> str:
+        """The whole message; it has nothing of the server's own."""
+        return str(self)
 
 
 class Store(ABC):

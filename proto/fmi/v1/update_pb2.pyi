@@ -207,15 +207,17 @@ class Lineage(_message.Message):
     epsilon_spent: _builtins.float
     """Output only. Differential privacy spent by the cohort up to this release; 0 where privacy is off."""
     quarantined: _builtins.int
-    """Output only. Packets held in quarantine and not counted."""
+    """Output only. Packets of the cohort that are in quarantine and were not counted."""
     @_builtins.property
     def window(self) -> _duration_pb2.Duration:
-        """Output only. Time between the oldest and the newest packet counted, by the server's clock."""
+        """Output only. Time between the oldest and the newest value counted, by the sites' clocks. Unset
+        where nothing was counted.
+        """
 
     @_builtins.property
     def reputations(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Output only. The server's reputation of each site that was counted, in 0..1, as it was used in the
-        weights.
+        weights. In a prior only, and empty in cohorts of more than 1000 sites, where ListSites has them.
         """
 
     def __init__(

@@ -1,0 +1,330 @@
+"""FMIAggregator: packets to aggregates, in the contract's types."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fmi.v1 import packet_pb2, update_pb2
+from fmi_server.aggregation import Estimate, ParamValue, WarmStart
+from fmi_server.cohort_state import CohortState, ReleasedStatistics
+from fmi_server.cohorts import CohortRegistry, CohortRules
+from fmi_server.config import AggregationConfig
+from fmi_server.contracts import FMIContractRegistry
+from fmi_server.errors import PacketRefusedError
+
+__all__ = ["AggregationResult", "FMIAggregator", "warm_start_message"]
+
+SETTINGS_SECTIONS: Final = frozenset({"controller", "evaluator", "operators"})
+"""The sections whose signals are settings, which a consumer can apply. Metrics can only be watched."""
+
+MAX_REPUTATIONS_TOLD: Final = 1000
+"""Sites up to which a prior tells the reputation of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class AggregationResult:
+    """The aggregates of one cohort.
+
+    Attributes:
+        prior_update: Prior knowledge; `prior_update.prior` is flat, for example `{"tau": 0.91}`.
+        warm_start: Where a new site should begin: the profile of the class with most sites.
+        warm_starts: The profiles of all classes.
+        policy_hint: Which policy change to try. Where there is none, `hint_id` is empty and `reason`
+            says why.
+        causal_consensus: Which causes the sites agree on.
+    """
+
+    prior_update: update_pb2.MetaPriorUpdate
+    warm_start: update_pb2.WarmStartProfile
+    warm_starts: update_pb2.WarmStartSet
+    policy_hint: update_pb2.MetaPolicyHint
+    causal_consensus: update_pb2.CausalConsensus
+
+
+class FMIAggregator:
+    """Aggregates the packets of cohorts.
+
+    `aggregate` takes packets and keeps nothing. `state` gives the resident state of a cohort, which the
+    server feeds packet by packet, and `release` its aggregates.
+
+    Args:
+        config: How packets become one aggregate, where a cohort's spec does not say.
+        registry: The contract.
+        clock: Unix time in seconds.
+    """
+
+    def __init__(
+        self,
+        config: AggregationConfig | None = None,
+        *,
+        registry: FMIContractRegistry | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.config = config or AggregationConfig()
+        self._registry = registry or FMIContractRegistry()
+        self._clock = clock
+        self._states: dict[str, CohortState] = {}
+
+    def aggregate(
+        self, cohort: str, packets: Iterable[packet_pb2.Packet | Mapping[str, Any]]
+    ) -> AggregationResult:
+        """Aggregate packets as one cohort, with the default rules of a cohort.
+
+        Args:
+            cohort: The name that the result carries.
+            packets: Typed packets, or plain ones in any form that the registry takes. A site counts
+                once per signal, with its newest value.
+
+        Returns:
+            The aggregates, with revision 0: nothing is published.
+
+        Raises:
+            PacketRefusedError: A packet breaks the contract.
+            CohortUnknownError: The name is no cohort's name.
+        """
+        rules = CohortRegistry(self._registry, defaults=self.config).rules(cohort)
+        state = CohortState(rules)
+        newest = -math.inf
+        for item in packets:
+            packet = self._registry.coerce(item)
+            found = self._registry.violations(packet)
+            if found:
+                raise PacketRefusedError(found)
+            emitted_at = packet.header.emitted_at
+            newest = max(newest, emitted_at.seconds + emitted_at.nanos / 1e9)
+            state.count(packet)
+        # Packets that are given are all to count: time stands at the newest of them.
+        return self.result(state, now=newest if math.isfinite(newest) else self._clock())
+
+    def state(
+        self, rules: CohortRules, *, reputations: dict[str, float] | None = None
+    ) -> CohortState:
+        """Return the resident state of a cohort, made new where there is none.
+
+        Args:
+            rules: The cohort's rules.
+            reputations: Of its sites, from an earlier life of the server; used for a new state.
+        """
+        state = self._states.get(rules.name)
+        if state is None:
+            state = self._states[rules.name] = CohortState(rules, reputations=reputations)
+        return state
+
+    def replace(self, state: CohortState) -> None:
+        """Put another state in the place of a cohort's present one."""
+        self._states[state.rules.name] = state
+
+    def result(self, state: CohortState, *, now: float) -> AggregationResult:
+        """Compute the aggregates of a resident state.
+
+        Args:
+            state: The state.
+            now: Unix seconds.
+        """
+        statistics = state.release(now)
+        rules = state.rules
+        profiles = {
+            name: warm_start_message(found) for name, found in statistics.warm_starts.items()
+        }
+        for profile in profiles.values():
+            profile.lineage.CopyFrom(_signals_lineage(statistics, rules))
+        return AggregationResult(
+            prior_update=_prior_message(statistics, rules),
+            warm_start=profiles[statistics.main_class],
+            warm_starts=update_pb2.WarmStartSet(profiles=profiles.values()),
+            policy_hint=_hint_message(statistics, rules),
+            causal_consensus=_causes_message(statistics, rules),
+        )
+
+
+def warm_start_message(found: WarmStart) -> update_pb2.WarmStartProfile:
+    """Write a warm start in the contract's types, without its lineage."""
+    profile = update_pb2.WarmStartProfile(
+        profile_class=found.profile_class,
+        context_selector=update_pb2.ContextSelector(
+            source=_SOURCES[found.source],
+            regime=found.regime or "",
+            distance=found.regime_distance,
+            shared_concepts=found.shared_concepts,
+        ),
+    )
+    for name, value in found.init.items():
+        profile.init[name] = value.value
+        profile.origins[name].CopyFrom(
+            update_pb2.InitOrigin(
+                source=_SOURCES[value.source],
+                sites=value.sites,
+                lower=value.lower,
+                upper=value.upper,
+                confidence=value.confidence,
+            )
+        )
+    if found.init:
+        profile.confidence = math.fsum(v.confidence for v in found.init.values()) / len(found.init)
+    return profile
+
+
+def _signals_lineage(statistics: ReleasedStatistics, rules: CohortRules) -> update_pb2.Lineage:
+    prior = statistics.prior
+    lineage = update_pb2.Lineage(
+        packets=statistics.packets["msp"],
+        sites=prior.sites,
+        estimator=rules.aggregation.metrics_aggregation,
+        trimmed=int(prior.table.trimmed.sum()),
+    )
+    if prior.oldest is not None and prior.newest is not None:
+        lineage.window.FromNanoseconds(round((prior.newest - prior.oldest) * 1e9))
+    return lineage
+
+
+def _prior_message(
+    statistics: ReleasedStatistics, rules: CohortRules
+) -> update_pb2.MetaPriorUpdate:
+    release = statistics.prior
+    update = update_pb2.MetaPriorUpdate(
+        cohorts=[rules.name],
+        lineage=_signals_lineage(statistics, rules),
+        untagged_sites=statistics.contexts.untagged_sites,
+    )
+    if len(statistics.reputations) <= MAX_REPUTATIONS_TOLD:
+        update.lineage.reputations.update(statistics.reputations)
+    confidences = []
+    for (name, found), section in zip(release.estimates().items(), release.sections, strict=True):
+        update.estimates[name].CopyFrom(_estimate_message(found, section))
+        if found.value is not None and section in SETTINGS_SECTIONS:
+            update.prior[name] = found.value
+            confidences.append(found.confidence)
+    if confidences:
+        update.confidence = math.fsum(confidences) / len(confidences)
+    for regime in statistics.contexts.regimes:
+        update.contexts.add(
+            regime=regime.name,
+            sites=regime.sites,
+            concepts=regime.concepts,
+            settings={
+                name: value
+                for name, value in regime.settings.items()
+                if update.estimates[name].section in SETTINGS_SECTIONS
+            },
+        )
+    return update
+
+
+def _estimate_message(found: Estimate, section: str) -> update_pb2.SignalEstimate:
+    return update_pb2.SignalEstimate(
+        section=section,
+        value=found.value,
+        stderr=found.stderr,
+        lower=found.lower,
+        upper=found.upper,
+        sites=found.sites,
+        effective_sites=found.effective_sites,
+        trimmed=found.trimmed,
+        confidence=found.confidence,
+        estimator=found.used or "",
+        reason=found.reason or "",
+        tolerated=found.tolerated,
+    )
+
+
+def _hint_message(statistics: ReleasedStatistics, rules: CohortRules) -> update_pb2.MetaPolicyHint:
+    decision = statistics.policy
+    message = update_pb2.MetaPolicyHint(
+        reason=_NO_HINT.get(decision.reason, decision.reason),
+        lineage=update_pb2.Lineage(
+            packets=statistics.packets["pop"],
+            sites=statistics.outcome_sites,
+            estimator=rules.aggregation.metrics_aggregation,
+        ),
+    )
+    hint = decision.hint
+    if hint is None:
+        return message
+    message.hint_id = hint.hint_id
+    message.reason = hint.reason
+    message.confidence = hint.confidence
+    message.effect = hint.effect
+    message.effect_lower = hint.lower_bound
+    message.sites = hint.sites
+    for name, value in hint.bundle.items():
+        message.bundle[name].CopyFrom(_param_message(value))
+    for name, (lower, upper) in hint.bounds.items():
+        message.bounds[name].CopyFrom(update_pb2.ParamBounds(lower=lower, upper=upper))
+    return message
+
+
+def _param_message(value: ParamValue) -> packet_pb2.ParamValue:
+    if isinstance(value, bool):
+        return packet_pb2.ParamValue(flag=value)
+    if isinstance(value, str):
+        return packet_pb2.ParamValue(text=value)
+    return packet_pb2.ParamValue(number=value)
+
+
+def _causes_message(
+    statistics: ReleasedStatistics, rules: CohortRules
+) -> update_pb2.CausalConsensus:
+    causes = statistics.causes
+    message = update_pb2.CausalConsensus(
+        unpooled=Counter(edge.reason for edge in causes.unpooled),
+        lineage=update_pb2.Lineage(
+            packets=statistics.packets["ccs"],
+            sites=causes.sites,
+            estimator=rules.aggregation.metrics_aggregation,
+        ),
+    )
+    for edge in sorted(causes.edges, key=lambda edge: (-edge.support, edge.key)):
+        message.edges.add(
+            source=edge.source,
+            target=edge.target,
+            type=edge.type,
+            weight=edge.weight,
+            stderr=edge.stderr,
+            lower=edge.lower,
+            upper=edge.upper,
+            sites=edge.sites,
+            testing_sites=edge.testable,
+            support=edge.support,
+            positive_sites=edge.positive,
+            negative_sites=edge.negative,
+            estimator=edge.method,
+            pooled_sites=edge.pooled_sites,
+            i_squared=edge.i_squared,
+            tau_squared=edge.tau_squared,
+            sign_conflict=edge.sign_conflict,
+            direction_conflict=edge.direction_conflict,
+            in_cycle=edge.in_cycle,
+        )
+    for cycle in causes.cycles:
+        source, target, kind = cycle.weakest
+        message.cycles.add(
+            nodes=cycle.nodes, weakest_source=source, weakest_target=target, weakest_type=kind
+        )
+    return message
+
+
+_SOURCES: Final[Mapping[str, update_pb2.WarmStartSource.ValueType]] = {
+    "profile_and_regime": update_pb2.WARM_START_SOURCE_PROFILE_AND_REGIME,
+    "regime": update_pb2.WARM_START_SOURCE_REGIME,
+    "profile_class": update_pb2.WARM_START_SOURCE_PROFILE_CLASS,
+    "cohort": update_pb2.WARM_START_SOURCE_COHORT,
+    "none": update_pb2.WARM_START_SOURCE_NONE,
+}
+
+_NO_HINT: Final = {
+    "no_outcome": "no hint: no site has sent a policy outcome",
+    "no_scored_outcome": (
+        "no hint: none of the outcomes has a metric before and after for which the cohort spec gives a "
+        "direction"
+    ),
+    "below_quorum": "no hint: no bundle was tried by enough sites",
+    "no_agreement": "no hint: of every bundle with enough sites, too few found that it helps",
+    "guardrail_harmed": "no hint: every bundle that helps harms a guardrail metric",
+    "guardrail_unobserved": "no hint: too few sites observed the guardrail metrics",
+    "not_better_than_nothing": "no hint: no bundle is better than no change with enough certainty",
+}

@@ -1,0 +1,376 @@
+"""CohortState: what is resident of one cohort, from packets to statistics.
+
+A packet touches one column of the matrix of its cohort, and the records of its site. Everything that is
+kept per site is bounded.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final, TypeVar, cast
+
+from fmi.plain import DEFAULT_PROFILE_CLASS
+from fmi.v1 import packet_pb2
+from fmi_server.aggregation import (
+    CausalConsensus,
+    CausalPair,
+    CausalSettings,
+    CausalSummary,
+    CohortMatrix,
+    ContextReport,
+    EstimatorName,
+    EstimatorSettings,
+    ParamValue,
+    PolicyDecision,
+    PolicyOutcome,
+    PolicySettings,
+    PriorRelease,
+    ReputationBook,
+    SiteContext,
+    WarmStart,
+    WarmStartRequest,
+    decide_policy,
+    describe_contexts,
+    pool_causes,
+    site_scores,
+    warm_start,
+)
+from fmi_server.cohorts import CohortRules
+from fmi_server.contracts import SECTIONS
+
+_Kept = TypeVar("_Kept", PolicyOutcome, CausalSummary)
+
+__all__ = ["CohortState", "ReleasedStatistics", "SiteRecord"]
+
+MAX_OUTCOMES_PER_SITE: Final = 256
+"""Policy outcomes kept of one site; past it the oldest goes."""
+
+MAX_SUMMARIES_PER_SITE: Final = 64
+"""Causal summaries kept of one site; past it the oldest goes."""
+
+MAX_SIGNALS: Final = 4096
+"""Signals that an open vocabulary may grow to."""
+
+
+@dataclass(slots=True)
+class SiteRecord:
+    """What is kept of one site, besides its column.
+
+    Attributes:
+        profile_class: Of its newest packet.
+        regime_tag: Of its newest packet that names one.
+        concepts: Scores of its newest summary that has some.
+        heard_at: Emission time of its newest packet, Unix seconds.
+        outcomes: Its policy outcomes as a heap, oldest first.
+        summaries: Its causal summaries as a heap, oldest first.
+    """
+
+    profile_class: str = DEFAULT_PROFILE_CLASS
+    regime_tag: str = ""
+    concepts: dict[str, float] = field(default_factory=dict)
+    heard_at: float = float("-inf")
+    concepts_at: float = float("-inf")
+    outcomes: list[tuple[float, str, PolicyOutcome]] = field(default_factory=list)
+    summaries: list[tuple[float, str, CausalSummary]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasedStatistics:
+    """The statistics of one release.
+
+    Attributes:
+        prior: Estimates of all signals.
+        contexts: The regimes.
+        warm_starts: By profile class; always with the class of sites that named none.
+        main_class: The profile class of most sites, among those with a warm start.
+        policy: The hint, or why there is none.
+        causes: The consensus.
+        reputations: As they were used in the weights.
+        packets: Packets counted, by type.
+        outcome_sites: Sites with a policy outcome in the window.
+    """
+
+    prior: PriorRelease
+    contexts: ContextReport
+    warm_starts: dict[str, WarmStart]
+    main_class: str
+    policy: PolicyDecision
+    causes: CausalConsensus
+    reputations: dict[str, float]
+    packets: Counter[str]
+    outcome_sites: int
+
+
+class CohortState:
+    """The resident state of one cohort.
+
+    Not thread-safe: one owner at a time.
+
+    Args:
+        rules: The cohort's rules.
+        reputations: Of sites, from an earlier life of the server.
+
+    Attributes:
+        packets: Packets counted, by type.
+        ignored: Values of accepted packets that could not be counted, by reason.
+    """
+
+    def __init__(self, rules: CohortRules, *, reputations: dict[str, float] | None = None) -> None:
+        self.packets: Counter[str] = Counter()
+        self.ignored: Counter[str] = Counter()
+        self._sites: dict[str, SiteRecord] = {}
+        self._touched: set[str] = set()
+        self._trust = ReputationBook(reputation=reputations)
+        self._matrix = CohortMatrix()
+        self._rules = rules
+        self.apply_rules(rules)
+
+    @property
+    def rules(self) -> CohortRules:
+        """The rules in force."""
+        return self._rules
+
+    @property
+    def quorum(self) -> bool:
+        """Whether there are enough sites for anything to have a value."""
+        return len(self._sites) >= self._rules.aggregation.vote_min_sites
+
+    def site(self, domain_id: str) -> SiteRecord | None:
+        """Return what is kept of a site."""
+        return self._sites.get(domain_id)
+
+    def reputation(self, domain_id: str) -> float:
+        """Return the reputation of a site, in 0..1."""
+        return self._trust.of(domain_id)
+
+    def reputations(self) -> dict[str, float]:
+        """Return the reputations of all sites that were judged."""
+        return self._trust.snapshot()
+
+    def section_of(self, signal: str) -> str | None:
+        """Return the section in which a signal stands in this cohort."""
+        return self._matrix.section_of(signal)
+
+    def apply_rules(self, rules: CohortRules) -> None:
+        """Start with new rules. The matrix begins empty: its rows depend on the rules."""
+        settings = rules.aggregation
+        self._rules = rules
+        self._estimator = EstimatorSettings(
+            # AggregationConfig took only names that are known.
+            name=cast("EstimatorName", settings.metrics_aggregation),
+            trim_alpha=settings.metrics_trim_alpha,
+            min_sites=settings.vote_min_sites,
+            max_byzantine=settings.max_byzantine,
+            weight_cap=settings.weight_cap,
+        )
+        self._matrix = CohortMatrix(
+            rules.signals.values(), open_vocabulary=rules.free_signals, max_signals=MAX_SIGNALS
+        )
+
+    def count(self, packet: packet_pb2.Packet) -> None:
+        """Count a packet that was validated and stored. The order of packets does not matter."""
+        header = packet.header
+        at = header.emitted_at.seconds + header.emitted_at.nanos / 1e9
+        site = self._sites.setdefault(header.domain_id, SiteRecord())
+        if at >= site.heard_at:
+            site.heard_at = at
+            site.profile_class = header.profile_class or DEFAULT_PROFILE_CLASS
+            site.regime_tag = header.provenance.regime_tag or site.regime_tag
+        kind = packet.WhichOneof("body")
+        if kind == "msp":
+            self._count_signals(header.domain_id, packet.msp, at)
+        elif kind == "pop":
+            _keep(
+                site.outcomes,
+                (at, header.packet_id, _outcome(header.domain_id, packet.pop)),
+                MAX_OUTCOMES_PER_SITE,
+            )
+        elif kind == "ccs":
+            self._count_causes(site, packet, at)
+        self.packets[kind or "unknown"] += 1
+
+    def expire(self, now: float) -> bool:
+        """Forget what is past its time; return whether anything was.
+
+        Args:
+            now: Unix seconds.
+        """
+        changed = bool(self._matrix.expire(now, self._rules.site_ttl_s))
+        outcomes_from = now - self._rules.policy_window_s
+        from_s = now - self._rules.site_ttl_s
+        for domain_id in list(self._sites):
+            site = self._sites[domain_id]
+            changed |= _drop_before(site.outcomes, outcomes_from)
+            changed |= _drop_before(site.summaries, from_s)
+            if site.heard_at < from_s and not site.outcomes:
+                del self._sites[domain_id]
+                self._matrix.drop(domain_id)
+                self._trust.forget(domain_id)
+                changed = True
+        return changed
+
+    def release(self, now: float) -> ReleasedStatistics:
+        """Compute the statistics of everything counted.
+
+        Args:
+            now: Unix seconds.
+        """
+        self.expire(now)
+        self._judge()
+        reputations = self._trust.snapshot()
+        prior = self._matrix.release(self._estimator, reputations, now)
+        contexts = list(self._contexts())
+        classes = Counter(context.profile_class for context in contexts)
+        quorum = self._rules.aggregation.vote_min_sites
+        # A class below the quorum gets no profile: it could say nothing of its own, and its name may be
+        # the doing of a single site.
+        told = {name for name, sites in classes.items() if sites >= quorum}
+        told.add(DEFAULT_PROFILE_CLASS)
+        outcomes = [entry[2] for site in self._sites.values() for entry in site.outcomes]
+        return ReleasedStatistics(
+            prior=prior,
+            contexts=describe_contexts(self._matrix, contexts, self._estimator),
+            warm_starts={
+                name: warm_start(
+                    self._matrix,
+                    contexts,
+                    WarmStartRequest(profile_class=name),
+                    self._estimator,
+                    reputation=reputations,
+                )
+                for name in sorted(told)
+            },
+            main_class=max(sorted(told), key=lambda name: classes[name]),
+            policy=decide_policy(
+                outcomes,
+                self._rules.signals.values(),
+                PolicySettings(
+                    estimator=self._estimator,
+                    steps=self._rules.quantum,
+                    guardrails=self._rules.guardrails,
+                ),
+                cohort=self._rules.name,
+                reputation=reputations,
+            ),
+            causes=pool_causes(
+                (entry[2] for site in self._sites.values() for entry in site.summaries),
+                CausalSettings(estimator=self._estimator),
+                reputations,
+            ),
+            reputations={name: self._trust.of(name) for name in self._sites},
+            packets=Counter(self.packets),
+            outcome_sites=len({outcome.site_id for outcome in outcomes}),
+        )
+
+    def warm_start(self, request: WarmStartRequest) -> WarmStart:
+        """Find the warm start for a site."""
+        return warm_start(
+            self._matrix,
+            self._contexts(),
+            request,
+            self._estimator,
+            reputation=self._trust.snapshot(),
+        )
+
+    def _count_signals(self, domain_id: str, msp: packet_pb2.MetaSignalPack, at: float) -> None:
+        evidence = msp.evidence
+        report = self._matrix.put(
+            domain_id,
+            {section: getattr(msp, section) for section in SECTIONS},
+            now=at,
+            confidence=evidence.confidence if evidence.HasField("confidence") else 1.0,
+            signal_confidence={
+                name: own.confidence
+                for name, own in evidence.signals.items()
+                if own.HasField("confidence")
+            },
+        )
+        self._touched.add(domain_id)
+        for value in report.ignored:
+            self.ignored[value.reason] += 1
+
+    def _count_causes(self, site: SiteRecord, packet: packet_pb2.Packet, at: float) -> None:
+        ccs = packet.ccs
+        if ccs.concepts and at >= site.concepts_at:
+            site.concepts_at = at
+            site.concepts = {concept.id: concept.score for concept in ccs.concepts}
+        if ccs.causal_pairs or ccs.tested_nodes:
+            header = packet.header
+            summary = _summary(header.domain_id, ccs, at)
+            _keep(site.summaries, (at, header.packet_id, summary), MAX_SUMMARIES_PER_SITE)
+
+    def _judge(self) -> None:
+        """Move the reputation of the sites that sent something new, one step each."""
+        if not self._touched:
+            return
+        sites, values = self._matrix.transformed_values()
+        scores = dict(zip(sites, site_scores(values).tolist(), strict=True))
+        self._trust.update({name: scores[name] for name in self._touched if name in scores})
+        self._touched.clear()
+
+    def _contexts(self) -> Iterator[SiteContext]:
+        for domain_id, site in self._sites.items():
+            yield SiteContext(domain_id, site.profile_class, site.regime_tag, site.concepts)
+
+
+def _keep(
+    heap: list[tuple[float, str, _Kept]], entry: tuple[float, str, _Kept], limit: int
+) -> None:
+    """Add an entry, and let the oldest go where there are too many. An entry counts once."""
+    if any(held[:2] == entry[:2] for held in heap):
+        return
+    if len(heap) < limit:
+        heapq.heappush(heap, entry)
+    else:
+        heapq.heappushpop(heap, entry)
+
+
+def _drop_before(heap: list[tuple[float, str, _Kept]], at: float) -> bool:
+    dropped = False
+    while heap and heap[0][0] < at:
+        heapq.heappop(heap)
+        dropped = True
+    return dropped
+
+
+def _outcome(domain_id: str, pop: packet_pb2.PolicyOutcomePack) -> PolicyOutcome:
+    return PolicyOutcome(
+        site_id=domain_id,
+        bundle={name: _param(value) for name, value in pop.bundle.items()},
+        before=dict(pop.before),
+        after=dict(pop.after),
+        confidence=pop.confidence if pop.HasField("confidence") else 1.0,
+        control_delta=dict(pop.control_delta),
+    )
+
+
+def _param(value: packet_pb2.ParamValue) -> ParamValue:
+    match value.WhichOneof("kind"):
+        case "text":
+            return value.text
+        case "flag":
+            return value.flag
+        case _:
+            return value.number
+
+
+def _summary(domain_id: str, ccs: packet_pb2.ConceptCausalSummary, at: float) -> CausalSummary:
+    return CausalSummary(
+        site_id=domain_id,
+        pairs=tuple(
+            CausalPair(
+                pair.source,
+                pair.target,
+                pair.weight,
+                pair.type or "direct",
+                pair.stderr if pair.HasField("stderr") else None,
+            )
+            for pair in ccs.causal_pairs
+        ),
+        tested_nodes=frozenset(ccs.tested_nodes),
+        trust=ccs.trust if ccs.HasField("trust") else 1.0,
+        at=at,
+    )
