@@ -138,6 +138,11 @@ class CohortState:
         """Whether there are enough sites for anything to have a value."""
         return len(self._sites) >= self._rules.aggregation.vote_min_sites
 
+    @property
+    def sites(self) -> int:
+        """Sites that are known."""
+        return len(self._sites)
+
     def site(self, domain_id: str) -> SiteRecord | None:
         """Return what is kept of a site."""
         return self._sites.get(domain_id)

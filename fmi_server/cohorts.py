@@ -167,6 +167,9 @@ class CohortRegistry:
     def __contains__(self, name: str) -> bool:
         return name in self._rules
 
+    def __len__(self) -> int:
+        return len(self._rules)
+
     def __iter__(self) -> Iterator[CohortRules]:
         return iter([self._rules[name] for name in sorted(self._rules)])
 
@@ -202,7 +205,9 @@ class CohortRegistry:
         self._rules.setdefault(name, rules)
         return rules
 
-    def declare(self, spec: cohort_pb2.CohortSpec, *, force: bool = False) -> tuple[CohortRules, bool]:
+    def declare(
+        self, spec: cohort_pb2.CohortSpec, *, force: bool = False
+    ) -> tuple[CohortRules, bool]:
         """Check a spec against the one in force, and put it in force.
 
         Args:
@@ -222,7 +227,9 @@ class CohortRegistry:
             self._rules[rules.name] = rules
         return rules, changed
 
-    def check(self, spec: cohort_pb2.CohortSpec, *, force: bool = False) -> tuple[CohortRules, bool]:
+    def check(
+        self, spec: cohort_pb2.CohortSpec, *, force: bool = False
+    ) -> tuple[CohortRules, bool]:
         """Do all that `declare` does, but do not put the spec in force."""
         rules = self.compile(spec)
         present = self._rules.get(rules.name)
@@ -288,7 +295,9 @@ def _fill(spec: cohort_pb2.CohortSpec, defaults: AggregationConfig) -> cohort_pb
     for name in ("metrics_trim_alpha", "vote_min_sites", "weight_cap"):
         if not aggregation.HasField(name):
             setattr(aggregation, name, getattr(defaults, name))
-    aggregation.metrics_aggregation = aggregation.metrics_aggregation or defaults.metrics_aggregation
+    aggregation.metrics_aggregation = (
+        aggregation.metrics_aggregation or defaults.metrics_aggregation
+    )
     if not aggregation.HasField("max_byzantine") and defaults.max_byzantine is not None:
         aggregation.max_byzantine = defaults.max_byzantine
     _default_duration(filled.release, "min_interval", 1.0)
@@ -300,9 +309,7 @@ def _fill(spec: cohort_pb2.CohortSpec, defaults: AggregationConfig) -> cohort_pb
     _default_duration(filled.ingest, "max_clock_skew", ingest.max_clock_skew_s)
     if not filled.ingest.HasField("min_trust"):
         filled.ingest.min_trust = ingest.min_trust
-    filled.ingest.schema_mismatch = (
-        filled.ingest.schema_mismatch or cohort_pb2.SCHEMA_MISMATCH_WARN
-    )
+    filled.ingest.schema_mismatch = filled.ingest.schema_mismatch or cohort_pb2.SCHEMA_MISMATCH_WARN
     _default_duration(filled.policy, "window", 30 * DAY_S)
     _default_duration(filled.retention, "site_ttl", 30 * DAY_S)
     if not filled.retention.HasField("updates"):
@@ -339,7 +346,9 @@ def _cross_field_violations(spec: cohort_pb2.CohortSpec) -> Iterator[Violation]:
         if signal.transform == cohort_pb2.SIGNAL_TRANSFORM_LOG and not (
             has_lower and signal.lower > 0
         ):
-            yield _invalid(f"{where}.lower", "log_bounds", "transform log needs a lower bound above 0")
+            yield _invalid(
+                f"{where}.lower", "log_bounds", "transform log needs a lower bound above 0"
+            )
         if signal.transform == cohort_pb2.SIGNAL_TRANSFORM_LOGIT and not (
             has_lower and has_upper and signal.lower > 0 and signal.upper < 1
         ):
@@ -352,7 +361,9 @@ def _cross_field_violations(spec: cohort_pb2.CohortSpec) -> Iterator[Violation]:
             )
         scored = signal.direction or signal.guardrail
         if scored and signal.section != cohort_pb2.SIGNAL_SECTION_METRICS:
-            yield _invalid(f"{where}.direction", "metric_direction", "only metrics have a direction")
+            yield _invalid(
+                f"{where}.direction", "metric_direction", "only metrics have a direction"
+            )
     release = spec.release
     shortest = _seconds(release.min_interval) if release.HasField("min_interval") else 1.0
     longest = _seconds(release.max_interval) if release.HasField("max_interval") else 60.0
@@ -396,7 +407,9 @@ def _unsafe_changes(present: CohortRules, new: CohortRules) -> Iterator[Violatio
         changed = new.signals.get(name)
         if changed is None:
             if not new.free_signals:
-                yield _unsafe(field, "signal_removed", "would be removed, so sites that send it break")
+                yield _unsafe(
+                    field, "signal_removed", "would be removed, so sites that send it break"
+                )
             continue
         if changed.section != old.section:
             yield _unsafe(
@@ -420,7 +433,9 @@ def _unsafe_changes(present: CohortRules, new: CohortRules) -> Iterator[Violatio
             )
     if present.free_signals and not new.free_signals:
         yield _unsafe(
-            "free_signals", "vocabulary_closed", "would be closed, so undeclared signals are refused"
+            "free_signals",
+            "vocabulary_closed",
+            "would be closed, so undeclared signals are refused",
         )
 
 

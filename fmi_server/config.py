@@ -143,9 +143,14 @@ class ServerSettings(BaseSettings):
 
     listen: str = Field(default="127.0.0.1:50061", description="address and port; port 0 picks one")
     data_dir: Path = Field(default=Path("fmi-data"), description="where the SQLite store lives")
-    store: Literal["sqlite", "memory"] = Field(default="sqlite", description="where packets are kept")
+    store: Literal["sqlite", "memory"] = Field(
+        default="sqlite", description="where packets are kept"
+    )
     cohorts: Path | None = Field(default=None, description="folder of cohort files (*.yaml)")
     open_cohorts: bool = Field(default=True, description="open undeclared cohorts on demand")
+    force_cohorts: bool = Field(
+        default=False, description="put cohort files in force that would break sites"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="the least severe log line that is written"
     )
@@ -153,9 +158,7 @@ class ServerSettings(BaseSettings):
     metrics_listen: str | None = Field(
         default=None, description="address and port of the Prometheus page; none by default"
     )
-    insecure: bool = Field(
-        default=False, description="allow to listen beyond loopback without TLS"
-    )
+    insecure: bool = Field(default=False, description="allow to listen beyond loopback without TLS")
     reflection: bool = Field(default=True, description="serve reflection and channelz")
     max_message_bytes: int = Field(
         default=8 * 2**20, ge=2**16, le=2**30, description="largest gRPC message taken"
@@ -229,7 +232,9 @@ def load_settings(flags: dict[str, Any], *, config_file: Path | None = None) -> 
         for item in error.errors(include_url=False):
             name = ".".join(map(str, item["loc"])) or "settings"
             message = item["msg"].removeprefix("Value error, ")
-            given = "" if item["type"] in ("missing", "extra_forbidden") else f", not {item['input']!r}"
+            given = (
+                "" if item["type"] in ("missing", "extra_forbidden") else f", not {item['input']!r}"
+            )
             lines.append(f"{name}: {message}{given}")
         raise SettingsError("; ".join(lines)) from None
 

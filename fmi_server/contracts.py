@@ -21,7 +21,7 @@ from fmi.plain import (
     PlainDataError,
     packet_from_plain,
 )
-from fmi.v1 import packet_pb2
+from fmi.v1 import error_pb2, packet_pb2
 from fmi_server.errors import (
     PacketRefusedError,
     Reason,
@@ -83,7 +83,9 @@ class FMIContractRegistry:
             getattr(packet, _BODY_OF[type(body)]).SetInParent()
             self._validator.collect_violations(packet)  # compiles the rules before the first call
 
-    def validate(self, packet_dict: Mapping[str, Any] | packet_pb2.Packet) -> tuple[bool, list[str]]:
+    def validate(
+        self, packet_dict: Mapping[str, Any] | packet_pb2.Packet
+    ) -> tuple[bool, list[str]]:
         """Say whether a packet keeps the contract, and which required fields it does not have.
 
         Args:
@@ -146,21 +148,27 @@ class FMIContractRegistry:
             found.extend(_summary_violations(packet.ccs))
         return found[:MAX_VIOLATIONS]
 
-    def check_request(self, request: Message, *, skip: Iterable[str] = ()) -> None:
+    def check_request(
+        self,
+        request: Message,
+        *,
+        reason: error_pb2.ErrorReason.ValueType = Reason.CONTRACT_VIOLATION,
+        skip: str = "",
+    ) -> None:
         """Check a request against the contract.
 
         Args:
             request: Any message of the contract.
-            skip: Field paths that are checked elsewhere, with errors of their own.
+            reason: The reason that a broken rule is refused for.
+            skip: Start of the paths of fields that are checked elsewhere, with errors of their own.
 
         Raises:
             RequestInvalidError: A rule is broken.
         """
-        skipped = tuple(skip)
         found = [_told(v) for v in self._validator.collect_violations(request)]
-        found = [v for v in found if not v.field.startswith(skipped)] if skipped else found
+        found = [v for v in found if not (skip and v.field.startswith(skip))]
         if found:
-            raise RequestInvalidError(found[:MAX_VIOLATIONS])
+            raise RequestInvalidError(found[:MAX_VIOLATIONS], reason)
 
     def message_violations(self, message: Message) -> list[Violation]:
         """List every rule of the contract that a message other than a packet breaks."""
@@ -250,7 +258,9 @@ def _signal_violations(msp: packet_pb2.MetaSignalPack) -> Iterator[Violation]:
 def _outcome_violations(pop: packet_pb2.PolicyOutcomePack) -> Iterator[Violation]:
     if pop.before and pop.after and not pop.before.keys() & pop.after.keys():
         yield Violation(
-            "pop.after", "fmi.pop.common_metric", "must have at least one metric in common with before"
+            "pop.after",
+            "fmi.pop.common_metric",
+            "must have at least one metric in common with before",
         )
 
 

@@ -26,7 +26,7 @@ help; `transport.status` turns them into statuses. Messages say what is wrong, w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
 from fmi.v1 import error_pb2
@@ -147,7 +147,9 @@ class _ViolationsError(FMIError):
         self._violations = tuple(violations)
         shown = "; ".join(str(violation) for violation in self._violations[:5])
         more = len(self._violations) - 5
-        super().__init__(f"{self.subject} refused: {shown}" + (f"; {more} more" if more > 0 else ""))
+        super().__init__(
+            f"{self.subject} refused: {shown}" + (f"; {more} more" if more > 0 else "")
+        )
 
     @property
     def violations(self) -> Sequence[Violation]:
@@ -185,7 +187,13 @@ class PacketRefusedError(_ViolationsError):
 class RequestInvalidError(_ViolationsError):
     """A request breaks the contract's rules."""
 
-    reason = Reason.CONTRACT_VIOLATION
+    def __init__(
+        self,
+        violations: Sequence[Violation],
+        reason: error_pb2.ErrorReason.ValueType = Reason.CONTRACT_VIOLATION,
+    ) -> None:
+        super().__init__([replace(violation, reason=reason) for violation in violations])
+        self.reason = reason
 
 
 class SpecInvalidError(_ViolationsError):
@@ -228,7 +236,9 @@ class CohortUnknownError(FMIError):
 
     def __init__(self, cohort: str) -> None:
         self.cohort = cohort
-        super().__init__(f"cohort {cohort!r} is not known here; ListCohortSpecs shows those that are")
+        super().__init__(
+            f"cohort {cohort!r} is not known here; ListCohortSpecs shows those that are"
+        )
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -397,5 +407,3 @@ class ThingNotFoundError(FMIError):
     def metadata(self) -> Mapping[str, str]:
         """What was asked for."""
         return {self.what.replace(" ", "_"): self.name}
-
-

@@ -9,7 +9,20 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 __all__ = ["FMITelemetry"]
 
-_LATENCY_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+_LATENCY_BUCKETS_S: Final = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    10.0,
+)
 
 
 class FMITelemetry:
@@ -110,6 +123,8 @@ class FMITelemetry:
             for sample in metric.samples:
                 if sample.name.endswith("_created"):
                     continue
-                labels = ",".join(f'{key}="{value}"' for key, value in sorted(sample.labels.items()))
+                labels = ",".join(
+                    f'{key}="{value}"' for key, value in sorted(sample.labels.items())
+                )
                 values[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
         return values

@@ -251,7 +251,7 @@ class GroupWriter:
         """Carry a group out; on failure give each waiter its own typed error."""
         try:
             return self._attempt(group), False
-        except Exception as error:  # noqa: BLE001 - every waiter must get an answer
+        except Exception as error:
             if isinstance(error, sqlite3.Error | OSError) and not isinstance(error, _VALUE_ERRORS):
                 self._roll_back(reconnect=True)
                 return [self._caused(error) for _ in group], True

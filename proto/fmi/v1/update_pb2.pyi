@@ -194,7 +194,6 @@ class Lineage(_message.Message):
     ESTIMATOR_FIELD_NUMBER: _builtins.int
     TRIMMED_FIELD_NUMBER: _builtins.int
     EPSILON_SPENT_FIELD_NUMBER: _builtins.int
-    QUARANTINED_FIELD_NUMBER: _builtins.int
     REPUTATIONS_FIELD_NUMBER: _builtins.int
     packets: _builtins.int
     """Output only. Packets counted."""
@@ -206,8 +205,6 @@ class Lineage(_message.Message):
     """Output only. Values left out by trimming, over all signals."""
     epsilon_spent: _builtins.float
     """Output only. Differential privacy spent by the cohort up to this release; 0 where privacy is off."""
-    quarantined: _builtins.int
-    """Output only. Packets of the cohort that are in quarantine and were not counted."""
     @_builtins.property
     def window(self) -> _duration_pb2.Duration:
         """Output only. Time between the oldest and the newest value counted, by the sites' clocks. Unset
@@ -229,12 +226,11 @@ class Lineage(_message.Message):
         estimator: _builtins.str = ...,
         trimmed: _builtins.int = ...,
         epsilon_spent: _builtins.float = ...,
-        quarantined: _builtins.int = ...,
         reputations: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["window", b"window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epsilon_spent", b"epsilon_spent", "estimator", b"estimator", "packets", b"packets", "quarantined", b"quarantined", "reputations", b"reputations", "sites", b"sites", "trimmed", b"trimmed", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epsilon_spent", b"epsilon_spent", "estimator", b"estimator", "packets", b"packets", "reputations", b"reputations", "sites", b"sites", "trimmed", b"trimmed", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,391 @@
+"""The resident state of one cohort: newest values, signals x sites, and the prior made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fmi_server.aggregation.estimators import (
+    MAX_MAGNITUDE,
+    Estimate,
+    EstimateTable,
+    EstimatorSettings,
+    estimate,
+)
+from fmi_server.aggregation.resident import ResidentMatrix
+from fmi_server.aggregation.transforms import SignalRule, TransformTable
+from fmi_server.aggregation.trust import START_REPUTATION
+
+__all__ = ["CohortMatrix", "IgnoredValue", "PriorRelease", "PutReport"]
+
+_WEIGHT_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class IgnoredValue:
+    """Name a value that `CohortMatrix.put` left out.
+
+    Attributes:
+        section: section it came in.
+        name: signal.
+        reason: `section_conflict` (the name stands in another section of this cohort),
+            `undeclared` (closed vocabulary), `vocabulary_full` or `outside_domain` (a log signal
+            that is not positive).
+    """
+
+    section: str
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PutReport:
+    """Say what one packet did: values applied, signals changed, values ignored."""
+
+    applied: int
+    changed: int
+    ignored: tuple[IgnoredValue, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PriorRelease:
+    """Hold the prior of one cohort, on the signals' own scales.
+
+    Attributes:
+        names: signals, in row order.
+        sections: their sections.
+        table: one estimate per signal.
+        recomputed: how many rows were computed anew; the others are as they were.
+        sites: sites with at least one value.
+        oldest: time of the oldest value counted, or None; never later than it really is.
+        newest: time of the newest value counted, or None.
+        confidence_cap: median of the sites' declared confidences; no weight exceeds it.
+        confidence: mean confidence of the signals with a value, 0 without any.
+        at: the `now` of the release.
+    """
+
+    names: tuple[str, ...]
+    sections: tuple[str, ...]
+    table: EstimateTable
+    recomputed: int
+    sites: int
+    oldest: float | None
+    newest: float | None
+    confidence_cap: float
+    confidence: float
+    at: float
+
+    def prior(self) -> dict[str, float]:
+        """Return the flat prior: signals that have a value."""
+        values = zip(self.names, self.table.value.tolist(), strict=True)
+        return {name: value for name, value in values if not math.isnan(value)}
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Return every signal's estimate, those without a value with their reason."""
+        return {name: self.table.row(row) for row, name in enumerate(self.names)}
+
+
+class CohortMatrix:
+    """Keep each site's newest value of each signal and release robust estimates of them.
+
+    A packet touches one column; its cost does not depend on the number of sites. A signal that a
+    newer packet does not carry keeps the newest value that the site sent for it, until `expire`.
+    Values stand clipped and transformed, `+inf` where there is none. Both axes grow by doubling.
+    A signal name stands in one section per cohort; the first one wins.
+
+    Not thread-safe: one owner at a time.
+    """
+
+    def __init__(
+        self,
+        rules: Iterable[SignalRule] = (),
+        *,
+        open_vocabulary: bool = True,
+        max_signals: int = 4096,
+    ) -> None:
+        """Start empty.
+
+        Args:
+            rules: declared signals; they take the first rows in this order.
+            open_vocabulary: whether undeclared signals are taken, with default rules.
+            max_signals: bound on the signals an open vocabulary may grow to.
+
+        Raises:
+            ValueError: a signal is declared twice.
+        """
+        self._open = open_vocabulary
+        self._max_signals = max_signals
+        self._rules: list[SignalRule] = []
+        self._row_of: dict[str, int] = {}
+        self._transforms = TransformTable()
+        self._cells = ResidentMatrix()
+        # Lower bound on every confidence held: says when all weights are alike.
+        self._lowest_confidence = 1.0
+        self._cached: EstimateTable | None = None
+        self._cached_settings: EstimatorSettings | None = None
+        self._cached_weights: tuple[float, NDArray[np.float64]] | None = None
+        for rule in rules:
+            if rule.name in self._row_of:
+                raise ValueError(f"signal {rule.name!r} is declared twice")
+            self._add_signal(rule)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Return the ids of the sites that hold a column."""
+        return tuple(self._cells.column_of)
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Return the signal names in row order."""
+        return tuple(self._row_of)
+
+    @property
+    def dirty(self) -> frozenset[str]:
+        """Return the signals whose values changed since the last release."""
+        return frozenset(self._rules[row].name for row in np.flatnonzero(self._cells.dirty))
+
+    def rule(self, name: str) -> SignalRule | None:
+        """Return the rule of a signal, or None when the cohort does not know it."""
+        row = self._row_of.get(name)
+        return None if row is None else self._rules[row]
+
+    def section_of(self, name: str) -> str | None:
+        """Return the section a signal stands in, or None when the cohort does not know it."""
+        row = self._row_of.get(name)
+        return None if row is None else self._rules[row].section
+
+    def put(
+        self,
+        site_id: str,
+        sections: Mapping[str, Mapping[str, float]],
+        *,
+        now: float,
+        confidence: float = 1.0,
+        signal_confidence: Mapping[str, float] | None = None,
+    ) -> PutReport:
+        """Take a site's packet: each value it carries replaces the site's older one.
+
+        A value with an older `now` than the one held is left as it is, so that packets may be
+        put in any order.
+
+        Args:
+            site_id: authenticated site.
+            sections: section -> signal -> value.
+            now: time of the packet in seconds.
+            confidence: declared confidence, 0..1, of all values without an own one.
+            signal_confidence: declared confidence per signal.
+
+        Raises:
+            ValueError: a value is not finite or beyond `MAX_MAGNITUDE`, a confidence lies
+                outside 0..1 or `now` is not finite; nothing is changed.
+        """
+        if not math.isfinite(now):
+            raise ValueError("now must be finite")
+        own = signal_confidence or {}
+        for declared in (confidence, *own.values()):
+            if not 0.0 <= declared <= 1.0:
+                raise ValueError(f"confidence must lie in 0..1, got {declared}")
+        for section, values in sections.items():
+            for name, value in values.items():
+                if not -MAX_MAGNITUDE <= value <= MAX_MAGNITUDE:
+                    raise ValueError(f"{section}.{name}: {value} is not a usable number")
+        rows, incoming, weights, ignored = self._resolve(sections, confidence, own)
+        fresh = self._transforms.forward(rows, incoming)
+        outside = np.isnan(fresh)
+        if outside.any():
+            for row in rows[outside]:
+                rule = self._rules[row]
+                ignored.append(IgnoredValue(rule.section, rule.name, "outside_domain"))
+            rows, fresh, weights = rows[~outside], fresh[~outside], weights[~outside]
+        if not rows.size:
+            return PutReport(0, 0, tuple(ignored))
+        self._lowest_confidence = min(self._lowest_confidence, float(weights.min()))
+        applied, changed = self._cells.write(site_id, rows, fresh, weights, now)
+        return PutReport(applied, changed, tuple(ignored))
+
+    def drop(self, site_id: str) -> bool:
+        """Remove a site and all its values; return whether it was there."""
+        return self._cells.drop(site_id)
+
+    def expire(self, now: float, ttl_s: float) -> tuple[str, ...]:
+        """Remove values older than `now - ttl_s`; return the sites that lost their last one."""
+        return self._cells.expire(now - ttl_s)
+
+    def release(
+        self,
+        settings: EstimatorSettings,
+        reputation: Mapping[str, float] | None,
+        now: float,
+    ) -> PriorRelease:
+        """Estimate every signal anew that changed, and give the others as they were.
+
+        The weight of a value is `min(declared confidence, cohort median confidence) *
+        reputation`. The cohort median is taken over the sites' mean confidences, one site one
+        vote, so that fewer than half of them cannot raise it beyond an honest one. A median or a
+        reputation that moved by at most 0.01 since it was last used recomputes nothing; a larger
+        move recomputes the signals of the sites it concerns.
+
+        Args:
+            settings: estimator rules.
+            reputation: per site, 0..1; a site that is missing has the start reputation. None
+                counts all sites alike.
+            now: time of the release, passed on.
+        """
+        count, cells = len(self._rules), self._cells
+        cap, trust = self._site_weights(reputation)
+        cap, trust = self._mark_reweighted(settings, cap, trust)
+        rows = np.flatnonzero(cells.dirty)
+        if rows.size == count or self._cached is None:
+            rows = np.arange(count)
+            self._cached = self._estimate(rows, slice(None), settings, cap, trust)
+        elif rows.size:
+            fresh = self._estimate(rows, slice(None), settings, cap, trust)
+            self._cached = _merged(self._cached, rows, fresh, count)
+        cells.dirty[:] = False
+        self._cached_settings = settings
+        self._cached_weights = (cap, trust)
+        table = self._cached
+        valued = np.isfinite(table.value)
+        oldest, newest = cells.window()
+        return PriorRelease(
+            names=self.signals,
+            sections=tuple(rule.section for rule in self._rules),
+            table=table,
+            recomputed=int(rows.size),
+            sites=len(cells.column_of),
+            oldest=oldest,
+            newest=newest,
+            confidence_cap=cap,
+            confidence=float(table.confidence[valued].mean()) if valued.any() else 0.0,
+            at=now,
+        )
+
+    def estimate_sites(
+        self,
+        site_ids: Collection[str],
+        settings: EstimatorSettings,
+        reputation: Mapping[str, float] | None = None,
+    ) -> EstimateTable:
+        """Estimate every signal from some of the sites only; nothing is cached."""
+        held = self._cells.column_of
+        columns = np.array([held[site] for site in site_ids if site in held], dtype=np.int64)
+        cap, trust = self._site_weights(reputation)
+        return self._estimate(np.arange(len(self._rules)), columns, settings, cap, trust[columns])
+
+    def transformed_values(self) -> tuple[tuple[str, ...], NDArray[np.float64]]:
+        """Return site ids and their transformed values, signals x sites, `+inf` where missing."""
+        columns = np.fromiter(self._cells.column_of.values(), dtype=np.int64)
+        return self.sites, self._cells.values[:, columns]
+
+    def _resolve(
+        self,
+        sections: Mapping[str, Mapping[str, float]],
+        confidence: float,
+        own: Mapping[str, float],
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64], list[IgnoredValue]]:
+        rows: list[int] = []
+        values: list[float] = []
+        weights: list[float] = []
+        ignored: list[IgnoredValue] = []
+        for section, signals in sections.items():
+            for name, value in signals.items():
+                row = self._row_of.get(name)
+                if row is None:
+                    if not self._open:
+                        ignored.append(IgnoredValue(section, name, "undeclared"))
+                        continue
+                    if len(self._rules) >= self._max_signals:
+                        ignored.append(IgnoredValue(section, name, "vocabulary_full"))
+                        continue
+                    row = self._add_signal(SignalRule(name, section))
+                elif self._rules[row].section != section:
+                    ignored.append(IgnoredValue(section, name, "section_conflict"))
+                    continue
+                rows.append(row)
+                values.append(value)
+                weights.append(own.get(name, confidence))
+        return (
+            np.array(rows, dtype=np.int64),
+            np.array(values, dtype=np.float64),
+            np.array(weights, dtype=np.float64),
+            ignored,
+        )
+
+    def _estimate(
+        self,
+        rows: NDArray[np.int64],
+        columns: slice | NDArray[np.int64],
+        settings: EstimatorSettings,
+        cap: float,
+        trust: NDArray[np.float64],
+    ) -> EstimateTable:
+        cells = self._cells
+        everything = rows.size == len(self._rules)
+        values = (cells.values if everything else cells.values[rows])[:, columns]
+        weights = None
+        if self._lowest_confidence < cap or np.unique(trust[cells.occupied[columns]]).size > 1:
+            confidence = (cells.confidence if everything else cells.confidence[rows])[:, columns]
+            weights = np.minimum(confidence, cap)
+            weights *= trust
+        scale = self._transforms.reference_scale()[rows]
+        return self._transforms.back(rows, estimate(values, weights, settings, scale))
+
+    def _site_weights(
+        self, reputation: Mapping[str, float] | None
+    ) -> tuple[float, NDArray[np.float64]]:
+        cells = self._cells
+        declared = cells.site_confidence[cells.occupied]
+        cap = float(np.median(declared)) if declared.size else 1.0
+        trust = np.ones(len(cells.occupied))
+        if reputation is not None and cells.column_of:
+            columns = np.fromiter(cells.column_of.values(), dtype=np.int64)
+            trust[columns] = [reputation.get(s, START_REPUTATION) for s in cells.column_of]
+        return cap, trust
+
+    def _mark_reweighted(
+        self, settings: EstimatorSettings, cap: float, trust: NDArray[np.float64]
+    ) -> tuple[float, NDArray[np.float64]]:
+        """Mark the rows that new weights concern; return the weights to use."""
+        cells = self._cells
+        if self._cached_weights is None or settings != self._cached_settings:
+            cells.dirty[:] = True
+            return cap, trust
+        old_cap, old_trust = self._cached_weights
+        if abs(cap - old_cap) <= _WEIGHT_TOLERANCE:
+            cap = old_cap
+        else:
+            cells.dirty[:] = True
+        # Columns are never taken away, so the old ones lead.
+        common = len(old_trust)
+        near = np.abs(trust[:common] - old_trust) <= _WEIGHT_TOLERANCE
+        trust[:common] = np.where(near, old_trust, trust[:common])
+        moved = np.flatnonzero(~near)
+        if moved.size:
+            cells.dirty[:] |= (cells.values[:, moved] < np.inf).any(axis=1)
+        return cap, trust
+
+    def _add_signal(self, rule: SignalRule) -> int:
+        row = len(self._rules)
+        self._rules.append(rule)
+        self._row_of[rule.name] = row
+        self._transforms.append(rule)
+        self._cells.add_row()
+        return row
+
+
+def _merged(
+    held: EstimateTable, rows: NDArray[np.int64], fresh: EstimateTable, count: int
+) -> EstimateTable:
+    """Return `held` with some rows replaced; it is never changed, releases share it."""
+    columns: dict[str, NDArray[np.generic]] = {}
+    for field in fields(EstimateTable):
+        old, new = getattr(held, field.name), getattr(fresh, field.name)
+        column = np.empty(count, dtype=old.dtype)
+        column[: len(old)] = old
+        column[rows] = new
+        columns[field.name] = column
+    return EstimateTable(**columns)  # type: ignore[arg-type]

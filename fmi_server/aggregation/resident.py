@@ -1,0 +1,170 @@
+"""The resident signals x sites matrix: growth, columns, times; no statistics."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["ResidentMatrix"]
+
+_FIRST_SIZE = 16
+
+
+class ResidentMatrix:
+    """Keep newest value, declared confidence and time of every (signal, site).
+
+    Rows are signals and only grow; a site holds one column, and the column of a dropped site goes
+    to the next new one. Both axes grow by doubling, so a write costs the same however many sites
+    there are. Empty cells hold value `+inf`, confidence 0 and time `+inf`.
+    """
+
+    def __init__(self) -> None:
+        self.column_of: dict[str, int] = {}
+        self._rows = 0
+        self._width = 0
+        self._free: list[int] = []
+        self._values: NDArray[np.float64] = np.full((0, 0), np.inf)
+        self._confidence: NDArray[np.float64] = np.zeros((0, 0))
+        self._seen: NDArray[np.float64] = np.full((0, 0), np.inf)
+        self._dirty = np.zeros(0, dtype=bool)
+        self._occupied = np.zeros(0, dtype=bool)
+        self._site_confidence: NDArray[np.float64] = np.zeros(0)
+        self._site_seen: NDArray[np.float64] = np.full(0, -np.inf)
+        # A lower bound on the oldest time of the site; spares `expire` the whole matrix.
+        self._site_oldest: NDArray[np.float64] = np.full(0, np.inf)
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """Return the values, rows x columns, a view."""
+        return self._values[: self._rows, : self._width]
+
+    @property
+    def confidence(self) -> NDArray[np.float64]:
+        """Return the declared confidences, rows x columns, a view."""
+        return self._confidence[: self._rows, : self._width]
+
+    @property
+    def dirty(self) -> NDArray[np.bool_]:
+        """Return which rows changed, a view that the owner clears."""
+        return self._dirty[: self._rows]
+
+    @property
+    def occupied(self) -> NDArray[np.bool_]:
+        """Return which columns belong to a site, a view."""
+        return self._occupied[: self._width]
+
+    @property
+    def site_confidence(self) -> NDArray[np.float64]:
+        """Return per column the mean declared confidence of the site's newest packet, a view."""
+        return self._site_confidence[: self._width]
+
+    def add_row(self) -> None:
+        """Add an empty row, dirty because nobody has seen it yet."""
+        if self._rows == self._values.shape[0]:
+            self._grow(max(_FIRST_SIZE, 2 * self._rows), self._values.shape[1])
+        self._dirty[self._rows] = True
+        self._rows += 1
+
+    def write(
+        self,
+        site_id: str,
+        rows: NDArray[np.int64],
+        values: NDArray[np.float64],
+        confidence: NDArray[np.float64],
+        now: float,
+    ) -> tuple[int, int]:
+        """Write one site's cells unless newer ones stand there; return applied and changed."""
+        column = self._column(site_id)
+        held = self._seen[rows, column]
+        # +inf marks an empty cell, which anything may fill.
+        newer = ~((held > now) & (held < np.inf))
+        rows, values, confidence = rows[newer], values[newer], confidence[newer]
+        changed = self._values[rows, column] != values
+        changed |= self._confidence[rows, column] != confidence
+        self._values[rows, column] = values
+        self._confidence[rows, column] = confidence
+        self._seen[rows, column] = now
+        self._dirty[rows[changed]] = True
+        if rows.size:
+            self._site_oldest[column] = min(self._site_oldest[column], now)
+            if now >= self._site_seen[column]:
+                self._site_seen[column] = now
+                self._site_confidence[column] = confidence.mean()
+        return int(rows.size), int(np.count_nonzero(changed))
+
+    def drop(self, site_id: str) -> bool:
+        """Empty the site's column and give it back; return whether the site was there."""
+        column = self.column_of.pop(site_id, None)
+        if column is None:
+            return False
+        self._dirty[np.flatnonzero(self._values[:, column] < np.inf)] = True
+        self._values[:, column] = np.inf
+        self._confidence[:, column] = 0.0
+        self._seen[:, column] = np.inf
+        self._occupied[column] = False
+        self._site_confidence[column] = 0.0
+        self._site_seen[column] = -np.inf
+        self._site_oldest[column] = np.inf
+        self._free.append(column)
+        return True
+
+    def expire(self, limit: float) -> tuple[str, ...]:
+        """Empty the cells older than `limit`; return the sites that lost their last one."""
+        gone = []
+        stale = self._site_oldest[: self._width] < limit
+        for site_id in [site for site, column in self.column_of.items() if stale[column]]:
+            column = self.column_of[site_id]
+            old = np.flatnonzero(self._seen[:, column] < limit)
+            self._values[old, column] = np.inf
+            self._confidence[old, column] = 0.0
+            self._seen[old, column] = np.inf
+            self._dirty[old] = True
+            oldest = float(self._seen[:, column].min())
+            self._site_oldest[column] = oldest
+            if math.isinf(oldest):
+                self.drop(site_id)
+                gone.append(site_id)
+        return tuple(gone)
+
+    def window(self) -> tuple[float | None, float | None]:
+        """Return a lower bound on the oldest time and the newest time, None when empty."""
+        if not self.column_of:
+            return None, None
+        oldest = float(self._site_oldest[: self._width].min())
+        return oldest, float(self._site_seen[: self._width].max())
+
+    def _column(self, site_id: str) -> int:
+        column = self.column_of.get(site_id)
+        if column is not None:
+            return column
+        if self._free:
+            column = self._free.pop()
+        else:
+            column = self._width
+            if column == self._values.shape[1]:
+                self._grow(self._values.shape[0], max(_FIRST_SIZE, 2 * column))
+            self._width += 1
+        self.column_of[site_id] = column
+        self._occupied[column] = True
+        return column
+
+    def _grow(self, rows: int, columns: int) -> None:
+        self._values = _grown(self._values, (rows, columns), np.inf)
+        self._confidence = _grown(self._confidence, (rows, columns), 0.0)
+        self._seen = _grown(self._seen, (rows, columns), np.inf)
+        self._site_confidence = _grown(self._site_confidence, (columns,), 0.0)
+        self._site_seen = _grown(self._site_seen, (columns,), -np.inf)
+        self._site_oldest = _grown(self._site_oldest, (columns,), np.inf)
+        for name, size in (("_dirty", rows), ("_occupied", columns)):
+            flags = np.zeros(size, dtype=bool)
+            held = getattr(self, name)
+            flags[: len(held)] = held
+            setattr(self, name, flags)
+
+
+def _grown(held: NDArray[np.float64], shape: tuple[int, ...], fill: float) -> NDArray[np.float64]:
+    grown = np.full(shape, fill)
+    grown[tuple(slice(size) for size in held.shape)] = held
+    return grown

@@ -1,0 +1,178 @@
+"""Signal rules, and the scale on which a signal is averaged.
+
+A learning rate is averaged on its logarithm, a probability on its log-odds. Values are clipped to
+the declared bounds and transformed when they arrive; estimates are transformed back when they
+leave. All three transforms rise, so that ranks, trimming and the guarantee ROBUST carry over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fmi_server.aggregation.estimators import MAX_MAGNITUDE, EstimateTable
+
+__all__ = ["LOGIT_MARGIN", "SignalRule", "TransformName", "TransformTable"]
+
+TransformName = Literal["linear", "log", "logit"]
+
+LOGIT_MARGIN = 1e-6
+"""Share of the width that a logit signal keeps from its bounds, so that 0 and 1 stay finite."""
+
+_LINEAR, _LOG, _LOGIT = range(3)
+_KINDS: dict[TransformName, int] = {"linear": _LINEAR, "log": _LOG, "logit": _LOGIT}
+
+
+@dataclass(frozen=True, slots=True)
+class SignalRule:
+    """Declare one signal of a cohort.
+
+    Attributes:
+        name: the signal, unique in the cohort.
+        section: where it stands in a packet (`metrics`, `controller`, ...).
+        lower: smallest value; smaller ones are clipped. None means unbounded.
+        upper: largest value.
+        transform: scale on which it is averaged. `log` takes positive values only; `logit` needs
+            both bounds or takes 0 and 1.
+        direction: +1 higher is better, -1 lower is better, None not scored.
+        scale: size of a difference that matters, in the unit of the signal; policy deltas are
+            divided by it.
+        unit: for people.
+    """
+
+    name: str
+    section: str = "metrics"
+    lower: float | None = None
+    upper: float | None = None
+    transform: TransformName = "linear"
+    direction: Literal[1, -1] | None = None
+    scale: float = 1.0
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        if self.transform not in get_args(TransformName):
+            raise ValueError(f"signal {self.name!r}: unknown transform {self.transform!r}")
+        if self.direction not in (None, 1, -1):
+            raise ValueError(f"signal {self.name!r}: direction must be 1, -1 or None")
+        if not (math.isfinite(self.scale) and self.scale > 0.0):
+            raise ValueError(f"signal {self.name!r}: scale must be positive, got {self.scale}")
+        for bound in (self.lower, self.upper):
+            if bound is not None and not abs(bound) <= MAX_MAGNITUDE:
+                raise ValueError(f"signal {self.name!r}: bound {bound} is not usable")
+        if self.lower is not None and self.upper is not None and not self.lower < self.upper:
+            raise ValueError(f"signal {self.name!r}: lower must be below upper")
+        if self.transform == "log" and self.lower is not None and self.lower <= 0.0:
+            raise ValueError(f"signal {self.name!r}: a log signal needs a positive lower bound")
+        if self.transform == "log" and self.upper is not None and self.upper <= 0.0:
+            raise ValueError(f"signal {self.name!r}: a log signal needs a positive upper bound")
+        if self.transform == "logit" and (self.lower is None) != (self.upper is None):
+            raise ValueError(f"signal {self.name!r}: a logit signal needs both bounds or neither")
+
+
+class TransformTable:
+    """Hold the transforms of many signals as arrays, one entry per signal, growing at the end."""
+
+    def __init__(self, rules: Sequence[SignalRule] = ()) -> None:
+        self._kind: NDArray[np.int8] = np.zeros(0, dtype=np.int8)
+        self._lower: NDArray[np.float64] = np.zeros(0)
+        self._upper: NDArray[np.float64] = np.zeros(0)
+        self._count = 0
+        for rule in rules:
+            self.append(rule)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, rule: SignalRule) -> None:
+        """Add one signal behind the others."""
+        if self._count == len(self._kind):
+            extra = max(16, self._count)
+            self._kind = np.concatenate([self._kind, np.zeros(extra, dtype=np.int8)])
+            self._lower = np.concatenate([self._lower, np.zeros(extra)])
+            self._upper = np.concatenate([self._upper, np.zeros(extra)])
+        lower = -math.inf if rule.lower is None else rule.lower
+        upper = math.inf if rule.upper is None else rule.upper
+        if rule.transform == "logit" and rule.lower is None:
+            lower, upper = 0.0, 1.0
+        self._kind[self._count] = _KINDS[rule.transform]
+        self._lower[self._count] = lower
+        self._upper[self._count] = upper
+        self._count += 1
+
+    def forward(self, rows: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Clip to the bounds and transform.
+
+        Args:
+            rows: which signal each value belongs to.
+            values: finite values, same length.
+
+        Returns:
+            Transformed values; NaN where a log signal is not positive.
+        """
+        kind, lower, upper = self._kind[rows], self._lower[rows], self._upper[rows]
+        clipped = np.clip(values, lower, upper)
+        log, logit = kind == _LOG, kind == _LOGIT
+        if log.any():
+            positive = np.where(clipped[log] > 0.0, clipped[log], np.nan)
+            clipped[log] = np.log(positive)
+        if logit.any():
+            share = (clipped[logit] - lower[logit]) / (upper[logit] - lower[logit])
+            share = np.clip(share, LOGIT_MARGIN, 1.0 - LOGIT_MARGIN)
+            clipped[logit] = np.log(share) - np.log1p(-share)
+        return clipped
+
+    def reference_scale(self) -> NDArray[np.float64]:
+        """Return the reference scale of the confidence formula, on the transformed scale.
+
+        The width between the bounds where both are declared; else 1 for log and logit (a factor
+        e, one unit of log-odds) and NaN for linear (`estimate` then takes the value itself).
+        """
+        kind = self._kind[: self._count]
+        lower, upper = self._lower[: self._count], self._upper[: self._count]
+        width = upper - lower
+        positive = np.maximum(lower, np.finfo(float).tiny)
+        log_width = np.log(np.maximum(upper, positive)) - np.log(positive)
+        scale = np.where(np.isfinite(width), width, np.nan)
+        bounded_log = np.isfinite(width) & (lower > 0.0)
+        scale = np.where(kind == _LOG, np.where(bounded_log, log_width, 1.0), scale)
+        return np.where(kind == _LOGIT, 1.0, scale)
+
+    def back(self, rows: NDArray[np.int64], table: EstimateTable) -> EstimateTable:
+        """Return the estimates on the signals' own scales.
+
+        Value and interval ends are mapped, the standard error is multiplied by the slope at the
+        value (delta method). A linear interval is not clipped to the bounds.
+        """
+        value, slope = self._inverse(rows, table.value)
+        lower, _ = self._inverse(rows, table.lower)
+        upper, _ = self._inverse(rows, table.upper)
+        stderr = table.stderr * slope
+        # exp(log(x)) may leave the bounds by an ulp.
+        value = np.clip(value, self._lower[rows], self._upper[rows])
+        return replace(table, value=value, stderr=stderr, lower=lower, upper=upper)
+
+    def _inverse(
+        self, rows: NDArray[np.int64], values: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        kind, lower, upper = self._kind[rows], self._lower[rows], self._upper[rows]
+        result, slope = values.copy(), np.ones_like(values)
+        log, logit = kind == _LOG, kind == _LOGIT
+        if log.any():
+            # An interval end may be so far out that exp would overflow.
+            result[log] = slope[log] = np.exp(np.minimum(values[log], math.log(MAX_MAGNITUDE)))
+        if logit.any():
+            width = upper[logit] - lower[logit]
+            share = _logistic(values[logit])
+            result[logit] = lower[logit] + width * share
+            slope[logit] = width * share * (1.0 - share)
+        return result, slope
+
+
+def _logistic(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    small = np.exp(-np.abs(values))
+    return np.where(values >= 0.0, 1.0 / (1.0 + small), small / (1.0 + small))

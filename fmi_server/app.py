@@ -1,0 +1,251 @@
+"""The server process: settings in, a gRPC server out, drained in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import grpc
+from grpc_channelz.v1 import channelz
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+
+from fmi.descriptors import CONTRACT_FILES, SERVICE_NAMES
+from fmi_server.cohort_files import read_cohort_folder
+from fmi_server.cohorts import CohortRegistry
+from fmi_server.config import RouterConfig, ServerSettings, SettingsError
+from fmi_server.contracts import FMIContractRegistry
+from fmi_server.envelope import EnvelopeLimits
+from fmi_server.router import FMIRouter
+from fmi_server.service import FMIService
+from fmi_server.storage import MemoryStore, SqliteStore, Store
+from fmi_server.telemetry import FMITelemetry
+from fmi_server.transport.admin import AdminServicer
+from fmi_server.transport.handlers import bind
+from fmi_server.transport.interchange import InterchangeServicer
+from fmi_server.transport.registry import RegistryServicer
+from fmi_server.version import VERSION
+
+__all__ = ["RunningServer", "running", "serve", "server_arguments"]
+
+STORE_FILE: Final = "fmi.sqlite3"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """A server that listens.
+
+    Attributes:
+        target: Where clients reach it, `HOST:PORT`.
+        service: What it serves.
+        stop: Set it to let the server drain and end.
+    """
+
+    target: str
+    service: FMIService
+    stop: asyncio.Event
+
+
+def server_arguments(settings: ServerSettings) -> Sequence[tuple[str, int]]:
+    """Return the gRPC arguments of the server.
+
+    Keepalive matches what the SDK does: it pings after 120 s of silence, the server allows a ping each
+    60 s. A client that pings more often would be sent away with `too_many_pings`.
+
+    With gRPC's own bounds on pending requests, more than about a thousand streams that open at once are
+    rejected at random with a bare CANCELLED; a reconnect storm of all subscribers must fit.
+    """
+    pending = settings.max_subscribers + settings.max_inflight
+    return (
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_concurrent_streams", pending),
+        ("grpc.server.max_pending_requests", pending),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * pending),
+        ("grpc.keepalive_time_ms", 120_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 60_000),
+        ("grpc.http2.max_ping_strikes", 2),
+        ("grpc.so_reuseport", 0),
+    )
+
+
+@contextlib.asynccontextmanager
+async def running(
+    settings: ServerSettings, *, store: Store | None = None
+) -> AsyncIterator[RunningServer]:
+    """Run a server for as long as the context lasts; leaving it drains.
+
+    Args:
+        settings: How it runs.
+        store: The store to use in place of the one that the settings name.
+
+    Raises:
+        SettingsError: It may not or cannot listen where it was told to.
+        SpecInvalidError: A cohort file is wrong.
+        StoreError: The store cannot be opened.
+    """
+    _refuse_open_listening(settings)
+    registry = FMIContractRegistry()
+    telemetry = FMITelemetry()
+    cohorts = CohortRegistry(
+        registry, open_cohorts=settings.open_cohorts, max_cohorts=settings.max_cohorts
+    )
+    router_config = RouterConfig(
+        max_subscribers=settings.max_subscribers, progress_interval_s=settings.progress_interval_s
+    )
+    service = FMIService(
+        store=store or _store(settings),
+        registry=registry,
+        cohorts=cohorts,
+        router=FMIRouter(router_config, telemetry=telemetry),
+        telemetry=telemetry,
+        limits=EnvelopeLimits(settings.max_batch_bytes, settings.max_batch_packets),
+        max_inflight=settings.max_inflight,
+    )
+    specs = read_cohort_folder(settings.cohorts) if settings.cohorts else []
+    for spec in specs:
+        cohorts.compile(spec)  # a wrong file stops the start before anything is opened
+    server = grpc.aio.server(options=server_arguments(settings))
+    health_servicer = health.aio.HealthServicer()
+    _add_services(server, service, health_servicer, settings)
+    port = _bind(server, settings.listen)
+    async with service:
+        for spec in specs:
+            await service.put_cohort_spec(spec, force=settings.force_cohorts)
+        await server.start()
+        for name in ("", *SERVICE_NAMES):
+            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        metrics = _serve_metrics(settings, telemetry)
+        host = settings.listen.rpartition(":")[0]
+        stop = asyncio.Event()
+        try:
+            yield RunningServer(f"{host}:{port}", service, stop)
+        finally:
+            # Readiness falls first, then subscriptions end with a hint to reconnect, then calls at work
+            # get their time.
+            await health_servicer.enter_graceful_shutdown()
+            await service.drain()
+            await server.stop(settings.drain_s)
+            metrics()
+
+
+async def serve(settings: ServerSettings) -> None:
+    """Run a server until SIGTERM or SIGINT, then drain. Prints a line when it listens."""
+    async with running(settings) as server:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, server.stop.set)
+        print(f"listening on {server.target}", flush=True)  # noqa: T201 - the one line for scripts
+        await server.stop.wait()
+        _log.info("draining: no new packets, subscriptions end, calls have %g s", settings.drain_s)
+    _log.info("stopped in good order")
+
+
+def _store(settings: ServerSettings) -> Store:
+    if settings.store == "memory":
+        return MemoryStore()
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            f"data_dir: {settings.data_dir} cannot be made: {error.strerror}"
+        ) from None
+    return SqliteStore(settings.data_dir / STORE_FILE)
+
+
+def _add_services(
+    server: grpc.aio.Server,
+    service: FMIService,
+    health_servicer: health.aio.HealthServicer,
+    settings: ServerSettings,
+) -> None:
+    servicers = {
+        "fmi.v1.InterchangeService": InterchangeServicer(service),
+        "fmi.v1.RegistryService": RegistryServicer(service, version=VERSION),
+        "fmi.v1.AdminService": AdminServicer(service),
+    }
+    services = {
+        found.full_name: found
+        for file in CONTRACT_FILES
+        for found in file.services_by_name.values()
+    }
+    server.add_generic_rpc_handlers(
+        tuple(
+            bind(services[name], servicer, telemetry=service.telemetry)
+            for name, servicer in servicers.items()
+        )
+    )
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    if settings.reflection:
+        channelz.add_channelz_servicer(server)
+        names = (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+
+
+def _bind(server: grpc.aio.Server, listen: str) -> int:
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise SettingsError(
+            f"listen: cannot listen on {listen}; is something else listening there already?"
+        )
+    return port
+
+
+def _serve_metrics(settings: ServerSettings, telemetry: FMITelemetry) -> Callable[[], None]:
+    if settings.metrics_listen is None:
+        return lambda: None
+    host, _, port = settings.metrics_listen.rpartition(":")
+    try:
+        page, thread = start_http_server(int(port), host.strip("[]"), telemetry.registry)
+    except OSError as error:
+        raise SettingsError(
+            f"metrics_listen: cannot listen on {settings.metrics_listen}: {error.strerror}"
+        ) from None
+    _log.info("metrics on http://%s/metrics", settings.metrics_listen)
+
+    def stop() -> None:
+        page.shutdown()
+        page.server_close()
+        thread.join()
+
+    return stop
+
+
+def _refuse_open_listening(settings: ServerSettings) -> None:
+    host = settings.listen.rpartition(":")[0].strip("[]")
+    if _loopback(host):
+        return
+    if not settings.insecure:
+        raise SettingsError(
+            f"listen: {settings.listen} is reachable from other machines, and this version has no TLS; "
+            "listen on 127.0.0.1, or say --insecure if the network itself is protected"
+        )
+    _log.warning(
+        "INSECURE: listening on %s without TLS; anybody who reaches it may emit in any site's name",
+        settings.listen,
+    )
+
+
+def _loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    try:
+        found = socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(item[4][0]).is_loopback for item in found)

@@ -1,0 +1,22 @@
+"""The `fmi-server` command: says what is missing, or hands over to `fmi_server.commands`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Final
+
+__all__ = ["main"]
+
+_SERVER_MODULES: Final = ("grpc_health", "numpy", "pydantic_settings", "structlog", "yaml")
+
+
+def main() -> None:
+    """Run the command."""
+    missing = [name for name in _SERVER_MODULES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(
+            f"fmi-server needs {', '.join(missing)}, which a base install does not have: "
+            "pip install 'fmi-federation[server]'"
+        )
+    importlib.import_module("fmi_server.commands").cli.main(prog_name="fmi-server")

@@ -1,0 +1,167 @@
+"""What becomes of a packet that is emitted: from inspection to answer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from google.protobuf.message import DecodeError
+
+from fmi.v1 import packet_pb2
+from fmi_server.contracts import FMIContractRegistry
+from fmi_server.errors import (
+    FMIError,
+    PacketIdReusedError,
+    PacketRefusedError,
+    Violation,
+)
+from fmi_server.storage.records import AppendOutcome, PacketRecord
+from fmi_server.validator import FMIValidator
+
+__all__ = ["Answer", "Candidate", "Intake", "PacketStatus", "settle"]
+
+PacketStatus = Literal["accepted", "duplicate", "quarantined", "refused"]
+
+_HASH_BYTES: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A packet that keeps the rules, ready to be stored."""
+
+    packet: packet_pb2.Packet
+    record: PacketRecord
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of one packet.
+
+    Attributes:
+        packet_id: Its id; empty where it could not be read.
+        kind: `msp`, `pop` or `ccs`; `unknown` where it could not be read.
+        status: What became of it.
+        sequence: Its place among all packets; 0 where it was refused.
+        received_at_us: When it was first taken, Unix microseconds; 0 where it was refused.
+        warnings: What the site should look at although it was taken.
+        quarantine_reason: Why it is in quarantine; empty where it is not.
+        error: Why it was refused; None where it was not.
+    """
+
+    packet_id: str
+    kind: str
+    status: PacketStatus
+    sequence: int = 0
+    received_at_us: int = 0
+    warnings: tuple[str, ...] = ()
+    quarantine_reason: str = ""
+    error: FMIError | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing to say but that it was accepted."""
+        return self.status == "accepted" and not self.warnings
+
+
+class Intake:
+    """Inspects packets, and makes records of those that keep the rules. May be shared by threads.
+
+    Args:
+        registry: Translates plain packets.
+        validator: Checks packets.
+    """
+
+    def __init__(self, registry: FMIContractRegistry, validator: FMIValidator) -> None:
+        self._registry = registry
+        self._validator = validator
+
+    def inspect(self, packet: packet_pb2.Packet, *, received_at_us: int) -> Candidate:
+        """Check a packet and make its record.
+
+        Raises:
+            PacketRefusedError: It breaks rules.
+        """
+        # Deterministic, so that the same packet sent in another way has the same hash.
+        payload = packet.SerializeToString(deterministic=True)
+        inspection = self._validator.inspect(packet, size=len(payload))
+        if inspection.violations:
+            raise PacketRefusedError(inspection.violations)
+        header = packet.header
+        emitted_at = header.emitted_at
+        record = PacketRecord(
+            domain_id=header.domain_id,
+            packet_id=header.packet_id,
+            cohort=header.cohort,
+            # The contract's rules hold, so there is a body.
+            kind=packet.WhichOneof("body") or "msp",
+            content_hash=hashlib.blake2b(payload, digest_size=_HASH_BYTES).digest(),
+            received_at_us=received_at_us,
+            emitted_at_us=emitted_at.seconds * 1_000_000 + emitted_at.nanos // 1_000,
+            quarantined=bool(inspection.quarantine_reason),
+            quarantine_reason=inspection.quarantine_reason,
+            payload=payload,
+        )
+        return Candidate(packet, record, inspection.warnings)
+
+    def inspect_many(
+        self, items: Sequence[bytes | packet_pb2.Packet], *, received_at_us: int
+    ) -> list[Candidate | Answer]:
+        """Check packets one by one: a candidate for each that keeps the rules, else its answer."""
+        return [
+            self._inspect_item(item, f"packets[{index}]", received_at_us)
+            for index, item in enumerate(items)
+        ]
+
+    def _inspect_item(
+        self, item: bytes | packet_pb2.Packet, path: str, received_at_us: int
+    ) -> Candidate | Answer:
+        if isinstance(item, bytes):
+            try:
+                packet = packet_pb2.Packet.FromString(item)
+            except DecodeError:
+                malformed = Violation(path, "fmi.packet.malformed", "cannot be parsed as a Packet")
+                error = PacketRefusedError([malformed])
+                return Answer("", "unknown", "refused", error=error)
+        else:
+            packet = item
+        try:
+            return self.inspect(packet, received_at_us=received_at_us)
+        except PacketRefusedError as refusal:
+            return Answer(
+                packet.header.packet_id[:64],
+                packet.WhichOneof("body") or "unknown",
+                "refused",
+                error=refusal,
+            )
+
+
+def settle(candidate: Candidate, outcome: AppendOutcome) -> Answer:
+    """Say what became of a packet that was given to the store."""
+    record = candidate.record
+    error: FMIError | None = None
+    status: PacketStatus
+    if outcome.status == "stored":
+        status = "quarantined" if outcome.quarantined else "accepted"
+    elif outcome.status == "duplicate":
+        status = "duplicate"
+    else:
+        status = "refused"
+        if outcome.status == "reused":
+            error = PacketIdReusedError(record.domain_id, record.packet_id)
+        else:
+            error = PacketRefusedError(
+                [Violation("packet", "fmi.packet.storable", outcome.problem)]
+            )
+        return Answer(record.packet_id, record.kind, status, error=error)
+    return Answer(
+        packet_id=record.packet_id,
+        kind=record.kind,
+        status=status,
+        sequence=outcome.sequence,
+        received_at_us=outcome.received_at_us,
+        warnings=candidate.warnings,
+        quarantine_reason=outcome.quarantine_reason if outcome.quarantined else "",
+    )

@@ -1,0 +1,114 @@
+"""Envelopes: bounded decoding of many packets in one message.
+
+Every size is checked before a byte is decoded: what the envelope says, what the zstd frame says, and what
+comes out must agree, and none may be larger than the limit. python-zstandard ignores `max_output_size`
+where the frame declares its size, so the frame's own header is read first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import zstandard
+from google.protobuf.message import DecodeError
+
+from fmi.v1 import interchange_service_pb2 as wire_pb2
+from fmi.v1 import packet_pb2
+from fmi_server.errors import (
+    DictionaryUnknownError,
+    EnvelopeMalformedError,
+    EnvelopeTooLargeError,
+)
+
+__all__ = ["EnvelopeDecoder", "EnvelopeLimits"]
+
+
+@dataclass(frozen=True, slots=True)
+class EnvelopeLimits:
+    """What an envelope may hold: bytes when decoded, and packets."""
+
+    max_bytes: int = 16 * 2**20
+    max_packets: int = 10_000
+
+
+@dataclass(slots=True)
+class EnvelopeDecoder:
+    """Decodes envelopes. May be shared by threads; dictionaries are replaced as a whole.
+
+    Attributes:
+        limits: What an envelope may hold.
+        dictionaries: Compression dictionaries by id.
+    """
+
+    limits: EnvelopeLimits = field(default_factory=EnvelopeLimits)
+    dictionaries: Mapping[int, zstandard.ZstdCompressionDict] = field(default_factory=dict)
+
+    def decode(self, envelope: wire_pb2.EncodedPackets) -> list[bytes]:
+        """Return the serialised packets in an envelope, each still to be parsed.
+
+        Raises:
+            EnvelopeMalformedError: It cannot be decoded, or its sizes do not agree.
+            EnvelopeTooLargeError: It would decode to too many bytes or packets.
+            DictionaryUnknownError: It names a dictionary that is not known.
+        """
+        if envelope.uncompressed_size > self.limits.max_bytes:
+            raise EnvelopeTooLargeError(envelope.uncompressed_size, self.limits.max_bytes)
+        if envelope.encoding == wire_pb2.ENCODING_ZSTD:
+            data = self._decompress(envelope)
+        elif envelope.encoding == wire_pb2.ENCODING_IDENTITY:
+            data = envelope.data
+        else:
+            raise EnvelopeMalformedError("the encoding is unknown; use IDENTITY or ZSTD")
+        if len(data) != envelope.uncompressed_size:
+            raise EnvelopeMalformedError(
+                f"uncompressed_size says {envelope.uncompressed_size} bytes, there are {len(data)}"
+            )
+        return self.split(data)
+
+    def split(self, data: bytes) -> list[bytes]:
+        """Split a serialised `PacketBatch` into serialised packets.
+
+        Raises:
+            EnvelopeMalformedError: It is no batch, or an empty one.
+            EnvelopeTooLargeError: It has too many packets.
+        """
+        try:
+            packets = packet_pb2.RawPacketBatch.FromString(data).packets
+        except DecodeError:
+            raise EnvelopeMalformedError("the content is no PacketBatch") from None
+        if not packets:
+            raise EnvelopeMalformedError("the content has no packets")
+        if len(packets) > self.limits.max_packets:
+            raise EnvelopeTooLargeError(len(packets), self.limits.max_packets, "packets")
+        return list(packets)
+
+    def _decompress(self, envelope: wire_pb2.EncodedPackets) -> bytes:
+        try:
+            frame = zstandard.get_frame_parameters(envelope.data)
+        except zstandard.ZstdError:
+            raise EnvelopeMalformedError("data is no zstd frame") from None
+        if frame.content_size == zstandard.CONTENTSIZE_UNKNOWN:
+            raise EnvelopeMalformedError("the zstd frame does not declare its content size")
+        if frame.content_size > self.limits.max_bytes:
+            raise EnvelopeTooLargeError(frame.content_size, self.limits.max_bytes)
+        if frame.content_size != envelope.uncompressed_size:
+            raise EnvelopeMalformedError(
+                f"uncompressed_size says {envelope.uncompressed_size} bytes, the zstd frame "
+                f"{frame.content_size}"
+            )
+        if frame.dict_id != envelope.dictionary_id:
+            raise EnvelopeMalformedError(
+                f"dictionary_id says {envelope.dictionary_id}, the zstd frame {frame.dict_id}"
+            )
+        dictionary = None
+        if frame.dict_id:
+            dictionary = self.dictionaries.get(frame.dict_id)
+            if dictionary is None:
+                raise DictionaryUnknownError(frame.dict_id)
+        # A decompressor per call: they are not safe to share between threads.
+        decompressor = zstandard.ZstdDecompressor(dict_data=dictionary)
+        try:
+            return decompressor.decompress(envelope.data, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise EnvelopeMalformedError(str(error)) from None

@@ -1,0 +1,133 @@
+"""What an operator sees and does, apart from the flow of packets."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fmi.plain import DEFAULT_PROFILE_CLASS
+from fmi.v1 import packet_pb2
+from fmi_server.errors import CohortUnknownError
+from fmi_server.feeds import kind_name
+from fmi_server.service import FMIService
+from fmi_server.storage.records import PacketKey, SiteRecord, StoredPacket
+
+__all__ = ["CohortOverview", "Operations", "SiteOverview"]
+
+
+@dataclass(slots=True)
+class CohortOverview:
+    """What a cohort holds; see `fmi.v1.CohortStatus`."""
+
+    name: str
+    declared: bool = False
+    schema_hash: str = ""
+    sites: int = 0
+    packets: int = 0
+    quarantined: int = 0
+    dirty: bool = False
+    revisions: dict[str, int] = field(default_factory=dict)
+    released_at: float | None = None
+    subscribers: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SiteOverview:
+    """What a site sent to a cohort; see `fmi.v1.SiteStatus`."""
+
+    record: SiteRecord
+    profile_class: str
+    reputation: float
+
+    @property
+    def packets(self) -> Mapping[str, int]:
+        """Packets stored, by type."""
+        record = self.record
+        return {"msp": record.msp_count, "pop": record.pop_count, "ccs": record.ccs_count}
+
+
+class Operations:
+    """The operator's view of a service, and the levers.
+
+    Args:
+        service: The service.
+    """
+
+    def __init__(self, service: FMIService) -> None:
+        self._service = service
+
+    async def cohorts(self) -> list[CohortOverview]:
+        """List the cohorts, in order of name."""
+        service = self._service
+        overviews = {
+            rules.name: CohortOverview(
+                rules.name,
+                declared=rules.declared,
+                schema_hash=rules.schema_hash,
+                dirty=service.releaser.dirty(rules.name),
+                released_at=service.releaser.released_at(rules.name),
+                subscribers=service.router.subscribers_of(rules.name),
+            )
+            for rules in service.cohorts
+        }
+        for (cohort, kind), update in service.releaser.log.latest.items():
+            if cohort in overviews:
+                overviews[cohort].revisions[kind_name(kind)] = update.revision
+        for site in await service.store.sites():
+            overview = overviews.get(site.cohort)
+            if overview is not None:
+                overview.sites += 1
+                overview.packets += site.msp_count + site.pop_count + site.ccs_count
+                overview.quarantined += site.quarantined_count
+        return list(overviews.values())
+
+    async def sites(self, cohort: str = "") -> list[SiteOverview]:
+        """List the sites of a cohort, or of all, in order of cohort and domain id.
+
+        Raises:
+            CohortUnknownError: There is no such cohort.
+        """
+        service = self._service
+        if cohort and cohort not in service.cohorts:
+            raise CohortUnknownError(cohort)
+        by_cohort: defaultdict[str, list[SiteRecord]] = defaultdict(list)
+        for record in await service.store.sites(cohort or None):
+            by_cohort[record.cohort].append(record)
+        overviews = []
+        for name, records in by_cohort.items():
+            if name not in service.cohorts:
+                continue  # its packets are kept, but the cohort is not declared any more
+            state, lock = await service.releaser.reading(name)
+            async with lock:
+                for record in records:
+                    known = state.site(record.domain_id)
+                    profile_class = known.profile_class if known else DEFAULT_PROFILE_CLASS
+                    reputation = state.reputation(record.domain_id)
+                    overviews.append(SiteOverview(record, profile_class, reputation))
+        return overviews
+
+    async def quarantine(
+        self, cohort: str = "", *, after: int = 0, limit: int = 100
+    ) -> list[tuple[StoredPacket, packet_pb2.Packet]]:
+        """List the packets in quarantine, oldest first, behind a sequence."""
+        stored = await self._service.store.quarantined(cohort or None, after=after, limit=limit)
+        return [(item, packet_pb2.Packet.FromString(item.record.payload)) for item in stored]
+
+    async def set_quarantine(
+        self, domain_id: str, packet_id: str, *, quarantined: bool, reason: str = ""
+    ) -> bool:
+        """Put a packet into quarantine or take it out; return whether that changed anything.
+
+        The cohort is counted anew, so that its aggregates follow with the next release.
+
+        Raises:
+            UnknownPacketError: There is no such packet.
+        """
+        service = self._service
+        key = PacketKey(domain_id, packet_id)
+        changed = await service.store.set_quarantine(key, quarantined=quarantined, reason=reason)
+        stored = await service.store.packet(key) if changed else None
+        if stored is not None and stored.record.cohort in service.cohorts:
+            await service.releaser.rebuild(stored.record.cohort)
+        return changed

@@ -1,0 +1,425 @@
+"""FMIService: the map of the system.
+
+    emit ──► validate ──► store ──► acknowledge
+                            │
+                            └──► count ──► release ──► store ──► route to subscribers and to the bus
+
+`emit`, `emit_batch` and `emit_envelope` take packets in. A packet is acknowledged when the store has it,
+and counted after that (`releases.Releaser`), which computes the aggregates of the cohorts that changed,
+stores them as updates, and only then tells subscribers. Everything else reads.
+
+The service knows neither gRPC nor a network. It belongs to one event loop and owns its tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Final, Self
+
+import zstandard
+
+from fmi.v1 import cohort_pb2, packet_pb2, update_pb2
+from fmi.v1 import interchange_service_pb2 as wire_pb2
+from fmi_server.aggregation import WarmStartRequest
+from fmi_server.aggregator import FMIAggregator, warm_start_message
+from fmi_server.bus import Bus, FederationBusAdapter
+from fmi_server.cohorts import CohortRegistry, CohortRules
+from fmi_server.contracts import FMIContractRegistry
+from fmi_server.emission import Answer, Candidate, Intake, settle
+from fmi_server.envelope import EnvelopeDecoder, EnvelopeLimits
+from fmi_server.errors import (
+    CohortUnknownError,
+    EnvelopeTooLargeError,
+    OverloadedError,
+    ServerDrainingError,
+    SpecInvalidError,
+    ThingNotFoundError,
+    UpdateNotFoundError,
+    Violation,
+    reason_name,
+)
+from fmi_server.feeds import FeedRequest, kind_name
+from fmi_server.releases import Releaser
+from fmi_server.router import AGGREGATOR, FMIRouter
+from fmi_server.storage import MemoryStore, Store
+from fmi_server.telemetry import FMITelemetry
+from fmi_server.validator import FMIValidator, Inspection
+
+__all__ = ["FMIService"]
+
+THREAD_FROM_PACKETS: Final = 32
+"""Batches of this size and larger are checked in a thread, so that single Emits do not wait for them."""
+
+_log = logging.getLogger(__name__)
+
+
+class FMIService:
+    """Takes packets, keeps them, aggregates them per cohort, and routes the results.
+
+    Use it as an async context manager: entering opens the store and brings the state back, leaving drains
+    and closes. Every part can be given; what is not is made with its defaults, with a store in memory.
+
+    Args:
+        store: Keeps packets and updates.
+        registry: The contract.
+        cohorts: The cohorts and their rules.
+        aggregator: Computes the aggregates.
+        router: Routes packets and updates.
+        telemetry: Counts.
+        limits: What an envelope may hold.
+        max_inflight: Emit calls at work at once; past it they are refused with a time to try again.
+        bus: A message bus to take packets from and give priors to.
+        clock: Unix time in seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store | None = None,
+        registry: FMIContractRegistry | None = None,
+        cohorts: CohortRegistry | None = None,
+        aggregator: FMIAggregator | None = None,
+        router: FMIRouter | None = None,
+        telemetry: FMITelemetry | None = None,
+        limits: EnvelopeLimits | None = None,
+        max_inflight: int = 10_000,
+        bus: Bus | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.registry = registry or FMIContractRegistry()
+        self.telemetry = telemetry or FMITelemetry()
+        self.store = store or MemoryStore()
+        self.cohorts = cohorts or CohortRegistry(self.registry)
+        self.validator = FMIValidator(self.registry, cohorts=self.cohorts, clock=clock)
+        self.aggregator = aggregator or FMIAggregator(registry=self.registry, clock=clock)
+        self.router = router or FMIRouter(telemetry=self.telemetry)
+        self.releaser = Releaser(
+            self.store,
+            self.cohorts,
+            self.aggregator,
+            self.router,
+            telemetry=self.telemetry,
+            clock=clock,
+        )
+        self._intake = Intake(self.registry, self.validator)
+        self._decoder = EnvelopeDecoder(limits or EnvelopeLimits())
+        self._bus = None if bus is None else FederationBusAdapter(bus, self)
+        self._clock = clock
+        self._max_inflight = max_inflight
+        self._inflight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self._tasks: asyncio.TaskGroup | None = None
+        self._running: list[asyncio.Task[None]] = []
+
+    # Life
+
+    async def __aenter__(self) -> Self:
+        await self.store.open()
+        try:
+            await self._load()
+        except BaseException:
+            await self.store.close()
+            raise
+        self.router.add_destination(AGGREGATOR, self.releaser.count)
+        self._tasks = await asyncio.TaskGroup().__aenter__()
+        self._running = [
+            self._tasks.create_task(self.releaser.run(), name="release"),
+            self._tasks.create_task(self.router.give_signs_of_life(), name="signs of life"),
+        ]
+        if self._bus is not None:
+            self.releaser.on_update(self._bus.publish)
+            self._running.append(self._tasks.create_task(self._bus.run(), name="bus"))
+            await asyncio.sleep(0)  # the adapter subscribes before anybody can publish
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            await self.drain()
+            for task in self._running:
+                task.cancel()
+            if self._tasks is not None:
+                await self._tasks.__aexit__(exc_type, exc, traceback)
+        finally:
+            await self.store.close()
+
+    async def drain(self) -> None:
+        """Take nothing new, end the subscriptions, and wait until every Emit at work is answered."""
+        self._draining = True
+        self.router.drain()
+        await self._idle.wait()
+
+    @property
+    def draining(self) -> bool:
+        """Whether the service takes nothing new."""
+        return self._draining
+
+    async def _load(self) -> None:
+        for record in await self.store.cohorts():
+            if record.name not in self.cohorts:
+                self.cohorts.declare(cohort_pb2.CohortSpec.FromString(record.spec), force=True)
+        self._decoder.dictionaries = {
+            record.dictionary_id: zstandard.ZstdCompressionDict(record.data)
+            for record in await self.store.dictionaries()
+        }
+        await self.releaser.load()
+        self.telemetry.cohorts(len(self.cohorts))
+
+    # Packets in
+
+    async def emit(self, packet: packet_pb2.Packet | Mapping[str, Any]) -> Answer:
+        """Take one packet; return when it is durable.
+
+        Args:
+            packet: Typed, or plain in any form that the registry takes.
+
+        Raises:
+            PacketRefusedError: It breaks rules; all of them are told.
+            PacketIdReusedError: Its id was used before for other content.
+            OverloadedError: There is too much under way.
+            ServerDrainingError: The server is going down.
+            StoreUnavailableError: It could not be stored now.
+        """
+        with self._admitted():
+            kind = "unknown"
+            try:
+                typed = self.registry.coerce(packet)
+                kind = typed.WhichOneof("body") or kind
+                candidate = self._intake.inspect(typed, received_at_us=int(self._clock() * 1e6))
+                self._open_cohort(candidate)
+                (outcome,) = await self.store.append([candidate.record])
+                answer = settle(candidate, outcome)
+                if answer.error is not None:
+                    raise answer.error  # noqa: TRY301 - counted below, like every other refusal
+            except Exception:
+                self.telemetry.packet(kind, "refused")
+                raise
+            await self._count(candidate, answer)
+            return answer
+
+    async def emit_batch(self, items: Sequence[bytes | packet_pb2.Packet]) -> list[Answer]:
+        """Take packets; return an answer for each, in order, when those that were taken are durable.
+
+        Args:
+            items: Packets, typed or serialised.
+
+        Raises:
+            OverloadedError: There is too much under way; nothing was stored.
+            ServerDrainingError: The server is going down; nothing was stored.
+            StoreUnavailableError: They could not be stored now; nothing was stored.
+        """
+        with self._admitted():
+            now_us = int(self._clock() * 1e6)
+            if len(items) < THREAD_FROM_PACKETS:
+                inspected = self._intake.inspect_many(items, received_at_us=now_us)
+            else:
+                inspected = await asyncio.to_thread(
+                    self._intake.inspect_many, items, received_at_us=now_us
+                )
+            candidates = [item for item in inspected if isinstance(item, Candidate)]
+            for candidate in candidates:
+                self._open_cohort(candidate)
+            records = [candidate.record for candidate in candidates]
+            outcomes = iter(await self.store.append(records) if records else ())
+            answers = []
+            counts: Counter[tuple[str, str]] = Counter()
+            for item in inspected:
+                answer = settle(item, next(outcomes)) if isinstance(item, Candidate) else item
+                answers.append(answer)
+                counts[answer.kind, answer.status] += 1
+                if answer.error is not None:
+                    self.telemetry.refusal(reason_name(answer.error.reason))
+                elif isinstance(item, Candidate) and answer.status == "accepted":
+                    await self.router.route(item.packet, destination=AGGREGATOR)
+            for (kind, status), count in counts.items():
+                self.telemetry.packet(kind, status, count=count)
+            return answers
+
+    async def emit_envelope(self, envelope: wire_pb2.EncodedPackets) -> list[Answer]:
+        """Take the packets of an envelope; see `emit_batch`.
+
+        Raises:
+            EnvelopeMalformedError: It cannot be decoded; nothing was stored.
+            EnvelopeTooLargeError: It would decode to too much; nothing was stored.
+            DictionaryUnknownError: It names a dictionary that is not registered.
+        """
+        return await self.emit_batch(await asyncio.to_thread(self._decoder.decode, envelope))
+
+    def check_batch_size(self, packets: int) -> None:
+        """Refuse a batch with more packets than an envelope may hold.
+
+        Raises:
+            EnvelopeTooLargeError: It has too many.
+        """
+        limit = self._decoder.limits.max_packets
+        if packets > limit:
+            raise EnvelopeTooLargeError(packets, limit, "packets")
+
+    def inspect(self, packet: packet_pb2.Packet) -> Inspection:
+        """Check a packet as `emit` would, and store nothing."""
+        return self.validator.inspect(packet)
+
+    @contextlib.contextmanager
+    def _admitted(self) -> Iterator[None]:
+        if self._draining:
+            raise ServerDrainingError
+        if self._inflight >= self._max_inflight:
+            raise OverloadedError("calls at work")
+        self._inflight += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._inflight -= 1
+            if not self._inflight:
+                self._idle.set()
+
+    def _open_cohort(self, candidate: Candidate) -> None:
+        name = candidate.record.cohort
+        if name not in self.cohorts:
+            self.cohorts.open(name)
+            self.telemetry.cohorts(len(self.cohorts))
+
+    async def _count(self, candidate: Candidate, answer: Answer) -> None:
+        self.telemetry.packet(answer.kind, answer.status, size=len(candidate.record.payload))
+        if answer.status == "accepted":
+            await self.router.route(candidate.packet, destination=AGGREGATOR)
+
+    # Updates out
+
+    def subscribe(self, request: wire_pb2.SubscribeRequest) -> AsyncIterator[bytes]:
+        """Give the events of a subscription as serialised `SubscribeResponse` messages, until it ends.
+
+        Raises:
+            InvalidFilterError: The filter, the start or the resume token is wrong.
+            CompactedError: A revision that comes next is no longer kept.
+            OverloadedError: There are as many subscriptions as are allowed.
+            ServerDrainingError: The server is going down.
+        """
+        log = self.releaser.log
+        wanted = FeedRequest.from_message(request, history_epoch=log.history_epoch, head=log.head)
+        return self.router.subscribe(wanted, log, self.releaser.updates)
+
+    async def update(self, cohort: str, kind: int, revision: int = 0) -> update_pb2.Update:
+        """Read one update; the newest where no revision is given.
+
+        Raises:
+            CohortUnknownError: There is no such cohort.
+            UpdateNotFoundError: There is no such update yet.
+            CompactedError: The revision is no longer kept.
+        """
+        latest = self.releaser.log.latest.get((cohort, kind))
+        if latest is None:
+            if cohort not in self.cohorts:
+                raise CohortUnknownError(cohort)
+            raise UpdateNotFoundError(cohort, kind_name(kind), revision)
+        found = latest
+        if revision not in (0, latest.revision):
+            if revision > latest.revision:
+                raise UpdateNotFoundError(cohort, kind_name(kind), revision)
+            found = await self.releaser.updates.kept((cohort, kind), revision)
+        return update_pb2.Update.FromString(found.payload)
+
+    async def warm_start(
+        self,
+        cohort: str,
+        *,
+        profile_class: str = "",
+        regime_tag: str = "",
+        concepts: Mapping[str, float] | None = None,
+    ) -> tuple[update_pb2.WarmStartProfile, int]:
+        """Find the warm start for a site, and the revision of the prior that it goes with.
+
+        Args:
+            cohort: The cohort.
+            profile_class: The site's class of learner; empty for the default one.
+            regime_tag: The regime that the site works in; empty where it does not know.
+            concepts: Scores of the concepts that the site sees, to find the nearest regime.
+
+        Raises:
+            CohortUnknownError: There is no such cohort.
+        """
+        if cohort not in self.cohorts:
+            raise CohortUnknownError(cohort)
+        state, lock = await self.releaser.reading(cohort)
+        request = WarmStartRequest(profile_class or "default", regime_tag, concepts or {})
+        async with lock:
+            found = await asyncio.to_thread(state.warm_start, request)
+        latest = self.releaser.log.latest.get((cohort, update_pb2.UPDATE_KIND_PRIOR))
+        return warm_start_message(found), latest.revision if latest else 0
+
+    async def release(self, cohort: str) -> list[update_pb2.Update]:
+        """Release a cohort now; return what was published, which is nothing where nothing changed.
+
+        Raises:
+            CohortUnknownError: There is no such cohort.
+            StoreError: The updates could not be stored; nothing was published.
+        """
+        if cohort not in self.cohorts:
+            raise CohortUnknownError(cohort)
+        return await self.releaser.release(cohort)
+
+    # Rules
+
+    async def put_cohort_spec(
+        self, spec: cohort_pb2.CohortSpec, *, force: bool = False, dry_run: bool = False
+    ) -> tuple[CohortRules, bool]:
+        """Declare a cohort, or change its spec; return the rules and whether anything changed.
+
+        Raises:
+            SpecInvalidError: The spec breaks rules.
+            SpecChangeUnsafeError: The change would break sites, and `force` was not said.
+            SettingUnsupportedError: It asks for what this version does not have.
+        """
+        rules, changed = self.cohorts.check(spec, force=force)
+        if dry_run or not changed:
+            return rules, changed
+        # Stored before it is in force: a crash in between changes nothing that anybody saw.
+        await self.store.put_cohort(rules.name, rules.spec.SerializeToString(), 1)
+        self.cohorts.declare(spec, force=force)
+        self.telemetry.cohorts(len(self.cohorts))
+        await self.releaser.rebuild(rules.name)
+        return rules, changed
+
+    async def register_dictionary(self, data: bytes) -> int:
+        """Register a compression dictionary; return its id, as it stands in the dictionary.
+
+        Raises:
+            SpecInvalidError: It is no trained zstd dictionary.
+            DictionaryConflictError: The id is taken by other data.
+        """
+        dictionary = zstandard.ZstdCompressionDict(data)
+        dictionary_id: int = dictionary.dict_id()
+        if dictionary_id == 0:
+            detail = "is no trained zstd dictionary (it has no id)"
+            raise SpecInvalidError([Violation("data", "fmi.dictionary.trained", detail)])
+        await self.store.put_dictionary(dictionary_id, data, int(self._clock() * 1e6))
+        self._decoder.dictionaries = {**self._decoder.dictionaries, dictionary_id: dictionary}
+        return dictionary_id
+
+    async def dictionary(self, dictionary_id: int = 0) -> tuple[int, bytes]:
+        """Read a dictionary; the newest where no id is given.
+
+        Raises:
+            ThingNotFoundError: There is none.
+        """
+        records = await self.store.dictionaries()
+        if not dictionary_id and records:
+            newest = max(records, key=lambda record: record.created_at_us)
+            return newest.dictionary_id, newest.data
+        for record in records:
+            if record.dictionary_id == dictionary_id:
+                return record.dictionary_id, record.data
+        raise ThingNotFoundError("dictionary", str(dictionary_id or "(any)"))

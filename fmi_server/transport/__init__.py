@@ -1,0 +1,1 @@
+"""gRPC, and nothing else: servicers, handlers, and the mapping of errors to statuses."""

@@ -1,0 +1,121 @@
+"""AdminService: the operator's view and levers."""
+
+from __future__ import annotations
+
+from fmi.v1 import admin_service_pb2 as wire_pb2
+from fmi_server.operations import CohortOverview, Operations, SiteOverview
+from fmi_server.service import FMIService
+
+__all__ = ["AdminServicer"]
+
+DEFAULT_PAGE = 100
+
+
+class AdminServicer:
+    """Converts, calls the service, and converts back. Methods have the names of the contract's."""
+
+    def __init__(self, service: FMIService) -> None:
+        self._service = service
+        self._operations = Operations(service)
+
+    async def ListCohorts(
+        self, request: wire_pb2.ListCohortsRequest
+    ) -> wire_pb2.ListCohortsResponse:
+        """List the cohorts with what they hold."""
+        del request
+        overviews = await self._operations.cohorts()
+        return wire_pb2.ListCohortsResponse(cohorts=[_cohort(overview) for overview in overviews])
+
+    async def PutCohortSpec(
+        self, request: wire_pb2.PutCohortSpecRequest
+    ) -> wire_pb2.PutCohortSpecResponse:
+        """Declare a cohort or change its spec."""
+        self._service.registry.check_request(request, skip="spec.")
+        rules, changed = await self._service.put_cohort_spec(
+            request.spec, force=request.force, dry_run=request.dry_run
+        )
+        return wire_pb2.PutCohortSpecResponse(schema_hash=rules.schema_hash, changed=changed)
+
+    async def ListSites(self, request: wire_pb2.ListSitesRequest) -> wire_pb2.ListSitesResponse:
+        """List the sites of a cohort, or of all."""
+        overviews = await self._operations.sites(request.cohort)
+        return wire_pb2.ListSitesResponse(sites=[_site(overview) for overview in overviews])
+
+    async def ListQuarantine(
+        self, request: wire_pb2.ListQuarantineRequest
+    ) -> wire_pb2.ListQuarantineResponse:
+        """List the packets in quarantine."""
+        self._service.registry.check_request(request)
+        limit = request.page_size or DEFAULT_PAGE
+        found = await self._operations.quarantine(
+            request.cohort, after=int(request.page_token or 0), limit=limit
+        )
+        response = wire_pb2.ListQuarantineResponse()
+        for stored, packet in found:
+            item = response.packets.add(
+                packet=packet, reason=stored.record.quarantine_reason, sequence=stored.sequence
+            )
+            item.received_at.FromMicroseconds(stored.record.received_at_us)
+        if len(found) == limit:
+            response.next_page_token = str(found[-1][0].sequence)
+        return response
+
+    async def SetQuarantine(
+        self, request: wire_pb2.SetQuarantineRequest
+    ) -> wire_pb2.SetQuarantineResponse:
+        """Put a packet into quarantine or take it out."""
+        self._service.registry.check_request(request)
+        changed = await self._operations.set_quarantine(
+            request.domain_id,
+            request.packet_id,
+            quarantined=request.quarantined,
+            reason=request.reason,
+        )
+        return wire_pb2.SetQuarantineResponse(changed=changed)
+
+    async def ReleaseNow(self, request: wire_pb2.ReleaseNowRequest) -> wire_pb2.ReleaseNowResponse:
+        """Release a cohort's aggregates now."""
+        self._service.registry.check_request(request)
+        updates = await self._service.release(request.cohort)
+        return wire_pb2.ReleaseNowResponse(updates=updates)
+
+    async def RegisterDictionary(
+        self, request: wire_pb2.RegisterDictionaryRequest
+    ) -> wire_pb2.RegisterDictionaryResponse:
+        """Register a compression dictionary."""
+        self._service.registry.check_request(request)
+        dictionary_id = await self._service.register_dictionary(request.data)
+        return wire_pb2.RegisterDictionaryResponse(dictionary_id=dictionary_id)
+
+
+def _cohort(overview: CohortOverview) -> wire_pb2.CohortStatus:
+    status = wire_pb2.CohortStatus(
+        cohort=overview.name,
+        declared=overview.declared,
+        sites=overview.sites,
+        packets=overview.packets,
+        quarantined=overview.quarantined,
+        dirty=overview.dirty,
+        revisions=overview.revisions,
+        subscribers=overview.subscribers,
+        schema_hash=overview.schema_hash,
+    )
+    if overview.released_at is not None:
+        status.released_at.FromNanoseconds(int(overview.released_at * 1e9))
+    return status
+
+
+def _site(overview: SiteOverview) -> wire_pb2.SiteStatus:
+    record = overview.record
+    status = wire_pb2.SiteStatus(
+        cohort=record.cohort,
+        domain_id=record.domain_id,
+        profile_class=overview.profile_class,
+        packets=overview.packets,
+        duplicates=record.duplicate_count,
+        quarantined=record.quarantined_count,
+        reputation=overview.reputation,
+    )
+    status.first_seen.FromMicroseconds(record.first_seen_us)
+    status.last_seen.FromMicroseconds(record.last_seen_us)
+    return status

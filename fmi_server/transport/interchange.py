@@ -1,0 +1,128 @@
+"""InterchangeService: packets in, updates out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from google.protobuf import timestamp_pb2
+
+from fmi.v1 import error_pb2
+from fmi.v1 import interchange_service_pb2 as wire_pb2
+from fmi_server.emission import Answer
+from fmi_server.errors import (
+    DictionaryUnknownError,
+    EnvelopeMalformedError,
+    EnvelopeTooLargeError,
+    Reason,
+    RequestInvalidError,
+)
+from fmi_server.service import FMIService
+from fmi_server.transport.status import refusal_message
+
+__all__ = ["InterchangeServicer"]
+
+_STATUSES = {
+    "accepted": wire_pb2.EMIT_STATUS_ACCEPTED,
+    "duplicate": wire_pb2.EMIT_STATUS_DUPLICATE,
+    "quarantined": wire_pb2.EMIT_STATUS_QUARANTINED,
+    "refused": wire_pb2.EMIT_STATUS_REFUSED,
+}
+
+
+class InterchangeServicer:
+    """Converts, calls the service, and converts back. Methods have the names of the contract's."""
+
+    def __init__(self, service: FMIService) -> None:
+        self._service = service
+
+    async def Emit(self, request: wire_pb2.EmitRequest) -> wire_pb2.EmitResponse:
+        """Take a packet, or an envelope of packets."""
+        if request.HasField("packet"):
+            answer = await self._service.emit(request.packet)
+            return wire_pb2.EmitResponse(results=[_result(0, answer)])
+        self._service.registry.check_request(request)
+        answers = await self._service.emit_envelope(request.encoded)
+        if len(answers) == 1 and answers[0].error is not None:
+            raise answers[0].error
+        return wire_pb2.EmitResponse(
+            results=[_result(index, answer) for index, answer in enumerate(answers)]
+        )
+
+    async def EmitStream(
+        self, requests: AsyncIterator[wire_pb2.EmitStreamRequest]
+    ) -> AsyncIterator[wire_pb2.EmitStreamResponse]:
+        """Take batches, and answer each when it is durable."""
+        async for request in requests:
+            response = wire_pb2.EmitStreamResponse(batch_id=request.batch_id)
+            try:
+                answers = await self._take(request)
+            except (
+                RequestInvalidError,
+                EnvelopeMalformedError,
+                EnvelopeTooLargeError,
+                DictionaryUnknownError,
+            ) as error:
+                # This batch is bad; the next one may be good.
+                response.refusal.CopyFrom(refusal_message(error))
+            else:
+                response.packets = len(answers)
+                exceptions = [
+                    _result(index, answer)
+                    for index, answer in enumerate(answers)
+                    if not answer.plain
+                ]
+                response.accepted = len(answers) - len(exceptions)
+                response.exceptions.extend(exceptions)
+            yield response
+
+    async def Subscribe(self, request: wire_pb2.SubscribeRequest) -> AsyncIterator[bytes]:
+        """Stream updates, as events that were serialised once."""
+        self._service.registry.check_request(request, reason=Reason.INVALID_FILTER)
+        async for event in self._service.subscribe(request):
+            yield event
+
+    async def GetUpdate(self, request: wire_pb2.GetUpdateRequest) -> wire_pb2.GetUpdateResponse:
+        """Read one update."""
+        self._service.registry.check_request(request)
+        update = await self._service.update(request.cohort, request.kind, request.revision)
+        return wire_pb2.GetUpdateResponse(update=update)
+
+    async def GetWarmStart(
+        self, request: wire_pb2.GetWarmStartRequest
+    ) -> wire_pb2.GetWarmStartResponse:
+        """Read the warm start for a site."""
+        self._service.registry.check_request(request)
+        profile, revision = await self._service.warm_start(
+            request.cohort,
+            profile_class=request.profile_class,
+            regime_tag=request.regime_tag,
+            concepts=dict(request.concepts),
+        )
+        return wire_pb2.GetWarmStartResponse(profile=profile, prior_revision=revision)
+
+    async def _take(self, request: wire_pb2.EmitStreamRequest) -> list[Answer]:
+        if request.HasField("packets") and request.packets.packets:
+            self._service.check_batch_size(len(request.packets.packets))
+            return await self._service.emit_batch(request.packets.packets)
+        self._service.registry.check_request(request)
+        if request.HasField("packets"):
+            raise EnvelopeMalformedError("the batch has no packets")
+        return await self._service.emit_envelope(request.encoded)
+
+
+def _result(index: int, answer: Answer) -> wire_pb2.EmitResult:
+    result = wire_pb2.EmitResult(
+        index=index,
+        packet_id=answer.packet_id,
+        status=_STATUSES[answer.status],
+        sequence=answer.sequence,
+        warnings=answer.warnings,
+    )
+    if answer.received_at_us:
+        seconds, micros = divmod(answer.received_at_us, 1_000_000)
+        result.received_at.CopyFrom(timestamp_pb2.Timestamp(seconds=seconds, nanos=micros * 1000))
+    if answer.error is not None:
+        result.refusal.CopyFrom(refusal_message(answer.error))
+    elif answer.quarantine_reason:
+        result.refusal.CopyFrom(error_pb2.Refusal(message=answer.quarantine_reason))
+    return result

@@ -1,0 +1,77 @@
+"""RegistryService: what may be said, and how."""
+
+from __future__ import annotations
+
+import time
+
+from fmi.v1 import error_pb2
+from fmi.v1 import registry_service_pb2 as wire_pb2
+from fmi_server.errors import PacketRefusedError
+from fmi_server.service import FMIService
+from fmi_server.transport.status import refusal_message
+
+__all__ = ["RegistryServicer"]
+
+
+class RegistryServicer:
+    """Converts, calls the service, and converts back. Methods have the names of the contract's."""
+
+    def __init__(self, service: FMIService, *, version: str) -> None:
+        self._service = service
+        self._version = version
+
+    async def GetContract(
+        self, request: wire_pb2.GetContractRequest
+    ) -> wire_pb2.GetContractResponse:
+        """Read the contract."""
+        registry = self._service.registry
+        response = wire_pb2.GetContractResponse(
+            revision=registry.revision,
+            oldest_supported_revision=registry.oldest_revision,
+            contract_hash=registry.contract_hash,
+            descriptors=registry.descriptor_set() if request.include_descriptors else b"",
+            server_version=self._version,
+        )
+        response.server_time.FromNanoseconds(time.time_ns())
+        return response
+
+    async def GetCohortSpec(
+        self, request: wire_pb2.GetCohortSpecRequest
+    ) -> wire_pb2.GetCohortSpecResponse:
+        """Read the spec of a cohort."""
+        self._service.registry.check_request(request)
+        rules = self._service.cohorts.rules(request.cohort)
+        return wire_pb2.GetCohortSpecResponse(spec=rules.spec, schema_hash=rules.schema_hash)
+
+    async def ListCohortSpecs(
+        self, request: wire_pb2.ListCohortSpecsRequest
+    ) -> wire_pb2.ListCohortSpecsResponse:
+        """List the specs of all cohorts."""
+        del request
+        return wire_pb2.ListCohortSpecsResponse(
+            specs=[rules.spec for rules in self._service.cohorts]
+        )
+
+    async def GetDictionary(
+        self, request: wire_pb2.GetDictionaryRequest
+    ) -> wire_pb2.GetDictionaryResponse:
+        """Read a compression dictionary."""
+        dictionary_id, data = await self._service.dictionary(request.dictionary_id)
+        return wire_pb2.GetDictionaryResponse(dictionary_id=dictionary_id, data=data)
+
+    async def ValidatePacket(
+        self, request: wire_pb2.ValidatePacketRequest
+    ) -> wire_pb2.ValidatePacketResponse:
+        """Check a packet as Emit would."""
+        self._service.registry.check_request(request, skip="packet.")
+        found = self._service.inspect(request.packet)
+        response = wire_pb2.ValidatePacketResponse(
+            valid=not found.violations and not found.quarantine_reason,
+            quarantined=bool(found.quarantine_reason),
+            warnings=found.warnings,
+        )
+        if found.violations:
+            response.refusal.CopyFrom(refusal_message(PacketRefusedError(found.violations)))
+        elif found.quarantine_reason:
+            response.refusal.CopyFrom(error_pb2.Refusal(message=found.quarantine_reason))
+        return response

@@ -1,0 +1,378 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fmi_server.aggregation import (
+    BELOW_QUORUM,
+    MAX_MAGNITUDE,
+    CohortMatrix,
+    EstimatorSettings,
+    IgnoredValue,
+    SignalRule,
+    estimate,
+)
+from fmi_server.aggregation.transforms import LOGIT_MARGIN
+
+RULES = EstimatorSettings()
+
+
+def filled(values, rules=(), **options):
+    """Make a cohort in which site i sends values[i] as controller.tau at second i."""
+    cohort = CohortMatrix(rules, **options)
+    for second, value in enumerate(values):
+        cohort.put(f"site-{second}", {"controller": {"tau": value}}, now=float(second))
+    return cohort
+
+
+def tau(cohort, reputation=None, rules=RULES):
+    return cohort.release(rules, reputation, 100.0).estimates()["tau"]
+
+
+def test_the_prior_is_the_estimate_of_the_newest_values():
+    release = filled([0.8, 0.9, 0.85, 0.95]).release(RULES, None, 100.0)
+    assert release.prior() == {"tau": pytest.approx(0.875)}
+    assert release.sections == ("controller",)
+    assert (release.sites, release.oldest, release.newest, release.at) == (4, 0.0, 3.0, 100.0)
+    assert 0.0 < release.confidence < 1.0
+
+
+def test_below_quorum_the_release_says_why():
+    release = filled([0.8, 0.9]).release(RULES, None, 1.0)
+    assert release.prior() == {}
+    assert release.estimates()["tau"].reason == BELOW_QUORUM
+    assert release.confidence == 0.0
+
+
+def test_an_empty_cohort_releases_nothing():
+    release = CohortMatrix().release(RULES, {}, 1.0)
+    assert (release.names, release.sites, release.oldest, release.newest) == ((), 0, None, None)
+
+
+def test_one_site_one_vote():
+    cohort = filled([0.1, 0.2, 0.3])
+    for second in range(50):
+        cohort.put("site-0", {"controller": {"tau": 0.4}}, now=10.0 + second)
+    found = tau(cohort)
+    assert (found.sites, found.value) == (3, 0.3)
+
+
+def test_a_signal_missing_in_a_newer_packet_stays_until_it_expires():
+    cohort = CohortMatrix()
+    for site in range(3):
+        cohort.put(f"s{site}", {"metrics": {"a": 1.0, "b": 2.0}}, now=0.0)
+        cohort.put(f"s{site}", {"metrics": {"b": 3.0}}, now=60.0)
+    assert cohort.release(RULES, None, 60.0).prior() == {"a": 1.0, "b": 3.0}
+    assert cohort.expire(now=90.0, ttl_s=50.0) == ()
+    assert cohort.release(RULES, None, 90.0).prior() == {"b": 3.0}
+    assert cohort.expire(now=200.0, ttl_s=50.0) == ("s0", "s1", "s2")
+    assert cohort.sites == ()
+    assert cohort.release(RULES, None, 200.0).prior() == {}
+
+
+def test_a_late_packet_does_not_overwrite_a_newer_value():
+    cohort = filled([0.1, 0.2, 0.3])
+    late = cohort.put("site-2", {"controller": {"tau": 9.0, "other": 1.0}}, now=1.0)
+    assert (late.applied, late.changed) == (1, 1)  # `other` was new
+    assert tau(cohort).value == 0.2
+    assert cohort.put("site-2", {"controller": {"tau": 9.0}}, now=2.0).applied == 1
+
+
+def test_dropping_a_site_takes_its_votes_and_its_column_is_used_again():
+    cohort = filled([0.1, 0.2, 0.3, 0.4])
+    assert cohort.drop("site-3")
+    assert not cohort.drop("site-3")
+    assert tau(cohort).value == 0.2
+    cohort.put("new", {"controller": {"other": 5.0}}, now=9.0)
+    assert tau(cohort).sites == 3
+
+
+def test_sites_that_come_and_go_do_not_grow_the_matrix():
+    cohort = filled([0.1, 0.2, 0.3])
+    for second in range(500):
+        cohort.put(f"guest-{second}", {"controller": {"tau": 9.0}}, now=10.0 + second)
+        cohort.drop(f"guest-{second}")
+    assert cohort._cells.values.shape == (1, 4)
+    assert tau(cohort).value == 0.2
+
+
+# --- only what changed -------------------------------------------------------------------------
+
+
+def test_a_release_recomputes_only_what_changed():
+    cohort = CohortMatrix()
+    for site in range(5):
+        cohort.put(f"s{site}", {"metrics": {"a": site, "b": site, "c": site}}, now=0.0)
+    first = cohort.release(RULES, None, 0.0)
+    assert (first.recomputed, cohort.dirty) == (3, frozenset())
+    assert cohort.release(RULES, None, 1.0).recomputed == 0
+    report = cohort.put("s0", {"metrics": {"a": 0.0, "b": 7.0}}, now=2.0)
+    assert (report.applied, report.changed, cohort.dirty) == (2, 1, frozenset({"b"}))
+    second = cohort.release(RULES, None, 2.0)
+    assert second.recomputed == 1
+    assert second.prior() == {"a": 2.0, "b": 3.0, "c": 2.0}
+    assert first.prior() == {"a": 2.0, "b": 2.0, "c": 2.0}  # a release is never changed
+
+
+def test_new_settings_recompute_everything():
+    cohort = filled([1.0, 2.0, 3.0, 10.0])
+    assert tau(cohort).value == 2.5
+    assert tau(cohort, rules=EstimatorSettings(name="mean")).value == 4.0
+
+
+def test_a_moved_reputation_recomputes_the_signals_of_its_site():
+    cohort = CohortMatrix()
+    for site in range(6):
+        cohort.put(f"s{site}", {"metrics": {"a": site}}, now=0.0)
+        if site:
+            cohort.put(f"s{site}", {"metrics": {"b": site}}, now=0.0)
+    trust = dict.fromkeys(cohort.sites, 0.9)
+    assert cohort.release(RULES, trust, 0.0).recomputed == 2
+    assert cohort.release(RULES, {**trust, "s0": 0.905}, 0.0).recomputed == 0
+    assert cohort.release(RULES, {**trust, "s0": 0.5}, 0.0).recomputed == 1
+    assert cohort.release(RULES, {**trust, "s3": 0.5}, 0.0).recomputed == 2
+
+
+def test_small_drifts_of_reputation_add_up():
+    cohort = filled([float(v) for v in range(8)])
+    names = cohort.sites
+    before = tau(cohort, dict.fromkeys(names, 0.5)).value
+    for step in range(60):
+        trust = {**dict.fromkeys(names, 0.5), "site-6": 0.5 - step * 0.008}
+        found = tau(cohort, trust).value
+    fresh = tau(filled([float(v) for v in range(8)]), trust).value
+    assert fresh < before
+    assert found == pytest.approx(fresh, abs=0.02)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["put", "put", "put", "drop", "expire", "release"]),
+            st.integers(0, 6),
+            st.dictionaries(st.sampled_from("abcdefgh"), st.floats(-10, 10), max_size=4),
+            st.sampled_from([0.2, 0.5, 1.0]),
+        ),
+        max_size=60,
+    )
+)
+def test_cached_releases_equal_a_fresh_cohort(steps):
+    """Whatever the history, the release is that of the values a plain dict would hold."""
+    cohort = CohortMatrix()
+    held: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for now, (action, number, values, confidence) in enumerate(steps):
+        site = f"s{number}"
+        if action == "put":
+            cohort.put(site, {"metrics": values}, now=float(now), confidence=confidence)
+            if values:
+                entry = {name: (v, confidence, float(now)) for name, v in values.items()}
+                held.setdefault(site, {}).update(entry)
+        elif action == "drop":
+            cohort.drop(site)
+            held.pop(site, None)
+        elif action == "expire":
+            cohort.expire(float(now), 10.0)
+            for known in list(held):
+                kept = {n: e for n, e in held[known].items() if e[2] >= now - 10.0}
+                held[known] = kept
+                if not kept:
+                    del held[known]
+        else:
+            cohort.release(RULES, None, float(now))
+    release = cohort.release(RULES, None, 1e3)
+    assert set(cohort.sites) == set(held)
+    for row, name in enumerate(release.names):
+        found = [entry[name][0] for entry in held.values() if name in entry]
+        assert release.table.sites[row] == len(found)
+        expected = estimate(np.array([found or [np.inf]])).row(0)
+        plain = all(e[1] == 1.0 for entry in held.values() for e in entry.values())
+        if expected.value is None:
+            assert release.table.reason[row] == BELOW_QUORUM
+        elif plain or expected.used == "median":
+            assert release.table.value[row] == pytest.approx(expected.value, abs=1e-12)
+        else:
+            assert min(found) <= release.table.value[row] <= max(found)
+
+
+def test_both_axes_grow_without_losing_anything():
+    cohort, rng = CohortMatrix(), np.random.default_rng(0)
+    expected = np.full((90, 70), np.inf)
+    for site in range(70):
+        rows = rng.choice(min(90, 5 + 2 * site), size=5, replace=False)
+        expected[rows, site] = rng.normal(size=5)
+        values = {f"x{row}": expected[row, site] for row in rows}
+        cohort.put(f"s{site}", {"metrics": values}, now=0.0)
+    release = cohort.release(RULES, None, 0.0)
+    table = estimate(expected)
+    for row, name in enumerate(release.names):
+        np.testing.assert_allclose(release.table.value[row], table.value[int(name[1:])])
+
+
+# --- weights -----------------------------------------------------------------------------------
+
+
+def test_weights_are_capped_confidence_times_reputation():
+    values = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+    declared = [0.2, 0.4, 0.4, 0.4, 0.6, 1.0, 1.0, 1.0]
+    trust = {f"s{i}": r for i, r in enumerate([1.0, 0.5, 1.0, 0.7, 1.0, 0.9, 1.0, 1.0])}
+    cohort = CohortMatrix()
+    for site, (value, own) in enumerate(zip(values, declared, strict=True)):
+        cohort.put(f"s{site}", {"metrics": {"a": value}}, now=0.0, confidence=own)
+    release = cohort.release(RULES, trust, 0.0)
+    assert release.confidence_cap == 0.5
+    weights = np.minimum(declared, 0.5) * list(trust.values())
+    expected = np.average(values[1:-1], weights=weights[1:-1])
+    assert release.prior()["a"] == pytest.approx(expected)
+
+
+def test_a_site_nobody_has_judged_has_the_start_reputation():
+    left, right = filled([1.0, 2.0, 3.0, 4.0, 9.0, 9.5]), filled([1.0, 2.0, 3.0, 4.0, 9.0, 9.5])
+    known = {"site-1": 1.0, "site-2": 1.0}
+    spelled = {**dict.fromkeys(left.sites, 0.5), **known}
+    assert tau(left, known) == tau(right, spelled)
+
+
+def test_confidence_per_signal_beats_that_of_the_packet():
+    cohort = CohortMatrix()
+    for site in range(8):
+        own = {"a": 0.1} if site == 5 else None
+        values = {"metrics": {"a": float(site), "b": float(site)}}
+        cohort.put(f"s{site}", values, now=0.0, confidence=0.8, signal_confidence=own)
+    prior = cohort.release(RULES, None, 0.0).prior()
+    assert prior["a"] < prior["b"]
+
+
+def test_some_sites_alone_can_be_asked():
+    cohort = filled([1.0, 2.0, 3.0, 100.0, 200.0, 300.0])
+    sites = ["site-3", "site-4", "site-5", "unknown"]
+    assert cohort.estimate_sites(sites, RULES).row(0).value == 200.0
+    assert cohort.estimate_sites([], RULES).row(0).reason == BELOW_QUORUM
+
+
+# --- vocabulary --------------------------------------------------------------------------------
+
+
+def test_the_first_section_of_a_name_wins():
+    cohort = CohortMatrix()
+    assert cohort.section_of("tau") is None
+    cohort.put("a", {"controller": {"tau": 1.0}}, now=0.0)
+    report = cohort.put("b", {"metrics": {"tau": 2.0, "gain": 3.0}}, now=0.0)
+    assert report.ignored == (IgnoredValue("metrics", "tau", "section_conflict"),)
+    assert (report.applied, cohort.section_of("tau")) == (1, "controller")
+    assert cohort.signals == ("tau", "gain")
+
+
+def test_a_closed_vocabulary_takes_only_what_is_declared():
+    cohort = CohortMatrix([SignalRule("tau", "controller")], open_vocabulary=False)
+    report = cohort.put("a", {"controller": {"tau": 1.0, "x": 2.0}}, now=0.0)
+    assert report.ignored == (IgnoredValue("controller", "x", "undeclared"),)
+    assert cohort.rule("tau") == SignalRule("tau", "controller")
+    assert cohort.rule("x") is None
+
+
+def test_an_open_vocabulary_is_bounded():
+    cohort = CohortMatrix(max_signals=2)
+    report = cohort.put("a", {"metrics": {"a": 1.0, "b": 1.0, "c": 1.0}}, now=0.0)
+    assert report.ignored == (IgnoredValue("metrics", "c", "vocabulary_full"),)
+
+
+def test_a_signal_is_declared_once():
+    with pytest.raises(ValueError, match="twice"):
+        CohortMatrix([SignalRule("a"), SignalRule("a")])
+
+
+# --- bounds and transforms ---------------------------------------------------------------------
+
+
+def test_values_are_clipped_to_their_bounds():
+    cohort = filled([0.5, 7.0, 9.0], [SignalRule("tau", "controller", lower=0.0, upper=1.0)])
+    assert tau(cohort).value == 1.0
+
+
+def test_a_log_signal_is_averaged_on_its_logarithm():
+    rates = [1e-4, 1e-3, 1e-2, 1e-1]
+    found = tau(filled(rates, [SignalRule("tau", "controller", transform="log")]))
+    plain = estimate(np.log([rates])).row(0)
+    assert found.value == pytest.approx(math.sqrt(1e-5))
+    assert (found.lower, found.upper) == pytest.approx(
+        (math.exp(plain.lower), math.exp(plain.upper))
+    )
+    assert found.stderr == pytest.approx(found.value * plain.stderr)
+
+
+def test_a_logit_signal_stays_inside_its_bounds():
+    rule = SignalRule("tau", "controller", lower=2.0, upper=6.0, transform="logit")
+    found = tau(filled([2.0, 3.0, 5.9, 6.0, 6.0], [rule]))
+    assert 2.0 <= found.lower <= found.value <= found.upper <= 6.0
+    shares = np.clip((np.array([3.0, 5.9, 6.0]) - 2) / 4, LOGIT_MARGIN, 1 - LOGIT_MARGIN)
+    odds = np.log(shares / (1 - shares)).mean()
+    share = 1 / (1 + math.exp(-odds))
+    assert found.value == pytest.approx(2 + 4 * share)
+    plain = estimate(np.log([_odds([2.0, 3.0, 5.9, 6.0, 6.0])])).row(0)
+    assert found.stderr == pytest.approx(4 * share * (1 - share) * plain.stderr)
+
+
+def _odds(values):
+    share = np.clip((np.array(values) - 2) / 4, LOGIT_MARGIN, 1 - LOGIT_MARGIN)
+    return share / (1 - share)
+
+
+def test_a_log_signal_that_is_not_positive_is_left_out():
+    cohort = CohortMatrix([SignalRule("lr", transform="log")])
+    report = cohort.put("a", {"metrics": {"lr": 0.0, "x": 1.0}}, now=0.0)
+    assert report.ignored == (IgnoredValue("metrics", "lr", "outside_domain"),)
+    assert report.applied == 1
+
+
+@given(st.lists(st.floats(1e-12, 1e12), min_size=3, max_size=12))
+def test_a_transformed_estimate_stays_in_the_range_of_the_values(values):
+    found = tau(filled(values, [SignalRule("tau", "controller", transform="log")]))
+    assert min(values) * (1 - 1e-12) <= found.value <= max(values) * (1 + 1e-12)
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 2 * MAX_MAGNITUDE])
+def test_a_value_that_is_no_number_is_refused_and_nothing_changed(bad):
+    cohort = filled([0.1, 0.2, 0.3])
+    with pytest.raises(ValueError, match=r"controller\.tau"):
+        cohort.put("site-0", {"metrics": {"new": 1.0}, "controller": {"tau": bad}}, now=9.0)
+    assert cohort.signals == ("tau",)
+    assert tau(cohort).value == 0.2
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.1, math.nan])
+def test_a_confidence_outside_its_range_is_refused(bad):
+    with pytest.raises(ValueError, match="confidence"):
+        CohortMatrix().put("a", {"metrics": {"x": 1.0}}, now=0.0, confidence=bad)
+    with pytest.raises(ValueError, match="confidence"):
+        CohortMatrix().put("a", {"metrics": {"x": 1.0}}, now=0.0, signal_confidence={"x": bad})
+
+
+def test_a_time_that_is_no_time_is_refused():
+    with pytest.raises(ValueError, match="now"):
+        CohortMatrix().put("a", {"metrics": {"x": 1.0}}, now=math.nan)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"transform": "sqrt"},
+        {"direction": 2},
+        {"scale": 0.0},
+        {"lower": 2.0, "upper": 1.0},
+        {"lower": math.nan},
+        {"transform": "log", "lower": 0.0},
+        {"transform": "log", "upper": -1.0},
+        {"transform": "logit", "lower": 0.0},
+    ],
+)
+def test_a_rule_that_makes_no_sense_is_refused(wrong):
+    with pytest.raises(ValueError, match="signal 'x'"):
+        SignalRule("x", **wrong)
