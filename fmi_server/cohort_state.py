@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar, cast
 
@@ -177,13 +177,9 @@ class CohortState:
 
     def count(self, packet: packet_pb2.Packet) -> None:
         """Count a packet that was validated and stored. The order of packets does not matter."""
+        site = self._hear(packet)
         header = packet.header
-        at = header.emitted_at.seconds + header.emitted_at.nanos / 1e9
-        site = self._sites.setdefault(header.domain_id, SiteRecord())
-        if at >= site.heard_at:
-            site.heard_at = at
-            site.profile_class = header.profile_class or DEFAULT_PROFILE_CLASS
-            site.regime_tag = header.provenance.regime_tag or site.regime_tag
+        at = _emitted_at(packet)
         kind = packet.WhichOneof("body")
         if kind == "msp":
             self._count_signals(header.domain_id, packet.msp, at)
@@ -196,6 +192,35 @@ class CohortState:
         elif kind == "ccs":
             self._count_causes(site, packet, at)
         self.packets[kind or "unknown"] += 1
+
+    def count_all(self, packets: Sequence[packet_pb2.Packet]) -> None:
+        """Count many packets at once.
+
+        The result is that of `count` for each. MSPs whose every signal is overtaken by a newer MSP of the
+        same site among `packets` are not written to the matrix, which is what a packet costs.
+        """
+        # Of packets of one time the later in the list wins, as it does one by one.
+        newest_first = sorted(
+            (packet for packet in reversed(packets) if packet.HasField("msp")),
+            key=_emitted_at,
+            reverse=True,
+        )
+        written: dict[str, set[str]] = {}
+        overtaken: set[int] = set()
+        for packet in newest_first:
+            msp = packet.msp
+            names = {name for section in SECTIONS for name in getattr(msp, section)}
+            seen = written.setdefault(packet.header.domain_id, set())
+            if names <= seen:
+                overtaken.add(id(packet))
+            else:
+                seen |= names
+        for packet in packets:
+            if id(packet) in overtaken:
+                self._hear(packet)
+                self.packets["msp"] += 1
+            else:
+                self.count(packet)
 
     def expire(self, now: float) -> bool:
         """Forget what is past its time; return whether anything was.
@@ -280,6 +305,17 @@ class CohortState:
             reputation=self._trust.snapshot(),
         )
 
+    def _hear(self, packet: packet_pb2.Packet) -> SiteRecord:
+        """Note what the header says of a site."""
+        header = packet.header
+        site = self._sites.setdefault(header.domain_id, SiteRecord())
+        at = _emitted_at(packet)
+        if at >= site.heard_at:
+            site.heard_at = at
+            site.profile_class = header.profile_class or DEFAULT_PROFILE_CLASS
+            site.regime_tag = header.provenance.regime_tag or site.regime_tag
+        return site
+
     def _count_signals(self, domain_id: str, msp: packet_pb2.MetaSignalPack, at: float) -> None:
         evidence = msp.evidence
         report = self._matrix.put(
@@ -319,6 +355,11 @@ class CohortState:
     def _contexts(self) -> Iterator[SiteContext]:
         for domain_id, site in self._sites.items():
             yield SiteContext(domain_id, site.profile_class, site.regime_tag, site.concepts)
+
+
+def _emitted_at(packet: packet_pb2.Packet) -> float:
+    emitted_at = packet.header.emitted_at
+    return emitted_at.seconds + emitted_at.nanos / 1e9
 
 
 def _keep(

@@ -38,6 +38,9 @@ __all__ = [
 
 DAY_S: Final = 86_400.0
 
+MAX_OPENABLE: Final = 256
+"""Rules kept of cohorts that were asked for and not opened; names are free, so it must be bounded."""
+
 
 @dataclass(frozen=True, slots=True)
 class IngestRules:
@@ -162,6 +165,8 @@ class CohortRegistry:
         self._defaults = defaults or AggregationConfig()
         self._max_cohorts = max_cohorts
         self._rules: dict[str, CohortRules] = {}
+        # Of cohorts that may be opened: a batch asks for the same one many times before it is.
+        self._openable: dict[str, CohortRules] = {}
         self._template = self.compile(cohort_pb2.CohortSpec(name="template"), declared=False)
 
     def __contains__(self, name: str) -> bool:
@@ -193,7 +198,11 @@ class CohortRegistry:
             return known
         if not self._open_cohorts or len(self._rules) >= self._max_cohorts:
             raise CohortUnknownError(name)
-        return self._opened(name)
+        if name not in self._openable:
+            if len(self._openable) >= MAX_OPENABLE:
+                self._openable.clear()
+            self._openable[name] = self._opened(name)
+        return self._openable[name]
 
     def open(self, name: str) -> CohortRules:
         """Return the rules of a cohort and keep it as open from now on.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
 import protovalidate
@@ -234,20 +235,24 @@ def _quoted(name: str) -> str:
 
 
 def _signal_violations(msp: packet_pb2.MetaSignalPack) -> Iterator[Violation]:
-    sections = {name: getattr(msp, name) for name in SECTIONS}
-    filled = [name for name, values in sections.items() if values]
-    if not filled:
+    sections = {name: values for name in SECTIONS if (values := getattr(msp, name))}
+    if not sections:
         yield Violation("msp", "fmi.msp.no_signal", "must carry at least one signal in a section")
-    for place, second in enumerate(filled):
-        for first in filled[:place]:
-            for name in sections[first].keys() & sections[second].keys():
-                yield Violation(
-                    f"msp.{second}[{_quoted(name)}]",
-                    "fmi.msp.signal_in_one_section",
-                    f"stands in {first} too; a signal has one section",
-                )
-    for name in msp.evidence.signals if msp.HasField("evidence") else ():
-        if not any(name in sections[section] for section in filled):
+    names = list(chain.from_iterable(sections.values()))
+    # This is on the path of every packet: only where a name repeats is it worth asking which.
+    if len(set(names)) != len(names):
+        homes: dict[str, str] = {}
+        for section, values in sections.items():
+            for name in values:
+                first = homes.setdefault(name, section)
+                if first != section:
+                    yield Violation(
+                        f"msp.{section}[{_quoted(name)}]",
+                        "fmi.msp.signal_in_one_section",
+                        f"stands in {first} too; a signal has one section",
+                    )
+    if msp.HasField("evidence"):
+        for name in msp.evidence.signals.keys() - set(names):
             yield Violation(
                 f"msp.evidence.signals[{_quoted(name)}]",
                 "fmi.msp.evidence_of_a_signal",

@@ -263,9 +263,9 @@ class Releaser:
             return
         state = self._state(self._cohorts.rules(name))
         if len(waiting) < 64:
-            _count_all(state, waiting)
+            state.count_all(waiting)
         else:
-            await asyncio.to_thread(_count_all, state, waiting)
+            await asyncio.to_thread(state.count_all, waiting)
         for reason, count in state.ignored.items():
             self._telemetry.ignored(reason, count)
         state.ignored.clear()
@@ -382,18 +382,14 @@ class Releaser:
                 if not record.quarantined and record.emitted_at_us >= now_us - ttl_s * 1e6:
                     packets[record.cohort].append(packet_pb2.Packet.FromString(record.payload))
             for name, found in packets.items():
-                await asyncio.to_thread(_count_all, self._state(self._cohorts.rules(name)), found)
+                state = self._state(self._cohorts.rules(name))
+                await asyncio.to_thread(state.count_all, found)
                 if self._work[name].dirty_since is None:
                     self._work[name].dirty_since = self._clock()
         for name in sorted(unknown):
             _log.warning(
                 "cohort %s has packets but is not declared; they are kept, not counted", name
             )
-
-
-def _count_all(state: CohortState, packets: Sequence[packet_pb2.Packet]) -> None:
-    for packet in packets:
-        state.count(packet)
 
 
 def _bodies(result: AggregationResult) -> Iterator[tuple[update_pb2.UpdateKind.ValueType, Message]]:
