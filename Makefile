@@ -8,7 +8,7 @@ PROTO_BIN := .venv-proto/bin
 IMAGE := build/contract.binpb
 RELEASED_IMAGE := proto/released.binpb
 
-.PHONY: help demo test check format proto proto-check serve bench wheel clean
+.PHONY: help demo test check format proto proto-check proto-release serve bench wheel clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ proto-check: $(VENV)/ready .venv-proto/ready ## Check the contract and its gener
 	$(BIN)/buf lint $(IMAGE) --config buf.yaml --path fmi
 	$(BIN)/buf breaking $(IMAGE) --config buf.yaml --against $(RELEASED_IMAGE) --path fmi
 	$(PROTO_BIN)/python tools/generate_proto.py --check
+
+proto-release: .venv-proto/ready ## Keep the contract as the one that later changes are compared with
+	$(PROTO_BIN)/python tools/generate_proto.py --image $(RELEASED_IMAGE)
 
 serve: $(VENV)/ready ## Run a development server on 127.0.0.1:50061
 	$(BIN)/fmi-server serve --data-dir fmi-data
