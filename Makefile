@@ -41,8 +41,9 @@ proto-check: $(VENV)/ready .venv-proto/ready ## Check the contract and its gener
 	$(BIN)/buf breaking $(IMAGE) --config buf.yaml --against $(RELEASED_IMAGE) --path fmi
 	$(PROTO_BIN)/python tools/generate_proto.py --check
 
-proto-release: .venv-proto/ready ## Keep the contract as the one that later changes are compared with
-	$(PROTO_BIN)/python tools/generate_proto.py --image $(RELEASED_IMAGE)
+proto-release: $(VENV)/ready .venv-proto/ready ## Keep the contract as the one that later changes are compared with
+	$(PROTO_BIN)/python tools/generate_proto.py --image $(IMAGE)
+	$(BIN)/buf build $(IMAGE) --exclude-source-info --output $(RELEASED_IMAGE)
 
 serve: $(VENV)/ready ## Run a development server on 127.0.0.1:50061
 	$(BIN)/fmi-server serve --data-dir fmi-data

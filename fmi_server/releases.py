@@ -99,6 +99,7 @@ class _Cohort:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     uncounted: list[packet_pb2.Packet] = field(default_factory=list)
     dirty_since: float | None = None
+    new_sites: set[str] = field(default_factory=set)
     quorate: bool = False
     computed_at: float = float("-inf")
     released_at: float | None = None
@@ -174,8 +175,8 @@ class Releaser:
         if work.dirty_since is None:
             work.dirty_since = self._clock()
             self._wake.set()
-        elif not work.quorate:
-            self._wake.set()  # this packet may be the one that makes the quorum
+        if not work.quorate:
+            self._look_for_quorum(name, work, packet.header.domain_id)
         if len(work.uncounted) >= MAX_UNCOUNTED:
             async with work.lock:
                 await self._count_waiting(name, work)
@@ -242,6 +243,7 @@ class Releaser:
             state = CohortState(rules, reputations=self._saved_reputations.get(cohort))
             self._aggregator.replace(state)
             await self._replay(cohort)
+            work.quorate = state.quorum
         work.dirty_since = self._clock()
         self._wake.set()
 
@@ -266,6 +268,8 @@ class Releaser:
             state.count_all(waiting)
         else:
             await asyncio.to_thread(state.count_all, waiting)
+        work.new_sites.clear()
+        work.quorate = state.quorum
         for reason, count in state.ignored.items():
             self._telemetry.ignored(reason, count)
         state.ignored.clear()
@@ -278,17 +282,17 @@ class Releaser:
             rules = self._cohorts.rules(name)
             earliest = max(work.retry_at, work.computed_at + rules.min_interval_s)
             latest = work.dirty_since + rules.max_interval_s
-            work.quorate = self._has_quorum(rules, work)
             due[name] = earliest if work.quorate else max(earliest, latest)
         return due
 
-    def _has_quorum(self, rules: CohortRules, work: _Cohort) -> bool:
+    def _look_for_quorum(self, name: str, work: _Cohort, domain_id: str) -> None:
+        rules = self._cohorts.rules(name)
         state = self._state(rules)
-        if state.quorum:
-            return True
-        new = {packet.header.domain_id for packet in work.uncounted}
-        known = sum(state.site(domain_id) is None for domain_id in new)
-        return state.sites + known >= rules.aggregation.vote_min_sites
+        if state.site(domain_id) is None:
+            work.new_sites.add(domain_id)
+        if state.sites + len(work.new_sites) >= rules.aggregation.vote_min_sites:
+            work.quorate = True
+            self._wake.set()
 
     async def _release_safely(self, name: str) -> None:
         try:
@@ -384,8 +388,10 @@ class Releaser:
             for name, found in packets.items():
                 state = self._state(self._cohorts.rules(name))
                 await asyncio.to_thread(state.count_all, found)
-                if self._work[name].dirty_since is None:
-                    self._work[name].dirty_since = self._clock()
+                work = self._work[name]
+                work.quorate = state.quorum
+                if work.dirty_since is None:
+                    work.dirty_since = self._clock()
         for name in sorted(unknown):
             _log.warning(
                 "cohort %s has packets but is not declared; they are kept, not counted", name

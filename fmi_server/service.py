@@ -76,6 +76,9 @@ class FMIService:
         max_inflight: Emit calls at work at once; past it they are refused with a time to try again.
         bus: A message bus to take packets from and give priors to.
         clock: Unix time in seconds.
+
+    Attributes:
+        closing: Set when the service takes nothing new.
     """
 
     def __init__(
@@ -115,7 +118,7 @@ class FMIService:
         self._inflight = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._draining = False
+        self.closing = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
         self._running: list[asyncio.Task[None]] = []
 
@@ -157,14 +160,9 @@ class FMIService:
 
     async def drain(self) -> None:
         """Take nothing new, end the subscriptions, and wait until every Emit at work is answered."""
-        self._draining = True
+        self.closing.set()
         self.router.drain()
         await self._idle.wait()
-
-    @property
-    def draining(self) -> bool:
-        """Whether the service takes nothing new."""
-        return self._draining
 
     async def _load(self) -> None:
         for record in await self.store.cohorts():
@@ -273,7 +271,7 @@ class FMIService:
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:
-        if self._draining:
+        if self.closing.is_set():
             raise ServerDrainingError
         if self._inflight >= self._max_inflight:
             raise OverloadedError("calls at work")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 from google.protobuf import timestamp_pb2
@@ -15,6 +16,7 @@ from fmi_server.errors import (
     EnvelopeTooLargeError,
     Reason,
     RequestInvalidError,
+    ServerDrainingError,
 )
 from fmi_server.service import FMIService
 from fmi_server.transport.status import refusal_message
@@ -52,7 +54,7 @@ class InterchangeServicer:
         self, requests: AsyncIterator[wire_pb2.EmitStreamRequest]
     ) -> AsyncIterator[wire_pb2.EmitStreamResponse]:
         """Take batches, and answer each when it is durable."""
-        async for request in requests:
+        async for request in self._until_closing(requests):
             response = wire_pb2.EmitStreamResponse(batch_id=request.batch_id)
             try:
                 answers = await self._take(request)
@@ -99,6 +101,25 @@ class InterchangeServicer:
             concepts=dict(request.concepts),
         )
         return wire_pb2.GetWarmStartResponse(profile=profile, prior_revision=revision)
+
+    async def _until_closing(
+        self, requests: AsyncIterator[wire_pb2.EmitStreamRequest]
+    ) -> AsyncIterator[wire_pb2.EmitStreamRequest]:
+        """Give the requests of a stream; end it when the server goes down, also while it is idle."""
+        closing = asyncio.ensure_future(self._service.closing.wait())
+        try:
+            while True:
+                upcoming = asyncio.ensure_future(anext(requests, None))
+                await asyncio.wait({upcoming, closing}, return_when=asyncio.FIRST_COMPLETED)
+                if not upcoming.done():
+                    upcoming.cancel()
+                    raise ServerDrainingError
+                request = upcoming.result()
+                if request is None:
+                    return
+                yield request
+        finally:
+            closing.cancel()
 
     async def _take(self, request: wire_pb2.EmitStreamRequest) -> list[Answer]:
         if request.HasField("packets") and request.packets.packets:
