@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import grpc
-from grpc_channelz.v1 import channelz
+from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
@@ -190,7 +190,8 @@ def _add_services(
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     if settings.reflection:
         channelz.add_channelz_servicer(server)
-        names = (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        channelz_name = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
+        names = (*SERVICE_NAMES, channelz_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
 
 

@@ -1,0 +1,182 @@
+"""Calls to the server: one channel, one place for retries and for the translation of failures."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+
+from fmi.v1 import admin_service_pb2_grpc, interchange_service_pb2_grpc, registry_service_pb2_grpc
+from fmi_client._channel import TLSConfig, call_metadata, open_channel
+from fmi_client.errors import (
+    ClientClosedError,
+    ConfigurationError,
+    DeadlineError,
+    FMIError,
+    error_from_rpc,
+)
+from fmi_client.retry import Backoff, RetryPolicy
+
+__all__ = ["Caller", "Stubs"]
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+
+@dataclass(frozen=True, slots=True)
+class Stubs:
+    """The services of the contract over one channel."""
+
+    interchange: interchange_service_pb2_grpc.InterchangeServiceStub
+    registry: registry_service_pb2_grpc.RegistryServiceStub
+    admin: admin_service_pb2_grpc.AdminServiceStub
+
+
+class Caller:
+    """Opens the channel on first use and makes the calls.
+
+    Attributes:
+        target: The gRPC target.
+        retry: When to try again.
+        timeout_s: Seconds that one attempt of a unary call, or the answer to one batch, may take.
+        metadata: What goes with every call.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        tls: TLSConfig | None,
+        token: str | None,
+        insecure: bool,
+        retry: RetryPolicy,
+        timeout_s: float,
+    ) -> None:
+        if timeout_s <= 0:
+            raise ConfigurationError("timeout_s must be above 0")
+        self.target = target
+        self.retry = retry
+        self.timeout_s = timeout_s
+        self.metadata = call_metadata(target, token=token, tls=tls, insecure=insecure)
+        self._tls = tls
+        self._channel: grpc.aio.Channel | None = None
+        self._stubs: Stubs | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+        self._pid = os.getpid()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._interrupted: set[asyncio.Task[Any]] = set()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    def stubs(self) -> Stubs:
+        """Return the services, opening the channel on first use. Needs a running event loop.
+
+        Raises:
+            ClientClosedError: It was closed, or it was made in another process.
+            ConfigurationError: It is used from another event loop, or TLS files cannot be read.
+        """
+        self.check_open()
+        loop = asyncio.get_running_loop()
+        if self._stubs is None:
+            channel = open_channel(self.target, tls=self._tls)
+            self._channel, self._loop = channel, loop
+            self._stubs = Stubs(
+                interchange_service_pb2_grpc.InterchangeServiceStub(channel),
+                registry_service_pb2_grpc.RegistryServiceStub(channel),
+                admin_service_pb2_grpc.AdminServiceStub(channel),
+            )
+        elif loop is not self._loop:
+            raise ConfigurationError(
+                "a client belongs to the event loop in which it was first used"
+            )
+        return self._stubs
+
+    def check_open(self) -> None:
+        """Raise `ClientClosedError` unless calls can be made."""
+        if self._closed:
+            raise ClientClosedError("the client is closed; make a new one")
+        if os.getpid() != self._pid:
+            raise ClientClosedError(
+                "the client was made in another process: gRPC does not survive a fork; make a new "
+                "client in the child"
+            )
+
+    async def call(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+    ) -> _Response:
+        """Make a unary call, and try again where that can help. Every attempt sends the same request.
+
+        Raises:
+            FMIError: The typed failure of the last attempt.
+        """
+        with self.under_way():
+            return await self._call(method, request)
+
+    async def _call(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+    ) -> _Response:
+        backoff = Backoff(self.retry)
+        while True:
+            try:
+                return await method(request, timeout=self.timeout_s, metadata=self.metadata)
+            except grpc.aio.AioRpcError as failure:
+                error: FMIError = error_from_rpc(failure)
+            except grpc.aio.UsageError:
+                error = ClientClosedError("the client was closed under the call")
+            if isinstance(error, DeadlineError):
+                raise error  # the caller's time is over, however often it could be tried
+            await backoff.wait_or_raise(error)
+
+    @contextlib.contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Let `aclose` end what the current task waits for.
+
+        Closing a channel is not enough: grpc.aio can leave a stream that is just being opened waiting
+        for ever. So the task itself is cancelled, and the cancellation comes out as what it is.
+
+        Raises:
+            ClientClosedError: It was `aclose` that ended the call.
+        """
+        task = asyncio.current_task()
+        if task is None:  # a coroutine that is driven by hand
+            yield
+            return
+        self._tasks.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if task not in self._interrupted:
+                raise
+            self._interrupted.discard(task)
+            if task.uncancel() > 0:
+                raise  # somebody else wants the task to end too
+            raise ClientClosedError("the client was closed under the call") from None
+        finally:
+            self._tasks.discard(task)
+            if task in self._interrupted:
+                self._interrupted.discard(task)
+                task.uncancel()
+
+    async def aclose(self) -> None:
+        """End all calls and close the channel. Closing twice does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        for task in self._tasks - {asyncio.current_task()}:
+            self._interrupted.add(task)
+            task.cancel()
+        if self._channel is not None:
+            await self._channel.close()

@@ -1,0 +1,124 @@
+"""How the SDK connects: channel options, TLS, credentials."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import grpc
+
+from fmi_client.errors import ConfigurationError
+
+__all__ = ["MAX_MESSAGE_BYTES", "TLSConfig", "call_metadata", "is_loopback", "open_channel"]
+
+MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
+"""The largest message sent or taken; the server's default limit."""
+
+_OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # Half as often as the server allows (60 s), or it answers GOAWAY too_many_pings; and often enough
+    # for load balancers that drop connections which are idle for 4 minutes.
+    ("grpc.keepalive_time_ms", 120_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 10_000),
+    # One place decides about retries, and it keeps packet ids: ours.
+    ("grpc.enable_retries", 0),
+    ("grpc.service_config_disable_resolution", 1),
+    # A new client does not inherit the reconnect backoff of another one in the process.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.primary_user_agent", "fmi-client"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TLSConfig:
+    """How a connection is secured.
+
+    Attributes:
+        root_certificates: PEM file of the authorities that the server's certificate is checked
+            against. None means those of the system.
+        certificate: PEM file of the client's own certificate chain, for mutual TLS.
+        private_key: PEM file of the key of `certificate`.
+        server_name: The name that the server's certificate must have, where it is not the target's.
+    """
+
+    root_certificates: str | Path | None = None
+    certificate: str | Path | None = None
+    private_key: str | Path | None = None
+    server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.private_key is None):
+            raise ConfigurationError(
+                "TLSConfig: certificate and private_key belong together; give both or neither"
+            )
+
+
+def open_channel(target: str, *, tls: TLSConfig | None) -> grpc.aio.Channel:
+    """Open a channel in the running event loop. Nothing is connected yet.
+
+    Raises:
+        ConfigurationError: A certificate or key file cannot be read.
+    """
+    if tls is None:
+        return grpc.aio.insecure_channel(target, options=_OPTIONS)
+    credentials = grpc.ssl_channel_credentials(
+        root_certificates=_read(tls.root_certificates),
+        private_key=_read(tls.private_key),
+        certificate_chain=_read(tls.certificate),
+    )
+    named = (("grpc.ssl_target_name_override", tls.server_name),) if tls.server_name else ()
+    return grpc.aio.secure_channel(target, credentials, options=(*_OPTIONS, *named))
+
+
+def call_metadata(
+    target: str, *, token: str | None, tls: TLSConfig | None, insecure: bool
+) -> tuple[tuple[str, str], ...]:
+    """Build the metadata that goes with every call.
+
+    Raises:
+        ConfigurationError: The token would cross a network in plain text, or cannot be a header.
+    """
+    if token is None:
+        return ()
+    if tls is None and not insecure and not is_loopback(target):
+        raise ConfigurationError(
+            f"a token for {target} would be sent in plain text; give tls=TLSConfig(...), or "
+            "insecure=True where the network itself is secured"
+        )
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise ConfigurationError("the token must be printable ASCII without spaces")
+    return (("authorization", f"Bearer {token}"),)
+
+
+def is_loopback(target: str) -> bool:
+    """Say whether a gRPC target can only be this machine."""
+    scheme, colon, rest = target.partition(":")
+    if colon and scheme in ("unix", "unix-abstract"):
+        return True
+    if colon and scheme in ("dns", "ipv4", "ipv6"):
+        target = rest.rpartition("/")[2]
+    host = target.rpartition(":")[0] if target.count(":") == 1 or "]:" in target else target
+    host = host.strip("[]").lower().removesuffix(".")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _read(path: str | Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"TLSConfig: cannot read {path}: {error.strerror}") from error

@@ -1,0 +1,138 @@
+"""The operator's calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from google.protobuf import json_format
+
+from fmi.v1 import (
+    admin_service_pb2,
+    admin_service_pb2_grpc,
+    cohort_pb2,
+    error_pb2,
+    update_pb2,
+)
+from fmi_client._calls import Caller
+from fmi_client.errors import SpecError, Violation, reason_name
+
+__all__ = ["AsyncAdmin", "cohort_spec_from_plain"]
+
+_PAGE: Final = 1000
+
+
+class AsyncAdmin:
+    """What an operator sees and can do. Made by `AsyncFMIClient.admin`."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+
+    def _stub(self) -> admin_service_pb2_grpc.AdminServiceStub:
+        return self._caller.stubs().admin
+
+    async def list_cohorts(self) -> list[admin_service_pb2.CohortStatus]:
+        """List the cohorts with what they hold, in order of name."""
+        response = await self._caller.call(
+            self._stub().ListCohorts, admin_service_pb2.ListCohortsRequest()
+        )
+        return list(response.cohorts)
+
+    async def list_sites(self, cohort: str = "") -> list[admin_service_pb2.SiteStatus]:
+        """List the sites of a cohort, or of all, with what they sent."""
+        response = await self._caller.call(
+            self._stub().ListSites, admin_service_pb2.ListSitesRequest(cohort=cohort)
+        )
+        return list(response.sites)
+
+    async def put_cohort_spec(
+        self,
+        spec: cohort_pb2.CohortSpec | Mapping[str, Any],
+        *,
+        force: bool = False,
+        dry_run: bool = False,
+    ) -> admin_service_pb2.PutCohortSpecResponse:
+        """Declare a cohort or change its spec.
+
+        Args:
+            spec: The spec, typed or in its JSON form, as it stands in a cohort file.
+            force: Whether a change that would break sites is made all the same.
+            dry_run: Whether the change is only checked.
+
+        Raises:
+            SpecError: The spec is not valid.
+            SpecChangeUnsafeError: The change would break sites, and `force` was not said.
+        """
+        if not isinstance(spec, cohort_pb2.CohortSpec):
+            spec = cohort_spec_from_plain(spec)
+        return await self._caller.call(
+            self._stub().PutCohortSpec,
+            admin_service_pb2.PutCohortSpecRequest(spec=spec, force=force, dry_run=dry_run),
+        )
+
+    async def list_quarantine(
+        self, cohort: str = "", *, limit: int = 1000
+    ) -> list[admin_service_pb2.QuarantinedPacket]:
+        """List the packets in quarantine of a cohort, or of all, oldest first, at most `limit`."""
+        found: list[admin_service_pb2.QuarantinedPacket] = []
+        page_token = ""
+        while len(found) < limit:
+            response = await self._caller.call(
+                self._stub().ListQuarantine,
+                admin_service_pb2.ListQuarantineRequest(
+                    cohort=cohort, page_size=min(_PAGE, limit - len(found)), page_token=page_token
+                ),
+            )
+            found.extend(response.packets)
+            page_token = response.next_page_token
+            if not page_token:
+                break
+        return found[:limit]
+
+    async def set_quarantine(
+        self, domain_id: str, packet_id: str, *, quarantined: bool, reason: str = ""
+    ) -> bool:
+        """Put a packet into quarantine or take it out; say whether anything changed.
+
+        Raises:
+            NotFoundError: There is no such packet.
+        """
+        response = await self._caller.call(
+            self._stub().SetQuarantine,
+            admin_service_pb2.SetQuarantineRequest(
+                domain_id=domain_id, packet_id=packet_id, quarantined=quarantined, reason=reason
+            ),
+        )
+        return response.changed
+
+    async def release_now(self, cohort: str) -> list[update_pb2.Update]:
+        """Release a cohort's aggregates now; return what was published, nothing if nothing changed."""
+        response = await self._caller.call(
+            self._stub().ReleaseNow, admin_service_pb2.ReleaseNowRequest(cohort=cohort)
+        )
+        return list(response.updates)
+
+    async def register_dictionary(self, data: bytes) -> int:
+        """Register a compression dictionary in zstd's format; return its id."""
+        response = await self._caller.call(
+            self._stub().RegisterDictionary,
+            admin_service_pb2.RegisterDictionaryRequest(data=data),
+        )
+        return response.dictionary_id
+
+
+def cohort_spec_from_plain(data: Mapping[str, Any]) -> cohort_pb2.CohortSpec:
+    """Translate a cohort spec from its JSON form.
+
+    Raises:
+        SpecError: A field is unknown or of the wrong kind.
+    """
+    try:
+        return json_format.ParseDict(dict(data), cohort_pb2.CohortSpec(), max_recursion_depth=16)
+    except (json_format.ParseError, TypeError, ValueError, RecursionError) as error:
+        text = str(error).splitlines()[0][:300]
+        raise SpecError(
+            f"cohort spec cannot be read: {text}",
+            reason=reason_name(error_pb2.ERROR_REASON_SPEC_INVALID),
+            violations=[Violation("spec", "fmi.plain.message", text)],
+        ) from error

@@ -1,0 +1,466 @@
+"""FMIClient: the same client for programs without asyncio.
+
+It runs an `AsyncFMIClient` on an event loop in a thread of its own, so that there is one implementation
+of retries and of resuming.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+from fmi.plain import DEFAULT_COHORT
+from fmi.v1 import (
+    admin_service_pb2,
+    cohort_pb2,
+    interchange_service_pb2,
+    packet_pb2,
+    registry_service_pb2,
+    update_pb2,
+)
+from fmi_client._channel import TLSConfig
+from fmi_client._emit_stream import BATCH_BYTES, BATCH_PACKETS
+from fmi_client._loop_thread import JOIN_S, LoopThread
+from fmi_client.aio import AsyncFMIClient, Mode, PacketLike, Start
+from fmi_client.emitter import FMIEmitter, Numbers, ProvenanceLike
+from fmi_client.encoder import FMIEncoder
+from fmi_client.errors import ClientClosedError
+from fmi_client.kinds import KindLike
+from fmi_client.receipts import Receipt, ValidationReport
+from fmi_client.retry import RetryPolicy
+from fmi_client.subscription import (
+    SILENCE_S,
+    OnCompacted,
+    Subscription,
+    SubscriptionStatistics,
+)
+
+__all__ = ["Admin", "BlockingSubscription", "FMIClient"]
+
+_T = TypeVar("_T")
+_DEFAULT_RETRY: Final = RetryPolicy()
+
+
+_open_clients: weakref.WeakSet[FMIClient] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_open_clients() -> None:
+    # gRPC's threads must not outlive the interpreter.
+    for client in list(_open_clients):
+        with suppress(Exception):
+            client.close()
+
+
+class FMIClient:
+    """A connection to an FMI server, for any thread of a program without asyncio.
+
+    Use it as a context manager, or call `close`. After a fork, the child makes its own. Every method
+    raises `FMIError`s and nothing of gRPC; an interrupt (Ctrl-C) ends a wait at once.
+
+    The arguments are those of `AsyncFMIClient`.
+
+    Raises:
+        ConfigurationError: The settings contradict each other.
+    """
+
+    def __init__(  # noqa: PLR0913  settings, all but one by keyword
+        self,
+        target: str,
+        *,
+        domain_id: str | None = None,
+        cohort: str = DEFAULT_COHORT,
+        profile_class: str = "",
+        schema_hash: str = "",
+        provenance: ProvenanceLike | None = None,
+        tls: TLSConfig | None = None,
+        token: str | None = None,
+        insecure: bool = False,
+        retry: RetryPolicy = _DEFAULT_RETRY,
+        timeout_s: float = 10.0,
+        encoder: FMIEncoder | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._aio = AsyncFMIClient(
+            target,
+            domain_id=domain_id,
+            cohort=cohort,
+            profile_class=profile_class,
+            schema_hash=schema_hash,
+            provenance=provenance,
+            tls=tls,
+            token=token,
+            insecure=insecure,
+            retry=retry,
+            timeout_s=timeout_s,
+            encoder=encoder,
+            clock=clock,
+        )
+        self._thread = LoopThread()
+        self.admin = Admin(self._aio, self._thread)
+        _open_clients.add(self)
+
+    @property
+    def target(self) -> str:
+        """Where the server is."""
+        return self._aio.target
+
+    @property
+    def emitter(self) -> FMIEmitter:
+        """Builds this site's packets.
+
+        Raises:
+            ConfigurationError: The client was made without `domain_id`.
+        """
+        return self._aio.emitter
+
+    def emit(self, packet: PacketLike) -> Receipt:
+        """Send one packet; return when it is durable. See `AsyncFMIClient.emit`."""
+        return self._thread.run(self._aio.emit(packet))
+
+    def emit_msp(
+        self,
+        metrics: Numbers | None = None,
+        controller: Numbers | None = None,
+        evaluator: Numbers | None = None,
+        operators: Numbers | None = None,
+        evidence: packet_pb2.Evidence | Mapping[str, Any] | None = None,
+        window_span: packet_pb2.WindowSpan | Sequence[int] | Mapping[str, int] | None = None,
+    ) -> Receipt:
+        """Build a Meta Signal Pack as `FMIEmitter.emit_msp` does, and send it as `emit` does."""
+        return self.emit(
+            self.emitter.emit_msp(metrics, controller, evaluator, operators, evidence, window_span)
+        )
+
+    def emit_pop(
+        self,
+        bundle: Mapping[str, Any],
+        before: Numbers,
+        after: Numbers,
+        windows: int = 1,
+        confidence: float | None = None,
+        control_delta: Numbers | None = None,
+    ) -> Receipt:
+        """Build a Policy Outcome Pack as `FMIEmitter.emit_pop` does, and send it as `emit` does."""
+        return self.emit(
+            self.emitter.emit_pop(bundle, before, after, windows, confidence, control_delta)
+        )
+
+    def emit_ccs(
+        self,
+        causal_pairs: Iterable[Any] = (),
+        concepts: Iterable[Any] = (),
+        tested_nodes: Iterable[str] = (),
+        stability_delta: float = 0.0,
+        trust: float | None = None,
+    ) -> Receipt:
+        """Build a Concept Causal Summary as `FMIEmitter.emit_ccs` does, and send it as `emit` does."""
+        return self.emit(
+            self.emitter.emit_ccs(causal_pairs, concepts, tested_nodes, stability_delta, trust)
+        )
+
+    def emit_many(
+        self,
+        packets: Iterable[PacketLike],
+        *,
+        batch_packets: int = BATCH_PACKETS,
+        batch_bytes: int = BATCH_BYTES,
+    ) -> list[Receipt]:
+        """Send many packets in compressed batches over one stream. See `AsyncFMIClient.emit_many`.
+
+        `packets` is iterated in another thread, so that it may block and may use this client.
+        """
+        return self._thread.run(
+            self._aio.emit_many(
+                _from_thread(packets, max(1, batch_packets)),
+                batch_packets=batch_packets,
+                batch_bytes=batch_bytes,
+            )
+        )
+
+    def validate(self, packet: PacketLike) -> ValidationReport:
+        """Let the server check a packet as `emit` would, and store nothing."""
+        return self._thread.run(self._aio.validate(packet))
+
+    def subscribe(
+        self,
+        cohorts: str | Iterable[str],
+        kinds: KindLike | Iterable[KindLike] = (),
+        *,
+        mode: Mode = "latest",
+        start: Start | None = None,
+        resume_token: str | None = None,
+        on_update: Callable[[update_pb2.Update], None] | None = None,
+        on_compacted: OnCompacted = "raise",
+        silence_s: float = SILENCE_S,
+    ) -> BlockingSubscription:
+        """Follow the updates of cohorts. See `AsyncFMIClient.subscribe` for the arguments.
+
+        `on_update` is called in a thread of the subscription; what it raises ends the subscription and
+        comes out of `BlockingSubscription.wait` and `close`.
+        """
+
+        async def open_there() -> Subscription:
+            return self._aio.subscribe(
+                cohorts,
+                kinds,
+                mode=mode,
+                start=start,
+                resume_token=resume_token,
+                on_compacted=on_compacted,
+                silence_s=silence_s,
+            )
+
+        return BlockingSubscription(self._thread, self._thread.run(open_there()), on_update)
+
+    def get_update(self, cohort: str, kind: KindLike, revision: int = 0) -> update_pb2.Update:
+        """Read one update: a revision, or the newest. See `AsyncFMIClient.get_update`."""
+        return self._thread.run(self._aio.get_update(cohort, kind, revision))
+
+    def get_warm_start(
+        self,
+        cohort: str | None = None,
+        profile_class: str | None = None,
+        regime: str | None = None,
+        concepts: Mapping[str, float] | None = None,
+    ) -> interchange_service_pb2.GetWarmStartResponse:
+        """Read where to begin. See `AsyncFMIClient.get_warm_start`."""
+        return self._thread.run(self._aio.get_warm_start(cohort, profile_class, regime, concepts))
+
+    def contract(
+        self, *, include_descriptors: bool = False
+    ) -> registry_service_pb2.GetContractResponse:
+        """Read the server's contract: revisions, hash, version, clock, and the descriptors if asked."""
+        return self._thread.run(self._aio.contract(include_descriptors=include_descriptors))
+
+    def cohort_spec(self, name: str | None = None) -> registry_service_pb2.GetCohortSpecResponse:
+        """Read a cohort's spec and its `schema_hash`; None means the client's cohort."""
+        return self._thread.run(self._aio.cohort_spec(name))
+
+    def cohort_specs(self) -> list[cohort_pb2.CohortSpec]:
+        """Read the specs of all cohorts, in order of name."""
+        return self._thread.run(self._aio.cohort_specs())
+
+    def dictionary(self, dictionary_id: int = 0) -> registry_service_pb2.GetDictionaryResponse:
+        """Read a compression dictionary, the newest for 0."""
+        return self._thread.run(self._aio.dictionary(dictionary_id))
+
+    def close(self) -> None:
+        """End the subscriptions and calls, and close the connection. Closing twice does nothing."""
+        _open_clients.discard(self)
+        try:
+            with suppress(ClientClosedError):
+                self._thread.run(self._aio.aclose())
+        finally:
+            self._thread.stop()
+
+    def __enter__(self) -> Self:
+        self._thread.check_open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class BlockingSubscription:
+    """A blocking iterator of updates that survives broken connections; see `Subscription`.
+
+    One update at a time is handed over: a slow consumer holds back the stream, and the server conflates
+    what it is too slow for. It may be closed from another thread. Made by `FMIClient.subscribe`.
+    """
+
+    def __init__(
+        self,
+        thread: LoopThread,
+        subscription: Subscription,
+        on_update: Callable[[update_pb2.Update], None] | None,
+    ) -> None:
+        self._thread = thread
+        self._subscription = subscription
+        self._error: BaseException | None = None
+        self._driver: threading.Thread | None = None
+        if on_update is not None:
+            self._driver = threading.Thread(
+                target=self._drive, args=(on_update,), name="fmi-subscription", daemon=True
+            )
+            self._driver.start()
+
+    @property
+    def resume_token(self) -> str:
+        """Give it to `subscribe` to go on behind the last event given; empty before the first."""
+        return self._subscription.resume_token
+
+    @property
+    def statistics(self) -> SubscriptionStatistics:
+        """What it has seen up to now."""
+        return self._subscription.statistics
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or ended with an error."""
+        return self._subscription.closed
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> update_pb2.Update:
+        """Wait for the next update. Raises as `Subscription.__anext__`."""
+        update = self.next()
+        if update is None:
+            raise StopIteration
+        return update
+
+    def next(self, timeout_s: float | None = None) -> update_pb2.Update | None:
+        """Wait for the next update; None where the subscription was closed.
+
+        Raises:
+            TimeoutError: None came within `timeout_s` seconds; the subscription goes on.
+            FMIError: As `Subscription.__anext__`.
+        """
+        return self._wait(_next_update(self._subscription, timeout_s))
+
+    def events(self) -> Iterator[interchange_service_pb2.SubscribeResponse]:
+        """Iterate over all events: updates, `snapshot_end`, `progress` and `lagged`."""
+        events = self._subscription.events()
+        while (event := self._wait(_next_event(events))) is not None:
+            yield event
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait until the callback form ends, and raise what ended it.
+
+        Raises:
+            TimeoutError: It has not ended within `timeout_s` seconds; it goes on.
+        """
+        if self._driver is not None:
+            self._driver.join(timeout_s)
+            if self._driver.is_alive():
+                raise TimeoutError(f"the subscription has not ended within {timeout_s} s")
+        self._raise_error()
+
+    def close(self) -> None:
+        """End the subscription. Raises what its callback raised. Closing twice does nothing."""
+        with suppress(ClientClosedError):
+            self._thread.run(self._subscription.aclose())
+        if self._driver is not None and self._driver is not threading.current_thread():
+            self._driver.join(JOIN_S)
+        self._raise_error()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _wait(self, work: Coroutine[Any, Any, _T]) -> _T | None:
+        if self._subscription.closed:
+            work.close()
+            return None
+        return self._thread.run(work)
+
+    def _drive(self, on_update: Callable[[update_pb2.Update], None]) -> None:
+        try:
+            for update in self:
+                on_update(update)
+        except BaseException as error:
+            self._error = error
+            with suppress(ClientClosedError):
+                self._thread.run(self._subscription.aclose())
+
+    def _raise_error(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+class Admin:
+    """What an operator sees and can do; see `AsyncAdmin`. Made by `FMIClient`."""
+
+    def __init__(self, client: AsyncFMIClient, thread: LoopThread) -> None:
+        self._admin = client.admin
+        self._thread = thread
+
+    def list_cohorts(self) -> list[admin_service_pb2.CohortStatus]:
+        """List the cohorts with what they hold, in order of name."""
+        return self._thread.run(self._admin.list_cohorts())
+
+    def list_sites(self, cohort: str = "") -> list[admin_service_pb2.SiteStatus]:
+        """List the sites of a cohort, or of all, with what they sent."""
+        return self._thread.run(self._admin.list_sites(cohort))
+
+    def put_cohort_spec(
+        self,
+        spec: cohort_pb2.CohortSpec | Mapping[str, Any],
+        *,
+        force: bool = False,
+        dry_run: bool = False,
+    ) -> admin_service_pb2.PutCohortSpecResponse:
+        """Declare a cohort or change its spec. See `AsyncAdmin.put_cohort_spec`."""
+        return self._thread.run(self._admin.put_cohort_spec(spec, force=force, dry_run=dry_run))
+
+    def list_quarantine(
+        self, cohort: str = "", *, limit: int = 1000
+    ) -> list[admin_service_pb2.QuarantinedPacket]:
+        """List the packets in quarantine of a cohort, or of all, oldest first, at most `limit`."""
+        return self._thread.run(self._admin.list_quarantine(cohort, limit=limit))
+
+    def set_quarantine(
+        self, domain_id: str, packet_id: str, *, quarantined: bool, reason: str = ""
+    ) -> bool:
+        """Put a packet into quarantine or take it out; say whether anything changed."""
+        return self._thread.run(
+            self._admin.set_quarantine(domain_id, packet_id, quarantined=quarantined, reason=reason)
+        )
+
+    def release_now(self, cohort: str) -> list[update_pb2.Update]:
+        """Release a cohort's aggregates now; return what was published, nothing if nothing changed."""
+        return self._thread.run(self._admin.release_now(cohort))
+
+    def register_dictionary(self, data: bytes) -> int:
+        """Register a compression dictionary in zstd's format; return its id."""
+        return self._thread.run(self._admin.register_dictionary(data))
+
+
+async def _next_update(
+    subscription: Subscription, timeout_s: float | None
+) -> update_pb2.Update | None:
+    async with asyncio.timeout(timeout_s):
+        return await anext(subscription, None)
+
+
+async def _next_event(
+    events: AsyncIterator[interchange_service_pb2.SubscribeResponse],
+) -> interchange_service_pb2.SubscribeResponse | None:
+    return await anext(events, None)
+
+
+async def _from_thread(packets: Iterable[PacketLike], chunk: int) -> AsyncIterator[PacketLike]:
+    source = iter(packets)
+    while taken := await asyncio.to_thread(lambda: list(itertools.islice(source, chunk))):
+        for packet in taken:
+            yield packet

@@ -1,0 +1,60 @@
+"""`fmi demo`: a whole federation on this machine."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fmi_client.commands.exits import ExitCode
+from fmi_client.commands.options import FMICommand, Settings, json_option
+from fmi_client.commands.output import print_json, print_text, text
+
+__all__ = ["command"]
+
+_ADVICE = "the demo needs more than the base install: pip install 'fmi-federation[demo]'"
+
+
+@click.command(name="demo", cls=FMICommand)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("fmi-demo"),
+    show_default=True,
+    metavar="DIR",
+    help="Where figures and results go.",
+)
+@click.option("--sites", type=click.IntRange(min=1), help="How many sites emit.")
+@click.option("--seed", type=int, help="Seed of everything random.")
+@click.option("--quick", is_flag=True, help="Compute much less: shows that everything works.")
+@click.option("--keep-serving", is_flag=True, help="Let the server run on until Ctrl-C.")
+@json_option
+def command(
+    settings: Settings,
+    output: Path,
+    sites: int | None,
+    seed: int | None,
+    quick: bool,
+    keep_serving: bool,
+) -> int:
+    """Run a server and a federation of sites on this machine, and show what they gain."""
+    options: dict[str, Any] = {
+        "output": output,
+        "keep_serving": keep_serving,
+        "quick": quick,
+        "json": settings.json,
+    }
+    given = {"sites": sites, "seed": seed}
+    options |= {name: value for name, value in given.items() if value is not None}
+    try:
+        result = importlib.import_module("fmi_demo").run(**options)
+    except ModuleNotFoundError as error:
+        if settings.json:
+            print_json({"error": {"message": _ADVICE, "missing": error.name}}, to_stderr=True)
+        else:
+            missing = f" ({error.name} is missing)" if error.name else ""
+            print_text(text(f"fmi: {_ADVICE}{missing}", "bold red"), to_stderr=True)
+        return ExitCode.REFUSED
+    return result if isinstance(result, int) else ExitCode.OK

@@ -1,0 +1,314 @@
+"""`fmi emit`: send packets."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import IO, Any, Final, TypeVar
+
+import click
+
+from fmi.plain import DEFAULT_COHORT, packet_to_plain
+from fmi.v1 import packet_pb2
+from fmi_client.commands.exits import ExitCode, exit_code
+from fmi_client.commands.options import DefaultGroup, Settings, shared_options
+from fmi_client.commands.output import (
+    error_data,
+    print_json,
+    print_text,
+    safe,
+    show_error,
+    show_note,
+    text,
+    violations_table,
+)
+from fmi_client.commands.packets import numbers, params, read_packets, standard_input
+from fmi_client.commands.session import open_client
+from fmi_client.emitter import HeaderDefaults
+from fmi_client.errors import CohortUnknownError, ContractError, PacketRefusedError
+from fmi_client.receipts import EmitStatus, Receipt
+
+__all__ = ["command"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_BATCH: Final = 250
+_STYLES: Final = {
+    EmitStatus.ACCEPTED: "green",
+    EmitStatus.DUPLICATE: "green",
+    EmitStatus.QUARANTINED: "yellow",
+    EmitStatus.REFUSED: "bold red",
+}
+
+
+class _EmitGroup(DefaultGroup):
+    default_command = "file"
+
+
+@click.group(name="emit", cls=_EmitGroup, subcommand_metavar="[FILE | - | msp | pop | ccs] ...")
+@shared_options
+def command(_settings: Settings) -> None:
+    r"""Send packets from a FILE, from standard input (-), or made from options.
+
+    A FILE holds one packet as JSON, an array of packets, or one packet per line, in the plain form
+    {"type": "msp", "domain_id": ..., "controller": {"tau": 0.9}} or as ProtoJSON. Where a packet does
+    not say them, its id, its time and the contract's revision are filled in; so a file without packet
+    ids is new packets each time it is sent.
+
+    \b
+      fmi emit msp --domain site_001 --cohort healthcare \
+          --controller tau=0.9 --metric gain_p50=0.15
+      fmi emit pop --domain site_001 --set tau=0.8 \
+          --before loss=0.40 --after loss=0.35 --windows 12
+      fmi emit ccs --domain site_001 --pair dose,outcome,0.4
+
+    Exit codes: 0 every packet is durable, 1 one was refused, 3 the server cannot be reached, 5 the
+    server cannot take them now. With --json, one line per packet.
+    """
+
+
+def _header_options(function: F) -> F:
+    options = (
+        click.option(
+            "--domain",
+            "domain_id",
+            envvar="FMI_DOMAIN_ID",
+            metavar="ID",
+            help="The site that emits. [env: FMI_DOMAIN_ID]",
+        ),
+        click.option("--cohort", metavar="COHORT", help="The cohort. [default: default]"),
+        click.option("--profile-class", metavar="CLASS", help="The class of learner or site."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _body_options(function: F) -> F:
+    options = (
+        click.option("--regime", metavar="TAG", help="The regime that the site works in."),
+        click.option("--samples", type=click.IntRange(min=0), help="Rows or events behind it."),
+        click.option("--software", metavar="TEXT", help="Software and version of the site."),
+        click.option("--print", "print_only", is_flag=True, help="Print the packet; send nothing."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return _header_options(function)
+
+
+def _numbers(*names: str, text: str) -> Callable[[F], F]:
+    return click.option(*names, callback=numbers, multiple=True, metavar="NAME=NUMBER", help=text)
+
+
+_confidence = click.option(
+    "--confidence", type=click.FloatRange(0, 1), help="How sure the site is. [default: 1]"
+)
+
+
+@command.command("file")
+@click.argument("file", required=False, type=click.File(encoding="utf-8-sig", lazy=False))
+@_header_options
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=_BATCH,
+    show_default=True,
+    help="Packets sent together. With 1, each line of a pipe goes out at once.",
+)
+@shared_options
+def _file(settings: Settings, /, file: IO[str] | None, batch: int, **header: str | None) -> int:
+    """Send packets from a FILE or from standard input (the word `file` may be left out)."""
+    stream = file or standard_input("Say what to send: a FILE, -, msp, pop or ccs.")
+    packets = read_packets(stream, getattr(stream, "name", "-"), _defaults(header))
+    return _send(settings, packets, batch)
+
+
+@command.command("msp")
+@_body_options
+@_numbers("--metric", text="A performance metric; may be repeated, as the next three.")
+@_numbers("--controller", text="A parameter of the controller.")
+@_numbers("--evaluator", text="A parameter of the evaluator.")
+@_numbers("--operator", text="A state of an operator.")
+@_confidence
+@click.option("--window", nargs=2, type=click.IntRange(min=0), metavar="FIRST LAST")
+@shared_options
+def _msp(settings: Settings, /, **options: Any) -> int:
+    """Send a Meta Signal Pack: the state of a site's learner."""
+    body: dict[str, Any] = {
+        "metrics": options["metric"],
+        "controller": options["controller"],
+        "evaluator": options["evaluator"],
+        "operators": options["operator"],
+        "window_span": options["window"],
+    }
+    if options["confidence"] is not None:
+        body["evidence"] = {"confidence": options["confidence"]}
+    return _send_made(settings, "msp", body, options)
+
+
+@command.command("pop")
+@_body_options
+@click.option(
+    "--set",
+    "bundle",
+    callback=params,
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A parameter that the policy set: a number, true, false or text; may be repeated.",
+)
+@_numbers("--before", text="A metric before the change.")
+@_numbers("--after", text="The metric after the change.")
+@_numbers("--control-delta", text="What the metric did where nothing was changed.")
+@click.option(
+    "--windows", type=click.IntRange(min=1), default=1, show_default=True, help="Windows observed."
+)
+@_confidence
+@shared_options
+def _pop(settings: Settings, /, **options: Any) -> int:
+    """Send a Policy Outcome Pack: what a policy change did."""
+    body = {
+        "bundle": options["bundle"],
+        "before": options["before"],
+        "after": options["after"],
+        "control_delta": options["control_delta"],
+        "windows": options["windows"],
+        "confidence": options["confidence"],
+    }
+    return _send_made(settings, "pop", body, options)
+
+
+@command.command("ccs")
+@_body_options
+@click.option(
+    "--pair",
+    "pairs",
+    multiple=True,
+    metavar="SOURCE,TARGET,WEIGHT[,TYPE[,STDERR]]",
+    help="A relation that was found; may be repeated.",
+)
+@_numbers("--concept", text="A concept at work and its score.")
+@click.option("--tested", multiple=True, metavar="NAME", help="A variable that was looked at.")
+@click.option("--stability-delta", type=float, help="Change of stability.")
+@click.option("--trust", type=click.FloatRange(0, 1), help="The site's trust in it. [default: 1]")
+@shared_options
+def _ccs(settings: Settings, /, **options: Any) -> int:
+    """Send a Concept Causal Summary: which causes a site found."""
+    body = {
+        "causal_pairs": [[part.strip() for part in pair.split(",")] for pair in options["pairs"]],
+        "concepts": [{"id": name, "score": score} for name, score in options["concept"].items()],
+        "tested_nodes": list(options["tested"]),
+        **_without_none({"stability_delta": options["stability_delta"], "trust": options["trust"]}),
+    }
+    return _send_made(settings, "ccs", body, options)
+
+
+def _send_made(settings: Settings, kind: str, body: dict[str, Any], options: dict[str, Any]) -> int:
+    provenance = {
+        "regime_tag": options["regime"],
+        "n_samples": options["samples"],
+        "software": options["software"],
+    }
+    header = {"provenance": _without_none(provenance)} if any(provenance.values()) else {}
+    packet = _defaults(options).packet({"header": header, kind: body})
+    if options["print_only"]:
+        print_json(packet_to_plain(packet))
+        return ExitCode.OK
+    return _send(settings, [packet], 1)
+
+
+def _send(
+    settings: Settings, packets: Iterable[packet_pb2.Packet | ContractError], batch: int
+) -> int:
+    """Send packets in batches and tell of each; return the exit code."""
+    tally: dict[EmitStatus, int] = {}
+    worst = ExitCode.OK
+    with open_client(settings) as client:
+        for group in _batches(packets, batch):
+            good = [item for item in group if isinstance(item, packet_pb2.Packet)]
+            if len(good) == 1:
+                receipts = iter([_emit_one(client.emit, good[0])])
+            else:
+                receipts = iter(client.emit_many(good) if good else [])
+            for item in group:
+                if isinstance(item, packet_pb2.Packet):
+                    receipt = next(receipts)
+                else:
+                    receipt = Receipt("", EmitStatus.REFUSED, error=item)
+                tally[receipt.status] = tally.get(receipt.status, 0) + 1
+                worst = max(worst, _tell(settings, receipt), key=_severity)
+    if not settings.json and sum(tally.values()) > 1:
+        show_note(", ".join(f"{count} {status}" for status, count in sorted(tally.items())))
+    return worst
+
+
+def _emit_one(emit: Callable[[packet_pb2.Packet], Receipt], packet: packet_pb2.Packet) -> Receipt:
+    """Emit one packet; a refusal of it is a receipt, every other failure is raised."""
+    try:
+        return emit(packet)
+    except (PacketRefusedError, CohortUnknownError) as error:
+        return Receipt(packet.header.packet_id, EmitStatus.REFUSED, error=error)
+
+
+def _batches(
+    items: Iterable[packet_pb2.Packet | ContractError], size: int
+) -> Iterator[list[packet_pb2.Packet | ContractError]]:
+    rest = iter(items)
+    while group := list(itertools.islice(rest, size)):
+        yield group
+
+
+def _severity(code: ExitCode) -> int:
+    """Order exit codes: a refusal is worse than a failure that a repetition heals."""
+    return (ExitCode.OK, ExitCode.UNREACHABLE, ExitCode.SERVER, ExitCode.REFUSED).index(
+        code if code in (ExitCode.OK, ExitCode.UNREACHABLE, ExitCode.SERVER) else ExitCode.REFUSED
+    )
+
+
+def _tell(settings: Settings, receipt: Receipt) -> ExitCode:
+    code = exit_code(receipt.error) if receipt.refused and receipt.error else ExitCode.OK
+    if receipt.refused and receipt.error is None:
+        code = ExitCode.REFUSED
+    if settings.json:
+        print_json(receipt_data(receipt), line=True)
+        return code
+    if receipt.refused and receipt.error is not None:
+        if receipt.packet_id:
+            receipt.error.add_note(f"packet {receipt.packet_id} was not stored")
+        show_error(receipt.error, settings)
+        return code
+    line = text(f"{receipt.status:<11}", _STYLES[receipt.status])
+    line.append(f" {safe(receipt.packet_id)}", style="default")
+    if receipt.sequence is not None:
+        line.append(f"  sequence {receipt.sequence}", style="dim")
+    print_text(line)
+    for warning in receipt.warnings:
+        print_text(text(f"  warning: {warning}", "yellow"))
+    if receipt.error is not None:
+        print_text(text(f"  {receipt.error.message}", "yellow"))
+        if receipt.error.violations:
+            print_text(violations_table(receipt.error.violations), indent=2)
+    return code
+
+
+def receipt_data(receipt: Receipt) -> dict[str, Any]:
+    """Return a receipt for programs."""
+    return {
+        "packet_id": receipt.packet_id,
+        "status": receipt.status.value,
+        "sequence": receipt.sequence,
+        "received_at": receipt.received_at.isoformat() if receipt.received_at else None,
+        "warnings": list(receipt.warnings),
+        "error": error_data(receipt.error) if receipt.error else None,
+    }
+
+
+def _defaults(options: Mapping[str, Any]) -> HeaderDefaults:
+    return HeaderDefaults(
+        domain_id=options["domain_id"],
+        cohort=options["cohort"] or DEFAULT_COHORT,
+        profile_class=options["profile_class"] or "",
+    )
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

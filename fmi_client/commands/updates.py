@@ -1,0 +1,315 @@
+"""Updates for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from fmi.v1 import packet_pb2, update_pb2
+from fmi_client.commands.output import interval, moment, number, safe, share, table, text
+from fmi_client.kinds import kind_name
+
+__all__ = ["headline", "settings_line", "update_view", "warm_start_view"]
+
+_SETTINGS: Final = ("controller", "evaluator", "operators")
+_METRICS: Final = "metrics"
+_MOST_ON_A_LINE: Final = 6
+
+_SOURCES: Final[Mapping[int, str]] = {
+    update_pb2.WARM_START_SOURCE_PROFILE_AND_REGIME: "class and regime",
+    update_pb2.WARM_START_SOURCE_REGIME: "regime",
+    update_pb2.WARM_START_SOURCE_PROFILE_CLASS: "profile class",
+    update_pb2.WARM_START_SOURCE_COHORT: "cohort",
+    update_pb2.WARM_START_SOURCE_NONE: "none",
+}
+
+
+def headline(update: update_pb2.Update) -> Text:
+    """Say in one line what an update is."""
+    line = text(update.cohort, "bold cyan")
+    line.append(f"  {kind_name(update.kind)}", style="bold")
+    line.append(f"  revision {update.revision}")
+    line.append(f"  {moment(update.released_at)}", style="dim")
+    return line
+
+
+def settings_line(update: update_pb2.Update) -> list[Text]:
+    """Say on a few lines what an update carries."""
+    match update.WhichOneof("body"):
+        case "prior_update":
+            return _prior_lines(update.prior_update)
+        case "warm_start":
+            return [
+                _line(
+                    f"{safe(profile.profile_class)}: "
+                    + _some([f"{safe(n)} {number(v)}" for n, v in sorted(profile.init.items())])
+                )
+                for profile in update.warm_start.profiles
+            ]
+        case "policy_hint":
+            hint = update.policy_hint
+            if not hint.hint_id:
+                return [_line(safe(hint.reason) or "no hint")]
+            bundle = _some([f"{safe(n)} = {_param(v)}" for n, v in sorted(hint.bundle.items())])
+            return [
+                _line(
+                    f"{bundle}  effect {number(hint.effect)} (at least {number(hint.effect_lower)}), "
+                    f"{_sites(hint.sites)}"
+                )
+            ]
+        case "causal_consensus":
+            consensus = update.causal_consensus
+            edges = [
+                f"{safe(e.source)} -> {safe(e.target)} {number(e.weight)}" for e in consensus.edges
+            ]
+            more = f"; cycles: {len(consensus.cycles)}" if consensus.cycles else ""
+            return [_line((_some(edges) or "no relation has a quorum") + more)]
+        case _:
+            return [_line("an update of a kind that this version does not know")]
+
+
+def update_view(update: update_pb2.Update) -> Iterator[RenderableType]:
+    """Show all of an update."""
+    yield headline(update)
+    match update.WhichOneof("body"):
+        case "prior_update":
+            yield from _prior_view(update.prior_update)
+        case "warm_start":
+            if not update.warm_start.profiles:
+                yield text("no profiles yet")
+            for profile in update.warm_start.profiles:
+                yield Text()
+                yield from warm_start_view(profile)
+        case "policy_hint":
+            yield from _hint_view(update.policy_hint)
+        case "causal_consensus":
+            yield from _consensus_view(update.causal_consensus)
+        case _:
+            yield text("an update of a kind that this version of fmi does not know")
+
+
+def warm_start_view(profile: update_pb2.WarmStartProfile) -> Iterator[RenderableType]:
+    """Show where a site should begin, and why there."""
+    selector = profile.context_selector
+    line = Text("profile class ").append_text(text(profile.profile_class or "default", "bold"))
+    line.append(f"  from {_SOURCES.get(selector.source, 'unknown')}")
+    if selector.regime:
+        line.append(f" {safe(selector.regime)}")
+    if selector.HasField("distance"):
+        line.append(f" (distance {share(selector.distance)})")
+    line.append(f"  confidence {share(profile.confidence)}")
+    yield line
+    if selector.shared_concepts:
+        compared = ", ".join(safe(name) for name in selector.shared_concepts)
+        yield Text(f"compared by {compared}", style="dim", overflow="fold")
+    if profile.init:
+        right = ("value", "sites", "conf.")
+        listed = table("parameter", "value", "95 % interval", "sites", "conf.", "from", right=right)
+        for name, value in sorted(profile.init.items()):
+            origin = profile.origins.get(name, _NO_ORIGIN)
+            listed.add_row(
+                text(name),
+                number(value),
+                interval(origin),
+                str(origin.sites),
+                share(origin.confidence),
+                _SOURCES.get(origin.source, ""),
+            )
+        yield listed
+
+
+def _prior_lines(prior: update_pb2.MetaPriorUpdate) -> list[Text]:
+    shown = []
+    for name, value in sorted(prior.prior.items()):
+        spread = interval(prior.estimates[name]) if name in prior.estimates else ""
+        shown.append(f"{safe(name)} {number(value)}" + (f" [{spread}]" if spread else ""))
+    missing = sum(not e.HasField("value") for e in prior.estimates.values())
+    lines = [_line(_some(shown) or "no settings have a value")]
+    tail = f"{_sites(prior.lineage.sites)}, confidence {share(prior.confidence)}"
+    if missing:
+        tail += f", {missing} without a value"
+    lines.append(_line(tail, "dim"))
+    return lines
+
+
+def _prior_view(prior: update_pb2.MetaPriorUpdate) -> Iterator[RenderableType]:
+    yield _lineage(prior.lineage, f"confidence {share(prior.confidence)}")
+    numbers = ("value", "sites", "eff.", "trim", "conf.")
+    listed = table("signal", "value", "95 % interval", *numbers[1:], right=numbers)
+    by_section: dict[str, list[str]] = {}
+    for name, estimate in prior.estimates.items():
+        by_section.setdefault(estimate.section, []).append(name)
+    for name in prior.prior.keys() - prior.estimates.keys():
+        by_section.setdefault("", []).append(name)
+    for section in sorted(by_section, key=_section_order):
+        rows = sorted(n for n in by_section[section] if _has_value(prior, n))
+        if rows:
+            applied = "" if section != _METRICS else " (observed)"
+            listed.add_row(text((section or "prior") + applied, "bold"))
+        for name in rows:
+            estimate = prior.estimates.get(name, _NO_ESTIMATE)
+            value = prior.prior.get(name, estimate.value)
+            listed.add_row(
+                text(f"  {name}"),
+                number(value),
+                interval(estimate),
+                str(estimate.sites),
+                format(estimate.effective_sites, ".1f"),
+                str(estimate.trimmed),
+                share(estimate.confidence),
+            )
+    if listed.row_count:
+        yield Text()
+        yield listed
+    yield from _without_value(prior)
+    if prior.contexts:
+        yield Text()
+        contexts = table("regime", "sites", "settings", right=("sites",))
+        for context in prior.contexts:
+            settings = [f"{safe(n)} {number(v)}" for n, v in sorted(context.settings.items())]
+            contexts.add_row(text(context.regime), str(context.sites), _some(settings) or "-")
+        yield contexts
+    if prior.untagged_sites:
+        yield text(f"{_sites(prior.untagged_sites)} named no regime", "dim")
+
+
+def _without_value(prior: update_pb2.MetaPriorUpdate) -> Iterator[RenderableType]:
+    missing = {n: e for n, e in prior.estimates.items() if not e.HasField("value")}
+    if not missing:
+        return
+    yield Text()
+    listed = table("without a value", "section", "sites", "reason", right=("sites",))
+    for name in sorted(missing, key=lambda n: (_section_order(missing[n].section), n)):
+        estimate = missing[name]
+        listed.add_row(
+            text(name), text(estimate.section), str(estimate.sites), text(estimate.reason)
+        )
+    yield listed
+
+
+def _hint_view(hint: update_pb2.MetaPolicyHint) -> Iterator[RenderableType]:
+    if not hint.hint_id:
+        yield _lineage(hint.lineage)
+        yield text(hint.reason or "no hint")
+        return
+    yield _lineage(hint.lineage, f"confidence {share(hint.confidence)}")
+    yield text(
+        f"hint {hint.hint_id}: effect {number(hint.effect)}, at least {number(hint.effect_lower)}, "
+        f"tried by {_sites(hint.sites)}"
+    )
+    yield Text()
+    listed = table("parameter", "value", "10-90 % of sites", right=("value",))
+    for name, value in sorted(hint.bundle.items()):
+        spread = ""
+        if name in hint.bounds:
+            spread = f"{number(hint.bounds[name].lower)} .. {number(hint.bounds[name].upper)}"
+        listed.add_row(text(name), _param(value), spread)
+    yield listed
+    if hint.reason:
+        yield Text()
+        yield text(hint.reason)
+
+
+def _consensus_view(consensus: update_pb2.CausalConsensus) -> Iterator[RenderableType]:
+    yield _lineage(consensus.lineage)
+    if consensus.edges:
+        yield Text()
+        listed = table(
+            "relation",
+            "weight",
+            "95 % interval",
+            "support",
+            "sites",
+            "I2",
+            "conflict",
+            right=("weight", "support", "sites", "I2"),
+        )
+        for edge in consensus.edges:
+            relation = text(f"{edge.source} -> {edge.target}")
+            if edge.type and edge.type != "direct":
+                relation.append(f" ({safe(edge.type)})", style="dim")
+            listed.add_row(
+                relation,
+                number(edge.weight),
+                interval(edge),
+                share(edge.support),
+                f"{edge.sites}/{edge.testing_sites}",
+                share(edge.i_squared) if edge.HasField("i_squared") else "",
+                text(_conflict(edge), "red"),
+            )
+        yield listed
+    else:
+        yield text("no relation has a quorum")
+    for cycle in consensus.cycles:
+        nodes = ", ".join(safe(node) for node in cycle.nodes)
+        yield text(
+            f"cycle: each of {nodes} can be reached from each other; the weakest edge is "
+            f"{safe(cycle.weakest_source)} -> {safe(cycle.weakest_target)}",
+            "yellow",
+        )
+    if consensus.unpooled:
+        counts = ", ".join(
+            f"{safe(reason).replace('_', ' ')} {count}"
+            for reason, count in sorted(consensus.unpooled.items())
+        )
+        yield Text(f"relations left out: {counts}", style="dim", overflow="fold")
+
+
+_NO_ESTIMATE: Final = update_pb2.SignalEstimate()
+_NO_ORIGIN: Final = update_pb2.InitOrigin()
+
+
+def _has_value(prior: update_pb2.MetaPriorUpdate, name: str) -> bool:
+    return name in prior.prior or prior.estimates[name].HasField("value")
+
+
+def _section_order(section: str) -> tuple[int, str]:
+    known = (*_SETTINGS, "", _METRICS)
+    return (known.index(section) if section in known else len(known), section)
+
+
+def _lineage(lineage: update_pb2.Lineage, *more: str) -> Text:
+    parts = [_sites(lineage.sites), f"{lineage.packets} packets", *more]
+    if lineage.estimator:
+        parts.append(safe(lineage.estimator))
+    if lineage.trimmed:
+        parts.append(f"{lineage.trimmed} values trimmed")
+    if lineage.epsilon_spent:
+        parts.append(f"epsilon {number(lineage.epsilon_spent)} spent")
+    return Text(", ".join(parts), style="dim")
+
+
+def _conflict(edge: update_pb2.ConsensusEdge) -> str:
+    told = []
+    if edge.sign_conflict:
+        told.append(f"sign {edge.positive_sites}+ {edge.negative_sites}-")
+    if edge.direction_conflict:
+        told.append("direction")
+    return ", ".join(told)
+
+
+def _param(value: packet_pb2.ParamValue) -> str:
+    match value.WhichOneof("kind"):
+        case "number":
+            return number(value.number)
+        case "flag":
+            return "true" if value.flag else "false"
+        case _:
+            return safe(value.text)
+
+
+def _sites(count: int) -> str:
+    return f"{count} site" if count == 1 else f"{count} sites"
+
+
+def _some(items: list[str]) -> str:
+    more = len(items) - _MOST_ON_A_LINE
+    shown = ", ".join(items[:_MOST_ON_A_LINE])
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _line(content: str, style: str = "") -> Text:
+    return Text(content, style=style, overflow="fold")

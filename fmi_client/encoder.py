@@ -1,0 +1,225 @@
+"""Packets in envelopes: many in one message, compressed with zstd."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
+
+import zstandard
+from google.protobuf.message import DecodeError
+
+from fmi.v1 import error_pb2, interchange_service_pb2, packet_pb2
+from fmi_client.errors import (
+    ConfigurationError,
+    DictionaryUnknownError,
+    EnvelopeError,
+    FMIError,
+    reason_name,
+)
+
+__all__ = ["DECODE_LIMIT_BYTES", "LEVEL", "FMIEncoder"]
+
+LEVEL: Final = 3
+"""The zstd level: the one at which compressing a packet still costs microseconds."""
+
+DECODE_LIMIT_BYTES: Final = 16 * 1024 * 1024
+"""The largest envelope that is decoded unless another limit is asked for, in bytes decoded."""
+
+_BATCH_PACKETS: Final = 500
+_BATCH_BYTES: Final = 1024 * 1024
+
+
+class FMIEncoder:
+    """Packs packets into `EncodedPackets` envelopes: one zstd frame that declares its content size.
+
+    Single small packets gain nothing without a dictionary; batches compress without one. An encoder
+    may be shared by threads.
+
+    Args:
+        level: The zstd level.
+        dictionary: A dictionary in zstd's format, as `train` makes it or the server gives it. The
+            server must have it too.
+
+    Raises:
+        ConfigurationError: The dictionary is not one in zstd's format.
+    """
+
+    def __init__(self, *, level: int = LEVEL, dictionary: bytes | None = None) -> None:
+        self._lock = threading.Lock()  # a zstd context serves one thread at a time
+        loaded: zstandard.ZstdCompressionDict | None = None
+        if dictionary is not None:
+            try:
+                loaded = zstandard.ZstdCompressionDict(
+                    dictionary, dict_type=zstandard.DICT_TYPE_FULLDICT
+                )
+                loaded.precompute_compress(level=level)
+            except zstandard.ZstdError as error:
+                raise ConfigurationError(f"not a zstd dictionary: {error}") from error
+        self.dictionary = dictionary
+        self.dictionary_id: int = loaded.dict_id() if loaded is not None else 0
+        self._compressor = zstandard.ZstdCompressor(
+            level=level, dict_data=loaded, write_content_size=True
+        )
+        self._decompressor = zstandard.ZstdDecompressor(
+            dict_data=loaded, max_window_size=DECODE_LIMIT_BYTES
+        )
+
+    def encode(
+        self, packets: Iterable[packet_pb2.Packet]
+    ) -> interchange_service_pb2.EncodedPackets:
+        """Pack packets into one envelope, in their order.
+
+        Raises:
+            ConfigurationError: There are no packets.
+        """
+        return self.encode_serialized([packet.SerializeToString() for packet in packets])
+
+    def encode_serialized(
+        self, serialized: Sequence[bytes]
+    ) -> interchange_service_pb2.EncodedPackets:
+        """Pack packets that are serialised already, in their order.
+
+        Raises:
+            ConfigurationError: There are no packets.
+        """
+        if not serialized:
+            raise ConfigurationError("an envelope must have at least one packet")
+        data = packet_pb2.RawPacketBatch(packets=serialized).SerializeToString()
+        with self._lock:
+            compressed = self._compressor.compress(data)
+        return interchange_service_pb2.EncodedPackets(
+            encoding=interchange_service_pb2.ENCODING_ZSTD,
+            dictionary_id=self.dictionary_id,
+            uncompressed_size=len(data),
+            data=compressed,
+        )
+
+    def encode_batches(
+        self,
+        packets: Iterable[packet_pb2.Packet],
+        *,
+        batch_packets: int = _BATCH_PACKETS,
+        batch_bytes: int = _BATCH_BYTES,
+    ) -> Iterator[interchange_service_pb2.EncodedPackets]:
+        """Pack packets into as many envelopes as are needed, in their order.
+
+        Args:
+            packets: The packets; they are taken as the envelopes are.
+            batch_packets: The most packets in an envelope.
+            batch_bytes: The most bytes in an envelope before compression. A single packet that is
+                larger has an envelope of its own.
+        """
+        serialized: list[bytes] = []
+        size = 0
+        for packet in packets:
+            data = packet.SerializeToString()
+            if serialized and (len(serialized) >= batch_packets or size + len(data) > batch_bytes):
+                yield self.encode_serialized(serialized)
+                serialized, size = [], 0
+            serialized.append(data)
+            size += len(data)
+        if serialized:
+            yield self.encode_serialized(serialized)
+
+    def decode(
+        self,
+        encoded: interchange_service_pb2.EncodedPackets,
+        *,
+        limit_bytes: int = DECODE_LIMIT_BYTES,
+    ) -> list[packet_pb2.Packet]:
+        """Unpack an envelope. Nothing is allocated before the declared size was checked.
+
+        Args:
+            encoded: The envelope.
+            limit_bytes: The most bytes that it may decode to.
+
+        Raises:
+            EnvelopeError: It is malformed, or larger than the limit.
+            DictionaryUnknownError: It was packed with another dictionary than this encoder's.
+        """
+        size = encoded.uncompressed_size
+        if size > limit_bytes:
+            raise _refusal(
+                EnvelopeError,
+                error_pb2.ERROR_REASON_ENVELOPE_TOO_LARGE,
+                f"envelope declares {size} bytes, at most {limit_bytes} are taken",
+            )
+        if encoded.encoding == interchange_service_pb2.ENCODING_IDENTITY:
+            data = encoded.data
+        elif encoded.encoding == interchange_service_pb2.ENCODING_ZSTD:
+            data = self._decompressed(encoded)
+        else:
+            raise _malformed(f"encoding {encoded.encoding} is not known")
+        if len(data) != size:
+            raise _malformed(f"{size} bytes were declared, {len(data)} came out")
+        try:
+            return list(packet_pb2.PacketBatch.FromString(data).packets)
+        except DecodeError as error:
+            raise _malformed("the content is not a PacketBatch") from error
+
+    def _decompressed(self, encoded: interchange_service_pb2.EncodedPackets) -> bytes:
+        try:
+            frame = zstandard.get_frame_parameters(encoded.data)
+            if frame.dict_id not in (0, self.dictionary_id):
+                raise _unknown(frame.dict_id)
+            if encoded.dictionary_id != frame.dict_id:
+                raise _malformed(
+                    f"dictionary {encoded.dictionary_id} was declared, the frame names {frame.dict_id}"
+                )
+            # An unknown size is a huge number here; zstandard itself ignores its limit where the
+            # frame declares a size, so that this comparison is the guard against bombs.
+            if frame.content_size != encoded.uncompressed_size:
+                raise _malformed("the frame and the envelope declare different sizes")
+            with self._lock:
+                return self._decompressor.decompress(encoded.data, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise _malformed(str(error)) from error
+
+    @staticmethod
+    def train(packets: Iterable[packet_pb2.Packet], dictionary_bytes: int = 16_384) -> bytes:
+        """Train a compression dictionary for single packets of one kind of site.
+
+        Args:
+            packets: Samples of what will be sent; some hundreds, of at least about 10 times
+                `dictionary_bytes` in all.
+            dictionary_bytes: The size of the dictionary.
+
+        Returns:
+            The dictionary in zstd's format, for `FMIEncoder` and `admin.register_dictionary`.
+
+        Raises:
+            ConfigurationError: There are too few samples to train from.
+        """
+        samples: list[bytes | bytearray | memoryview] = [
+            packet_pb2.PacketBatch(packets=[packet]).SerializeToString() for packet in packets
+        ]
+        try:
+            return zstandard.train_dictionary(dictionary_bytes, samples, level=LEVEL).as_bytes()
+        except (zstandard.ZstdError, ValueError) as error:
+            raise ConfigurationError(
+                f"cannot train a dictionary of {dictionary_bytes} bytes from {len(samples)} packets "
+                f"({sum(map(len, samples))} bytes): {error}; give more samples"
+            ) from error
+
+
+def _malformed(message: str) -> FMIError:
+    return _refusal(
+        EnvelopeError,
+        error_pb2.ERROR_REASON_ENVELOPE_MALFORMED,
+        f"envelope cannot be decoded: {message}",
+    )
+
+
+def _unknown(dictionary_id: int) -> FMIError:
+    return _refusal(
+        DictionaryUnknownError,
+        error_pb2.ERROR_REASON_DICTIONARY_UNKNOWN,
+        f"envelope was packed with dictionary {dictionary_id}, which this encoder does not have",
+    )
+
+
+def _refusal(
+    kind: type[FMIError], reason: error_pb2.ErrorReason.ValueType, message: str
+) -> FMIError:
+    return kind(message, reason=reason_name(reason))

@@ -1,0 +1,307 @@
+"""Following the updates of cohorts."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Literal, Self, TypeAlias
+
+import grpc
+
+from fmi.v1 import interchange_service_pb2, update_pb2
+from fmi_client._calls import Caller
+from fmi_client.errors import (
+    CompactedError,
+    ConfigurationError,
+    ConnectionFailedError,
+    FMIError,
+    error_from_rpc,
+)
+from fmi_client.retry import Backoff
+
+__all__ = ["SILENCE_S", "OnCompacted", "OnUpdate", "Subscription", "SubscriptionStatistics"]
+
+SILENCE_S: Final = 65.0
+"""Seconds without an event after which the stream counts as dead.
+
+The server gives a sign of life every 15 to 30 s, so that two of them were missed.
+"""
+
+OnUpdate: TypeAlias = Callable[[update_pb2.Update], Awaitable[None] | None]
+OnCompacted: TypeAlias = Literal["raise", "snapshot"]
+
+_SubscribeCall: TypeAlias = grpc.aio.UnaryStreamCall[
+    interchange_service_pb2.SubscribeRequest, interchange_service_pb2.SubscribeResponse
+]
+
+
+@dataclass(frozen=True, slots=True)
+class SubscriptionStatistics:
+    """What a subscription has seen.
+
+    Attributes:
+        updates: Updates given to the consumer.
+        reconnects: Streams opened after the first.
+        duplicates: Updates dropped because they were not newer than one given before.
+        conflated: Times that the server left out updates because the consumer was slow or away.
+        lagged_revisions: Revisions left out in all of these.
+    """
+
+    updates: int = 0
+    reconnects: int = 0
+    duplicates: int = 0
+    conflated: int = 0
+    lagged_revisions: int = 0
+
+
+class Subscription:
+    """An asynchronous iterator of updates that survives broken connections.
+
+    Per cohort and kind the revisions that it gives rise strictly, across reconnects too; in a history
+    that changed (a server restored from a backup) they begin anew. After a break it goes on behind the
+    last event given. Until its first event, attempts are bounded by the client's `RetryPolicy`; later
+    it tries for as long as it is open. One consumer at a time.
+
+    Made by `AsyncFMIClient.subscribe`; use it as an asynchronous context manager, or call `aclose`.
+    """
+
+    def __init__(
+        self,
+        caller: Caller,
+        request: interchange_service_pb2.SubscribeRequest,
+        *,
+        on_update: OnUpdate | None = None,
+        on_compacted: OnCompacted = "raise",
+        silence_s: float = SILENCE_S,
+    ) -> None:
+        caller.check_open()
+        self._caller = caller
+        self._request = request
+        self._on_compacted = on_compacted
+        self._silence_s = silence_s
+        self._backoff = Backoff(caller.retry)
+        self._open_at = 0.0
+        self._call: _SubscribeCall | None = None
+        self._opened = 0
+        # One read that outlives a cancelled `__anext__`: cancelling it would end the stream.
+        self._read: asyncio.Task[interchange_service_pb2.SubscribeResponse] | None = None
+        self._read_since = 0.0
+        self._given: dict[tuple[str, int], tuple[str, int]] = {}
+        self._updates = self._duplicates = self._conflated = self._lagged_revisions = 0
+        self._consuming = False
+        self._closing = asyncio.Event()
+        self._driver = (
+            asyncio.create_task(self._drive(on_update), name="fmi-subscription")
+            if on_update is not None
+            else None
+        )
+        self._unreported = self._driver
+
+    @property
+    def resume_token(self) -> str:
+        """Give it to `subscribe` to go on behind the last event given; empty before the first."""
+        return self._request.resume_token
+
+    @property
+    def statistics(self) -> SubscriptionStatistics:
+        """What it has seen up to now."""
+        return SubscriptionStatistics(
+            updates=self._updates,
+            reconnects=max(0, self._opened - 1),
+            duplicates=self._duplicates,
+            conflated=self._conflated,
+            lagged_revisions=self._lagged_revisions,
+        )
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or ended with an error."""
+        return self._closing.is_set()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> update_pb2.Update:
+        """Wait for the next update.
+
+        Raises:
+            StopAsyncIteration: The subscription was closed.
+            CompactedError: What it should go on from is no longer kept, and `on_compacted` is "raise".
+            FMIError: The server refuses the subscription, or cannot be reached at first.
+        """
+        while True:
+            event = await self._next_event()
+            if event is None:
+                raise StopAsyncIteration
+            if event.WhichOneof("event") == "update":
+                return event.update
+
+    async def events(self) -> AsyncIterator[interchange_service_pb2.SubscribeResponse]:
+        """Iterate over all events: updates, `snapshot_end`, `progress` and `lagged`.
+
+        Raises:
+            FMIError: As the iteration over updates.
+        """
+        while (event := await self._next_event()) is not None:
+            yield event
+
+    async def wait(self) -> None:
+        """Wait until the callback form ends, and raise what ended it.
+
+        Raises:
+            ConfigurationError: It was made without `on_update`.
+            FMIError: As the iteration over updates.
+            Exception: Whatever the callback raised.
+        """
+        if self._driver is None:
+            raise ConfigurationError("wait() is for a subscription with on_update")
+        await asyncio.wait({self._driver})
+        self._unreported = None
+        if not self._driver.cancelled():
+            self._driver.result()
+
+    async def aclose(self) -> None:
+        """End the subscription. Raises what its callback raised. Closing twice does nothing."""
+        self._closing.set()
+        await self._drop_call()
+        driver, self._unreported = self._unreported, None
+        if driver is None or driver is asyncio.current_task():  # closed from its own callback
+            return
+        driver.cancel()
+        await asyncio.wait({driver})
+        if not driver.cancelled():
+            driver.result()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def _drive(self, on_update: OnUpdate) -> None:
+        try:
+            async for update in self:
+                outcome = on_update(update)
+                if inspect.isawaitable(outcome):
+                    await outcome
+        finally:
+            self._closing.set()
+            await self._drop_call()
+
+    async def _next_event(self) -> interchange_service_pb2.SubscribeResponse | None:
+        if self._consuming:
+            raise ConfigurationError("a subscription has one consumer at a time")
+        self._consuming = True
+        try:
+            while not self.closed:
+                try:
+                    event = await self._receive()
+                except FMIError as error:
+                    await self._drop_call()
+                    if not self.closed:
+                        self._recover(error)
+                    continue
+                if event is not None and self._takes(event):
+                    return event
+            return None
+        finally:
+            self._consuming = False
+
+    async def _receive(self) -> interchange_service_pb2.SubscribeResponse | None:
+        """Wait for an event; None where the subscription was closed meanwhile."""
+        loop = asyncio.get_running_loop()
+        if self._call is None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(self._open_at):
+                    await self._closing.wait()
+            if self.closed:
+                return None
+            subscribe = self._caller.stubs().interchange.Subscribe
+            self._call = subscribe(self._request, metadata=self._caller.metadata)
+            self._opened += 1
+        if self._read is None:
+            self._read = loop.create_task(_read(self._call), name="fmi-subscription-read")
+            self._read_since = loop.time()
+        patience_s = self._read_since + self._silence_s - loop.time()
+        await asyncio.wait({self._read}, timeout=max(0.0, patience_s))
+        if self.closed:  # it was closed from elsewhere, and the read is gone
+            return None
+        read = self._read
+        if not read.done():
+            raise ConnectionFailedError(
+                f"no event from {self._caller.target} for {self._silence_s:g} s"
+            )
+        self._read = None
+        if read.cancelled():
+            self._caller.check_open()
+            raise ConnectionFailedError("the stream was cancelled")
+        return read.result()
+
+    def _takes(self, event: interchange_service_pb2.SubscribeResponse) -> bool:
+        """Note where the stream is; say whether the consumer shall have the event."""
+        self._backoff.progressed()
+        self._backoff.endless = True
+        if event.resume_token:
+            self._request.resume_token = event.resume_token
+            del self._request.start_revisions[:]
+        kind = event.WhichOneof("event")
+        if kind == "update":
+            update = event.update
+            key = (update.cohort, update.kind)
+            epoch, revision = self._given.get(key, (update.history_epoch, 0))
+            if update.history_epoch == epoch and update.revision <= revision:
+                self._duplicates += 1
+                return False
+            self._given[key] = (update.history_epoch, update.revision)
+            self._updates += 1
+        elif kind == "lagged":
+            self._conflated += 1
+            self._lagged_revisions += event.lagged.to_revision - event.lagged.from_revision + 1
+        return kind is not None  # events that a newer server has
+
+    def _recover(self, error: FMIError) -> None:
+        """Prepare the next attempt, or end the subscription with `error`."""
+        if (
+            isinstance(error, CompactedError)
+            and self._on_compacted == "snapshot"
+            and (self._request.resume_token or self._request.start_revisions)
+        ):
+            self._request.resume_token = ""
+            del self._request.start_revisions[:]
+            error = ConnectionFailedError(error.message)  # the next attempt is another request
+        try:
+            delay_s = self._backoff.delay_s(error)
+        except FMIError:
+            self._closing.set()
+            raise
+        self._open_at = asyncio.get_running_loop().time() + delay_s
+
+    async def _drop_call(self) -> None:
+        call, self._call = self._call, None
+        read, self._read = self._read, None
+        if call is not None:
+            call.cancel()
+        if read is not None:
+            read.cancel()
+            await asyncio.wait({read})
+            if not read.cancelled():
+                read.exception()  # seen: what it says is of a stream that is gone
+
+
+async def _read(call: _SubscribeCall) -> interchange_service_pb2.SubscribeResponse:
+    try:
+        event = await call.read()
+    except grpc.aio.AioRpcError as failure:
+        raise error_from_rpc(failure) from None
+    if isinstance(event, interchange_service_pb2.SubscribeResponse):
+        return event
+    raise ConnectionFailedError("the server ended the stream")

@@ -1,0 +1,274 @@
+"""The command line itself: options anywhere, help, usage errors, exit codes, no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import grpc
+import pytest
+from cli_server import RefusedError
+
+from fmi.v1 import interchange_service_pb2, update_pb2
+from fmi_client import errors
+from fmi_client.cli import cli
+from fmi_client.commands.exits import ExitCode, exit_code
+
+COMMANDS = ["emit", "validate", "watch", "get", "cohorts", "sites", "contract", "doctor", "demo"]
+
+
+def update_answer(_request=None):
+    update = update_pb2.Update(cohort="care", kind=update_pb2.UPDATE_KIND_PRIOR, revision=3)
+    update.prior_update.prior["tau"] = 0.5
+    return interchange_service_pb2.GetUpdateResponse(update=update)
+
+
+def test_every_command_is_listed_and_has_help(fmi):
+    listing = fmi("--help")
+    assert listing.exit_code == 0
+    for name in COMMANDS:
+        assert f"\n  {name} " in listing.stdout
+        told = fmi(name, "--help")
+        assert told.exit_code == 0
+        assert max(map(len, told.stdout.splitlines())) <= 80
+
+
+def test_help_loads_neither_rich_nor_a_command():
+    """Help is quick because it needs only click and what `import fmi_client` itself brings."""
+    code = (
+        "import sys; from fmi_client.cli import cli\n"
+        "try: cli.main(['--help'], prog_name='fmi')\n"
+        "except SystemExit: pass\n"
+        "print(sorted(m for m in sys.modules if m.startswith(('rich', 'fmi_client.commands.'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "['fmi_client.commands.options']"
+
+
+def test_version(fmi):
+    assert fmi("--version").stdout.startswith("fmi, version ")
+
+
+def test_no_command_of_the_base_install_needs_the_server_numpy_or_yaml():
+    code = (
+        "import sys, importlib\n"
+        "for name in ('numpy', 'yaml', 'fmi_server', 'grpc_health', 'sklearn'):\n"
+        "    sys.modules[name] = None\n"
+        f"for name in {COMMANDS}: importlib.import_module(f'fmi_client.commands.{{name}}')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("place", ["before", "after", "environment"])
+def test_shared_options_count_wherever_they_stand(fmi, script, place, monkeypatch):
+    script["GetUpdate"] = update_answer
+    shared = ["--target", script.target, "--json"]
+    command = ["get", "care"]
+    if place == "environment":
+        monkeypatch.setenv("FMI_TARGET", script.target)
+        line = [*command, "--json"]
+    else:
+        line = [*shared, *command] if place == "before" else [*command, *shared]
+    result = fmi(*line)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["revision"] == 3
+
+
+def test_the_last_target_wins_over_an_earlier_one_and_the_environment(fmi, script, monkeypatch):
+    script["GetUpdate"] = update_answer
+    monkeypatch.setenv("FMI_TARGET", "127.0.0.1:2")
+    result = fmi("--target", "127.0.0.1:1", "get", "care", "--target", script.target)
+    assert result.exit_code == 0, result.output
+    result = fmi("--target", script.target, "get", "care")
+    assert result.exit_code == 0, result.output
+
+
+def test_shared_options_count_between_a_group_and_its_command(fmi, script):
+    script["GetCohortSpec"] = RefusedError(
+        grpc.StatusCode.NOT_FOUND, "COHORT_UNKNOWN", "no such cohort"
+    )
+    result = fmi("cohorts", "--target", script.target, "--json", "show", "care")
+    assert result.exit_code == ExitCode.NOT_FOUND
+    assert json.loads(result.stderr)["error"]["reason"] == "COHORT_UNKNOWN"
+
+
+def test_the_token_goes_along_and_not_in_plain_text_beyond_this_machine(fmi, script):
+    script["GetUpdate"] = update_answer
+    assert fmi("get", "care", "--target", script.target, "--token", "secret").exit_code == 0
+    refused = fmi("get", "care", "--target", "192.0.2.1:1", "--token", "secret")
+    assert refused.exit_code == ExitCode.USAGE
+    assert "plain text" in refused.stderr
+    assert "secret" not in refused.output
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (["bogus"], "No such command 'bogus'"),
+        (["get"], "Missing argument 'COHORT'"),
+        (["get", "care", "--kind", "x"], "Invalid value for '--kind'"),
+        (["emit", "/nowhere/at/all.json"], "No such file"),
+        (["get", "care", "--timeout", "0"], "Invalid value for '--timeout'"),
+        (["watch"], "Missing argument 'PATTERN...'"),
+        (["get", "care", "--ca", "/nowhere.pem"], "does not exist"),
+    ],
+)
+def test_wrong_usage_is_code_2_as_text_and_as_json(fmi, line, told):
+    plain = fmi(*line)
+    assert plain.exit_code == ExitCode.USAGE
+    assert told in plain.stderr
+    assert plain.stdout == ""
+    as_json = fmi(*line, "--json")
+    assert as_json.exit_code == ExitCode.USAGE
+    assert told in json.loads(as_json.stderr)["error"]["message"]
+    assert as_json.stdout == ""
+
+
+def test_a_certificate_without_its_key_is_wrong_usage(fmi, tmp_path):
+    file = tmp_path / "cert.pem"
+    file.write_text("x")
+    result = fmi("get", "care", "--cert", str(file))
+    assert result.exit_code == ExitCode.USAGE
+    assert "belong together" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("refusal", "code"),
+    [
+        (RefusedError(grpc.StatusCode.NOT_FOUND, "UPDATE_NOT_FOUND", "no prior yet"), 4),
+        (RefusedError(grpc.StatusCode.NOT_FOUND, "COHORT_UNKNOWN", "no such cohort"), 4),
+        (RefusedError(grpc.StatusCode.OUT_OF_RANGE, "COMPACTED", "from 7 on"), 4),
+        (
+            RefusedError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", "busy", retry_after_s=0.01
+            ),
+            5,
+        ),
+        (
+            RefusedError(
+                grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE", "disk full", retry_after_s=0.01
+            ),
+            5,
+        ),
+        (
+            RefusedError(grpc.StatusCode.UNAVAILABLE, "SERVER_DRAINING", "bye", retry_after_s=0.01),
+            5,
+        ),
+        (RefusedError(grpc.StatusCode.INTERNAL, "INTERNAL", "a fault"), 5),
+        (RefusedError(grpc.StatusCode.DATA_LOSS, "STORE_CORRUPT", "damaged"), 5),
+        (RefusedError(grpc.StatusCode.UNIMPLEMENTED, "", "no such method"), 5),
+        (RefusedError(grpc.StatusCode.PERMISSION_DENIED, "", "not yours"), 1),
+        (RefusedError(grpc.StatusCode.INVALID_ARGUMENT, "CONTRACT_VIOLATION", "no"), 1),
+    ],
+)
+def test_exit_codes_tell_failures_apart(ask, script, refusal, code):
+    script["GetUpdate"] = refusal
+    result = ask("get", "care")
+    assert result.exit_code == code
+    assert refusal.message in result.stderr
+    assert result.stdout == ""
+    told = json.loads(ask("get", "care", "--json").stderr)["error"]
+    assert (told["exit_code"], told["reason"]) == (code, refusal.reason)
+
+
+def test_every_error_of_the_sdk_has_an_exit_code_of_the_documented_ones():
+    def leaves(kind):
+        yield kind
+        for sub in kind.__subclasses__():
+            yield from leaves(sub)
+
+    codes = {exit_code(kind("x")) for kind in leaves(errors.FMIError)}
+    assert codes == {
+        ExitCode.REFUSED,
+        ExitCode.USAGE,
+        ExitCode.UNREACHABLE,
+        ExitCode.NOT_FOUND,
+        ExitCode.SERVER,
+    }
+
+
+def test_nothing_listens(fmi, unused_port):
+    result = fmi("get", "care", "--target", f"127.0.0.1:{unused_port}")
+    assert result.exit_code == ExitCode.UNREACHABLE
+    first, second = result.stderr.splitlines()
+    assert first.startswith(f"fmi: cannot reach 127.0.0.1:{unused_port}: ")
+    assert "fmi doctor" in second
+
+
+def test_no_answer_in_time_is_code_3(ask, script):
+    import time  # noqa: PLC0415
+
+    script["GetUpdate"] = lambda _: time.sleep(1.5)
+    result = ask("get", "care", "--timeout", "0.2")
+    assert result.exit_code == ExitCode.UNREACHABLE
+
+
+def test_a_fault_of_fmi_itself_has_a_line_and_no_traceback(ask, script, monkeypatch):
+    script["GetUpdate"] = update_answer
+
+    def broken(*_args, **_options):
+        raise RuntimeError("a fault\x1b[31m")
+
+    monkeypatch.setattr("fmi_client.commands.get.update_view", broken)
+    result = ask("get", "care")
+    assert result.exit_code == ExitCode.FAULT
+    assert "RuntimeError" in result.stderr
+    assert "Traceback" not in result.output
+    assert "\x1b" not in result.output
+    assert len(result.stderr.splitlines()) == 1
+    monkeypatch.setenv("FMI_DEBUG", "1")
+    assert isinstance(ask("get", "care").exception, RuntimeError)
+
+
+def test_a_server_fault_names_its_request(ask, script):
+    script["GetUpdate"] = RefusedError(grpc.StatusCode.INTERNAL, "INTERNAL", "a fault")
+    assert "request-7" in ask("get", "care").stderr
+
+
+def test_demo_without_its_extra_says_what_to_install(fmi, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fmi_demo", None)
+    result = fmi("demo")
+    assert result.exit_code == 1
+    assert "pip install 'fmi-federation[demo]'" in result.stderr
+    assert "pip install" in json.loads(fmi("demo", "--json").stderr)["error"]["message"]
+
+
+def test_demo_passes_its_options_on(fmi, monkeypatch, tmp_path):
+    import fmi_demo  # noqa: PLC0415
+
+    seen = {}
+    monkeypatch.setattr(fmi_demo, "run", lambda **options: seen.update(options))
+    assert fmi("demo", "--output", str(tmp_path), "--sites", "7", "--seed", "3").exit_code == 0
+    assert (seen["output"], seen["sites"], seen["seed"]) == (tmp_path, 7, 3)
+    assert (seen["keep_serving"], seen["json"]) == (False, False)
+
+
+def test_a_reader_that_goes_away_is_no_fault(script):
+    """`fmi ... | head -1`: the pipe breaks, and fmi ends quietly."""
+    script["ListSites"] = RefusedError(grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "")
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "from fmi_client.cli import main; main()",
+                "contract",
+                "--local",
+            ],
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (ExitCode.PIPE, "")
+
+
+def test_the_root_command_is_what_main_runs():
+    assert cli.name == "fmi"

@@ -1,0 +1,441 @@
+"""`fmi doctor` against everything that can be wrong with a server."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+from cli_server import Script, contract_answer, serve
+from grpc_health.v1 import health_pb2
+
+from fmi_client.commands.exits import ExitCode
+from fmi_client.commands.probes import Address, AddressError, parse_address
+
+
+def judge(result):
+    """Return the exit code, and by step the verdict, what was told, and the advice."""
+    data = json.loads(result.stdout)
+    assert data["exit_code"] == result.exit_code
+    assert data["well"] is (result.exit_code == 0)
+    return result.exit_code, {
+        s["step"]: (s["verdict"], s["told"], s["advice"]) for s in data["steps"]
+    }
+
+
+@pytest.fixture
+def doctor(fmi):
+    def run(target: str, *options: str):
+        return judge(fmi("doctor", "--json", "--timeout", "2", "--target", target, *options))
+
+    return run
+
+
+@pytest.fixture
+def listener() -> Iterator[Callable[[Callable[[socket.socket], None]], str]]:
+    """Listen on a port and give each connection to a function; returns the address."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threads: list[threading.Thread] = []
+        held: list[socket.socket] = []
+
+        def accept(answer: Callable[[socket.socket], None]) -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                held.append(connection)
+                answer(connection)
+
+        def start(answer: Callable[[socket.socket], None]) -> str:
+            threads.append(threading.Thread(target=accept, args=(answer,)))
+            threads[-1].start()
+            return f"127.0.0.1:{server.getsockname()[1]}"
+
+        yield start
+        server.shutdown(socket.SHUT_RDWR)
+        for connection in held:
+            connection.close()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A certificate and its key, as files."""
+
+    certificate: Path
+    key: Path
+
+
+class Authority:
+    """Signs certificates with the openssl command."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder = folder
+        self.root = Pair(folder / f"{name}.pem", folder / f"{name}.key")
+        self._openssl(
+            *[
+                "req",
+                "-x509",
+                "-nodes",
+                "-newkey",
+                "ec",
+                "-pkeyopt",
+                "ec_paramgen_curve:prime256v1",
+                "-days",
+                "400",
+            ],
+            *f"-subj /CN={name} -keyout {self.root.key} -out {self.root.certificate}".split(),
+        )
+
+    def sign(self, name: str, alternative: str, days: int = 200) -> Pair:
+        pair = Pair(self._folder / f"{name}.pem", self._folder / f"{name}.key")
+        request, extension = self._folder / f"{name}.csr", self._folder / f"{name}.ext"
+        extension.write_text(f"subjectAltName={alternative}\n")
+        self._openssl(
+            *["req", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"],
+            *f"-subj /CN={name} -keyout {pair.key} -out {request}".split(),
+        )
+        self._openssl(
+            *f"x509 -req -in {request} -CA {self.root.certificate} -CAkey {self.root.key}".split(),
+            *f"-CAcreateserial -days {days} -extfile {extension} -out {pair.certificate}".split(),
+        )
+        return pair
+
+    @staticmethod
+    def _openssl(*args: str) -> None:
+        subprocess.run(["openssl", *args], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"), "authority")
+
+
+@pytest.fixture
+def tls_server() -> Iterator[Callable[..., Script]]:
+    """Serve a script over TLS."""
+    stops = []
+
+    def start(pair: Pair, *, clients: Path | None = None) -> Script:
+        script = Script(answers={"GetContract": contract_answer})
+        credentials = grpc.ssl_server_credentials(
+            [(pair.key.read_bytes(), pair.certificate.read_bytes())],
+            root_certificates=clients.read_bytes() if clients else None,
+            require_client_auth=clients is not None,
+        )
+        stops.append(serve(script, credentials))
+        return script
+
+    yield start
+    for stop in stops:
+        stop()
+
+
+STEPS = ["address", "tcp", "protocol", "health", "contract", "clock", "round trip"]
+
+
+def test_all_is_well(doctor, script, ask):
+    code, steps = doctor(script.target)
+    assert code == ExitCode.OK
+    assert list(steps) == STEPS
+    assert {verdict for verdict, _, _ in steps.values()} == {"ok"}
+    shown = ask("doctor")
+    assert shown.exit_code == 0
+    assert shown.stdout.endswith(f"all is well with {script.target}\n")
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+
+
+def test_nothing_listens(doctor, unused_port):
+    code, steps = doctor(f"127.0.0.1:{unused_port}")
+    assert code == ExitCode.UNREACHABLE
+    assert list(steps) == ["address", "tcp"]
+    verdict, told, advice = steps["tcp"]
+    assert (verdict, told) == ("error", f"nothing listens on 127.0.0.1:{unused_port}")
+    assert "fmi-server serve" in advice
+
+
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        ("localhost", "is not HOST:PORT"),
+        ("http://localhost:50061", "is a URL"),
+        ("localhost:0", "is not a port"),
+        ("localhost:99999", "is not a port"),
+        ("::1:50061", "[::1]:50061"),
+        ("", "is not HOST:PORT"),
+    ],
+)
+def test_targets_that_are_no_addresses(doctor, target, told):
+    code, steps = doctor(target)
+    assert code == ExitCode.USAGE
+    assert told in steps["address"][1]
+
+
+def test_a_name_that_does_not_resolve(doctor):
+    code, steps = doctor("no-such-host.invalid:50061")
+    assert code == ExitCode.UNREACHABLE
+    assert "does not resolve" in steps["address"][1]
+
+
+@pytest.mark.parametrize(
+    ("target", "address"),
+    [
+        ("localhost:1", Address("localhost", 1)),
+        ("[::1]:50061", Address("::1", 50061)),
+        ("dns:///a.example:443", Address("a.example", 443)),
+        ("dns:a.example:443", Address("a.example", 443)),
+        ("ipv6:[::1]:7", Address("::1", 7)),
+        ("unix:/run/fmi.sock", Address(path="/run/fmi.sock")),
+        ("unix:///run/fmi.sock", Address(path="/run/fmi.sock")),
+    ],
+)
+def test_addresses(target, address):
+    assert parse_address(target) == address
+
+
+def test_hosts_with_paths_are_no_addresses():
+    with pytest.raises(AddressError):
+        parse_address("a.example:443/path")
+
+
+def test_a_listener_that_never_answers(doctor, listener):
+    target = listener(lambda _connection: None)
+    code, steps = doctor(target)
+    assert code == ExitCode.UNREACHABLE
+    assert "says nothing" in steps["protocol"][1]
+
+
+def test_a_listener_that_hangs_up(doctor, listener):
+    code, steps = doctor(listener(lambda connection: connection.close()))
+    assert code == ExitCode.UNREACHABLE
+    assert "closes them at once" in steps["protocol"][1]
+
+
+def test_a_web_server(doctor, listener):
+    def answer(connection: socket.socket) -> None:
+        connection.recv(1024)
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+        connection.close()
+
+    target = listener(answer)
+    code, steps = doctor(target)
+    assert code == ExitCode.UNREACHABLE
+    assert "web server" in steps["protocol"][1]
+    code, steps = doctor(target, "--tls")
+    assert code == ExitCode.UNREACHABLE
+    assert "web server" in steps["protocol"][1]
+
+
+def test_something_else(doctor, listener):
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(b"220 mail.example ESMTP \x1b[31m\r\n")
+
+    code, steps = doctor(listener(answer))
+    assert code == ExitCode.UNREACHABLE
+    assert "220 mail.example ESMTP" in steps["protocol"][1]
+    assert "\x1b" not in steps["protocol"][1]
+
+
+def test_another_grpc_server(doctor):
+    script = Script()
+    stop = serve(script, fmi=False)
+    try:
+        code, steps = doctor(script.target)
+    finally:
+        stop()
+    assert code == ExitCode.UNREACHABLE
+    assert steps["health"][0] == "warning"
+    assert steps["contract"][:2] == ("error", "a gRPC server, but not one of FMI")
+
+
+def test_a_server_that_does_not_serve(doctor, script):
+    script.health = health_pb2.HealthCheckResponse.NOT_SERVING
+    code, steps = doctor(script.target)
+    assert code == ExitCode.SERVER
+    assert steps["health"][:2] == ("error", "the server is up and not serving")
+    assert list(steps) == STEPS  # what can be said all the same is said
+
+
+def test_credentials_that_are_not_accepted(doctor, script):
+    script.health = grpc.StatusCode.UNAUTHENTICATED
+    code, steps = doctor(script.target)
+    assert code == ExitCode.REFUSED
+    assert "--token" in steps["health"][2]
+
+
+def test_a_token_in_plain_text_is_stopped(doctor, monkeypatch, script):
+    monkeypatch.setattr("fmi_client._channel.is_loopback", lambda _target: False)
+    code, steps = doctor(script.target, "--token", "secret")
+    assert code == ExitCode.USAGE
+    assert "plain text" in steps["credentials"][1]
+
+
+@pytest.mark.parametrize(
+    ("shift_s", "verdict", "code"),
+    [(0, "ok", 0), (1, "ok", 0), (60, "warning", 1), (-60, "warning", 1), (400, "error", 1)],
+)
+def test_the_clock(doctor, script, shift_s, verdict, code):
+    def contract(request):
+        response = contract_answer(request)
+        response.server_time.seconds += shift_s
+        return response
+
+    script["GetContract"] = contract
+    found, steps = doctor(script.target)
+    assert (found, steps["clock"][0]) == (code, verdict)
+    if verdict != "ok":
+        which = "behind" if shift_s > 0 else "ahead of"
+        assert which in steps["clock"][1]
+        assert f"{abs(shift_s)}" in steps["clock"][1]
+        assert "NTP" in steps["clock"][2]
+
+
+def test_the_clock_allows_for_the_time_that_a_call_takes(fmi, script):
+    """Half of a slow call is no difference of clocks: the server's time is read in its middle."""
+    import time  # noqa: PLC0415
+
+    def contract(request):
+        time.sleep(0.15)
+        response = contract_answer(request)
+        time.sleep(0.15)
+        return response
+
+    script["GetContract"] = contract
+    data = json.loads(fmi("doctor", "--json", "--target", script.target).stdout)
+    values = {step["step"]: step["values"] for step in data["steps"]}
+    assert abs(values["clock"]["server_ahead_s"]) <= 0.15
+    assert values["clock"]["error_s"] >= 0.15
+    assert values["round trip"]["median_ms"] >= 300
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"contract_hash": "0" * 64}, "the text is not"),
+        ({"revision": 9, "oldest_supported_revision": 8}, "upgrade this site"),
+    ],
+)
+def test_another_contract(doctor, script, changes, told):
+    def contract(request):
+        response = contract_answer(request)
+        for name, value in changes.items():
+            setattr(response, name, value)
+        return response
+
+    script["GetContract"] = contract
+    code, steps = doctor(script.target)
+    assert code == ExitCode.REFUSED
+    assert steps["contract"][0] == "error"
+    assert told in steps["contract"][1]
+
+
+def test_tls_is_well(doctor, tls_server, authority):
+    pair = authority.sign("good", "DNS:localhost,IP:127.0.0.1")
+    server = tls_server(pair)
+    code, steps = doctor(server.target, "--ca", str(authority.root.certificate))
+    assert code == ExitCode.OK, steps
+    assert list(steps) == ["address", "tcp", "tls", *STEPS[2:]]
+    assert "is trusted until" in steps["tls"][1]
+
+
+def test_tls_where_plain_text_was_tried(doctor, tls_server, authority):
+    server = tls_server(authority.sign("good", "IP:127.0.0.1"))
+    code, steps = doctor(server.target)
+    assert code == ExitCode.UNREACHABLE
+    assert steps["protocol"][1] == "the server speaks TLS, and plain text was tried"
+    assert "--ca" in steps["protocol"][2]
+
+
+def test_plain_text_where_tls_was_tried(doctor, script, authority):
+    code, steps = doctor(script.target, "--ca", str(authority.root.certificate))
+    assert code == ExitCode.UNREACHABLE
+    assert steps["tls"][1] == "the server speaks plain text, and TLS was tried"
+
+
+def test_an_expired_certificate(doctor, tls_server, authority):
+    pair = authority.sign("old", "IP:127.0.0.1", days=-1)
+    dates = ssl._ssl._test_decode_cert(str(pair.certificate))
+    day = ssl.cert_time_to_seconds(dates["notAfter"])
+    code, steps = doctor(tls_server(pair).target, "--ca", str(authority.root.certificate))
+    assert code == ExitCode.UNREACHABLE
+    import time  # noqa: PLC0415
+
+    expired = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(day))
+    assert steps["tls"][1] == f"a certificate of the server expired on {expired}"
+
+
+def test_a_certificate_that_expires_soon(doctor, tls_server, authority):
+    server = tls_server(authority.sign("soon", "IP:127.0.0.1", days=7))
+    code, steps = doctor(server.target, "--ca", str(authority.root.certificate))
+    assert code == ExitCode.REFUSED
+    assert steps["tls"][0] == "warning"
+    assert "in 7 days" in steps["tls"][1]
+    assert steps["health"][0] == "ok"
+
+
+def test_a_certificate_for_another_host(doctor, tls_server, authority):
+    server = tls_server(authority.sign("other", "DNS:fmi.example,DNS:b.example"))
+    ca = ["--ca", str(authority.root.certificate)]
+    code, steps = doctor(server.target, *ca)
+    assert code == ExitCode.UNREACHABLE
+    assert steps["tls"][1] == "the certificate is for fmi.example, b.example, not for 127.0.0.1"
+    code, steps = doctor(server.target, *ca, "--server-name", "b.example")
+    assert code == ExitCode.OK, steps
+
+
+def test_a_certificate_of_an_unknown_authority(doctor, tls_server, authority, tmp_path):
+    server = tls_server(authority.sign("good", "IP:127.0.0.1"))
+    other = Authority(tmp_path, "other-authority")
+    for options in (["--ca", str(other.root.certificate)], ["--tls"]):
+        code, steps = doctor(server.target, *options)
+        assert code == ExitCode.UNREACHABLE
+        assert "authority that is not known here: authority" in steps["tls"][1]
+
+
+def test_a_self_signed_certificate(doctor, tls_server, tmp_path):
+    own = Authority(tmp_path, "own").root
+    code, steps = doctor(tls_server(own).target, "--tls")
+    assert code == ExitCode.UNREACHABLE
+    assert "self-signed" in steps["tls"][1]
+
+
+def test_mutual_tls(doctor, tls_server, authority, tmp_path):
+    server = tls_server(authority.sign("good", "IP:127.0.0.1"), clients=authority.root.certificate)
+    ca = ["--ca", str(authority.root.certificate)]
+    code, steps = doctor(server.target, *ca)
+    assert code == ExitCode.UNREACHABLE
+    assert any("mutual TLS" in told for _, told, _ in steps.values()), steps
+    site = authority.sign("site_001", "DNS:site_001")
+    own = ["--cert", str(site.certificate), "--key", str(site.key)]
+    code, steps = doctor(server.target, *ca, *own)
+    assert code == ExitCode.OK, steps
+    stranger = Authority(tmp_path, "stranger").sign("site_002", "DNS:site_002")
+    own = ["--cert", str(stranger.certificate), "--key", str(stranger.key)]
+    code, steps = doctor(server.target, *ca, *own)
+    assert code == ExitCode.UNREACHABLE
+    assert any("does not accept the certificate" in told for _, told, _ in steps.values()), steps
+
+
+def test_files_that_are_no_certificates(doctor, script, authority, tmp_path):
+    junk = tmp_path / "junk.pem"
+    junk.write_text("not PEM")
+    code, steps = doctor(script.target, "--ca", str(junk))
+    assert code == ExitCode.USAGE
+    assert "cannot be used" in steps["tls"][1]
+    code, steps = doctor(script.target, "--cert", str(authority.root.certificate))
+    assert code == ExitCode.USAGE
+    other = authority.sign("unlike", "DNS:x")
+    code, steps = doctor(
+        *(script.target, "--cert", str(authority.root.certificate), "--key", str(other.key))
+    )
+    assert code == ExitCode.USAGE

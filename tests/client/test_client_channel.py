@@ -1,0 +1,134 @@
+"""Credentials: who may be sent a token, and mutual TLS against a real server."""
+
+from __future__ import annotations
+
+import subprocess
+
+import grpc
+import pytest
+from scripted_server import FAST, ScriptedServer
+
+from fmi.v1 import interchange_service_pb2_grpc
+from fmi_client import AsyncFMIClient, ConfigurationError, ConnectionFailedError, TLSConfig
+from fmi_client._channel import is_loopback
+
+
+@pytest.mark.parametrize(
+    ("target", "loopback"),
+    [
+        ("localhost:7400", True),
+        ("LOCALHOST.:7400", True),
+        ("127.0.0.1:7400", True),
+        ("127.8.8.8:1", True),
+        ("[::1]:7400", True),
+        ("::1", True),
+        ("dns:///localhost:7400", True),
+        ("ipv4:127.0.0.1:7400", True),
+        ("ipv6:[::1]:7400", True),
+        ("unix:/run/fmi.sock", True),
+        ("unix-abstract:fmi", True),
+        ("fmi.example.org:7400", False),
+        ("10.0.0.1:7400", False),
+        ("[2001:db8::1]:7400", False),
+        ("dns:///fmi.example.org:7400", False),
+        ("localhost.example.org:7400", False),
+        ("ipv4:127.0.0.1:7400,10.0.0.1:7400", False),
+    ],
+)
+def test_is_loopback(target, loopback):
+    assert is_loopback(target) is loopback
+
+
+def test_token_does_not_leave_the_machine_in_plain_text():
+    with pytest.raises(ConfigurationError, match="plain text"):
+        AsyncFMIClient("fmi.example.org:7400", token="t0ken")  # noqa: S106
+    AsyncFMIClient("fmi.example.org:7400", token="t0ken", insecure=True)  # noqa: S106
+    AsyncFMIClient("fmi.example.org:7400", token="t0ken", tls=TLSConfig())  # noqa: S106
+    AsyncFMIClient("fmi.example.org:7400")
+
+
+@pytest.mark.parametrize("token", ["", "two words", "line\nbreak", "ümlaut"])
+def test_token_must_be_a_header(token):
+    with pytest.raises(ConfigurationError, match="token"):
+        AsyncFMIClient("localhost:7400", token=token)
+
+
+def test_certificate_and_key_belong_together(tmp_path):
+    with pytest.raises(ConfigurationError):
+        TLSConfig(certificate=tmp_path / "cert.pem")
+
+
+async def test_missing_file_is_named(tmp_path):
+    tls = TLSConfig(root_certificates=tmp_path / "ca.pem")
+    async with AsyncFMIClient("localhost:1", tls=tls) as client:
+        with pytest.raises(ConfigurationError, match=r"ca\.pem"):
+            await client.contract()
+
+
+def test_timeout_must_be_positive():
+    with pytest.raises(ConfigurationError):
+        AsyncFMIClient("localhost:1", timeout_s=0)
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory):
+    """A throwaway authority, a server's certificate for localhost and a client's."""
+    folder = tmp_path_factory.mktemp("pki")
+
+    def openssl(*arguments):
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    openssl("req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca")
+    for name in ("server", "site"):
+        openssl("req", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", "/CN=x")
+        (folder / f"{name}.ext").write_text("subjectAltName=DNS:localhost")
+        openssl(
+            *("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key"),
+            *("-CAcreateserial", "-out", f"{name}.pem", "-extfile", f"{name}.ext"),
+        )
+    return folder
+
+
+async def test_mutual_tls(pki):
+    scripted = ScriptedServer()
+    server = grpc.aio.server()
+    interchange_service_pb2_grpc.add_InterchangeServiceServicer_to_server(scripted, server)
+    credentials = grpc.ssl_server_credentials(
+        [((pki / "server.key").read_bytes(), (pki / "server.pem").read_bytes())],
+        root_certificates=(pki / "ca.pem").read_bytes(),
+        require_client_auth=True,
+    )
+    port = server.add_secure_port("localhost:0", credentials)
+    await server.start()
+    try:
+        mutual = TLSConfig(
+            root_certificates=pki / "ca.pem",
+            certificate=pki / "site.pem",
+            private_key=pki / "site.key",
+        )
+        async with AsyncFMIClient(
+            f"localhost:{port}",
+            domain_id="s",
+            tls=mutual,
+            token="t0ken",  # noqa: S106
+            retry=FAST,
+        ) as client:
+            assert (await client.emit_msp(controller={"tau": 1})).ok
+        assert scripted.metadata[0]["authorization"] == "Bearer t0ken"
+
+        named = TLSConfig(
+            root_certificates=pki / "ca.pem",
+            certificate=pki / "site.pem",
+            private_key=pki / "site.key",
+            server_name="fmi.example.org",
+        )
+        one_sided = TLSConfig(root_certificates=pki / "ca.pem")
+        for refused in (named, one_sided, None):
+            async with AsyncFMIClient(
+                f"localhost:{port}", domain_id="s", tls=refused, retry=FAST
+            ) as client:
+                with pytest.raises(ConnectionFailedError):
+                    await client.emit_msp(controller={"tau": 1})
+    finally:
+        await server.stop(None)
