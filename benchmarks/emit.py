@@ -164,28 +164,34 @@ class Options:
 async def measure(echo: str, fmi: str, options: Options) -> None:
     """Measure in alternating rounds, and print rates and ratios."""
     size = len(next(packets(1)).SerializeToString())
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()},", end=" ")
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()},",
+        end=" ",
+    )
     print(f"grpcio {grpc.__version__}; packets of {SIGNALS} signals, {size} bytes")
     print(f"{options.rounds} rounds after one to warm up; medians\n")
     async with stub_of(echo) as echo_stub, stub_of(fmi) as fmi_stub:
+        bare = 0.0
         for concurrency in (1, 16, 64):
-            rows = []
+            rows: list[tuple[float, float]] = []
             for _ in range(options.rounds + 1):
                 calls = options.calls if concurrency > 1 else options.calls // 8
                 requests = [wire.EmitRequest(packet=packet) for packet in packets(calls)]
                 bare = await unary_rate(echo_stub, requests, concurrency=concurrency)
                 durable = await unary_rate(fmi_stub, requests, concurrency=concurrency)
-                rows.append((bare, durable, durable / bare))
-            bare, durable, ratio = (statistics.median(column) for column in zip(*rows[1:], strict=True))
+                rows.append((bare, durable))
+            ratio = statistics.median(durable / bare for bare, durable in rows[1:])
+            bare = statistics.median(row[0] for row in rows[1:])
+            durable = statistics.median(row[1] for row in rows[1:])
             print(
                 f"unary, {concurrency:2} callers:  echo {bare:7,.0f}/s   durable Emit {durable:7,.0f}/s   "
                 f"ratio {ratio:.2f}  (target at 64 callers: 0.8)"
             )
-        rows = []
+        rates: list[float] = []
         for _ in range(options.rounds + 1):
             batches = batches_of(options.batches, options.batch_size)
-            rows.append(await stream_rate(fmi_stub, batches, options.batch_size))
-        rate = statistics.median(rows[1:])
+            rates.append(await stream_rate(fmi_stub, batches, options.batch_size))
+        rate = statistics.median(rates[1:])
         print(
             f"\nbatched, {options.batch_size} packets an envelope:  durable EmitStream {rate:,.0f} packets/s"
             f"   {rate / bare:.1f} x the bare echo's calls   (target: 50,000)"
@@ -194,7 +200,9 @@ async def measure(echo: str, fmi: str, options: Options) -> None:
 
 def main() -> None:
     """Start the servers and measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=3000)
     parser.add_argument("--batches", type=int, default=40)

@@ -22,7 +22,7 @@ def tune(tau: float, rng: random.Random) -> tuple[float, float]:
     return tried, 0.2 - abs(tried - best_here)
 
 
-def main(domain_id: str, target: str = "127.0.0.1:50061", rounds: int = 5) -> None:
+def main(domain_id: str, target: str = "127.0.0.1:50061", *, rounds: int = 5) -> None:
     """Tune for some rounds, each from the newest prior."""
     rng = random.Random(domain_id)
     with FMIClient(target, domain_id=domain_id, cohort="example") as client:

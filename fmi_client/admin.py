@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from google.protobuf import json_format
-
+from fmi import specs
+from fmi.plain import PlainDataError
 from fmi.v1 import (
     admin_service_pb2,
     admin_service_pb2_grpc,
@@ -122,17 +122,16 @@ class AsyncAdmin:
 
 
 def cohort_spec_from_plain(data: Mapping[str, Any]) -> cohort_pb2.CohortSpec:
-    """Translate a cohort spec from its JSON form.
+    """Translate a cohort spec from its JSON form, with the short forms of cohort files.
 
     Raises:
         SpecError: A field is unknown or of the wrong kind.
     """
     try:
-        return json_format.ParseDict(dict(data), cohort_pb2.CohortSpec(), max_recursion_depth=16)
-    except (json_format.ParseError, TypeError, ValueError, RecursionError) as error:
-        text = str(error).splitlines()[0][:300]
+        return specs.cohort_spec_from_plain(data)
+    except PlainDataError as error:
         raise SpecError(
-            f"cohort spec cannot be read: {text}",
+            f"cohort spec cannot be read: {error}",
             reason=reason_name(error_pb2.ERROR_REASON_SPEC_INVALID),
-            violations=[Violation("spec", "fmi.plain.message", text)],
+            violations=[Violation(p.field, p.rule_id, p.description) for p in error.problems],
         ) from error

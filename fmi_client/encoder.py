@@ -9,6 +9,7 @@ from typing import Final
 import zstandard
 from google.protobuf.message import DecodeError
 
+from fmi.envelope import EnvelopeDecodeError, open_envelope
 from fmi.v1 import error_pb2, interchange_service_pb2, packet_pb2
 from fmi_client.errors import (
     ConfigurationError,
@@ -57,12 +58,10 @@ class FMIEncoder:
             except zstandard.ZstdError as error:
                 raise ConfigurationError(f"not a zstd dictionary: {error}") from error
         self.dictionary = dictionary
+        self._dictionary = loaded
         self.dictionary_id: int = loaded.dict_id() if loaded is not None else 0
         self._compressor = zstandard.ZstdCompressor(
             level=level, dict_data=loaded, write_content_size=True
-        )
-        self._decompressor = zstandard.ZstdDecompressor(
-            dict_data=loaded, max_window_size=DECODE_LIMIT_BYTES
         )
 
     def encode(
@@ -138,43 +137,18 @@ class FMIEncoder:
             EnvelopeError: It is malformed, or larger than the limit.
             DictionaryUnknownError: It was packed with another dictionary than this encoder's.
         """
-        size = encoded.uncompressed_size
-        if size > limit_bytes:
-            raise _refusal(
-                EnvelopeError,
-                error_pb2.ERROR_REASON_ENVELOPE_TOO_LARGE,
-                f"envelope declares {size} bytes, at most {limit_bytes} are taken",
+        try:
+            data = open_envelope(
+                encoded,
+                limit_bytes=limit_bytes,
+                dictionary=lambda found: self._dictionary if found == self.dictionary_id else None,
             )
-        if encoded.encoding == interchange_service_pb2.ENCODING_IDENTITY:
-            data = encoded.data
-        elif encoded.encoding == interchange_service_pb2.ENCODING_ZSTD:
-            data = self._decompressed(encoded)
-        else:
-            raise _malformed(f"encoding {encoded.encoding} is not known")
-        if len(data) != size:
-            raise _malformed(f"{size} bytes were declared, {len(data)} came out")
-        try:
             return list(packet_pb2.PacketBatch.FromString(data).packets)
+        except EnvelopeDecodeError as problem:
+            raise _envelope_error(problem) from problem
         except DecodeError as error:
-            raise _malformed("the content is not a PacketBatch") from error
-
-    def _decompressed(self, encoded: interchange_service_pb2.EncodedPackets) -> bytes:
-        try:
-            frame = zstandard.get_frame_parameters(encoded.data)
-            if frame.dict_id not in (0, self.dictionary_id):
-                raise _unknown(frame.dict_id)
-            if encoded.dictionary_id != frame.dict_id:
-                raise _malformed(
-                    f"dictionary {encoded.dictionary_id} was declared, the frame names {frame.dict_id}"
-                )
-            # An unknown size is a huge number here; zstandard itself ignores its limit where the
-            # frame declares a size, so that this comparison is the guard against bombs.
-            if frame.content_size != encoded.uncompressed_size:
-                raise _malformed("the frame and the envelope declare different sizes")
-            with self._lock:
-                return self._decompressor.decompress(encoded.data, allow_extra_data=False)
-        except zstandard.ZstdError as error:
-            raise _malformed(str(error)) from error
+            malformed = EnvelopeDecodeError("malformed", "the content is no PacketBatch")
+            raise _envelope_error(malformed) from error
 
     @staticmethod
     def train(packets: Iterable[packet_pb2.Packet], dictionary_bytes: int = 16_384) -> bytes:
@@ -203,23 +177,16 @@ class FMIEncoder:
             ) from error
 
 
-def _malformed(message: str) -> FMIError:
-    return _refusal(
-        EnvelopeError,
-        error_pb2.ERROR_REASON_ENVELOPE_MALFORMED,
-        f"envelope cannot be decoded: {message}",
-    )
+def _envelope_error(problem: EnvelopeDecodeError) -> FMIError:
+    kind, reason = _ERRORS[problem.kind]
+    return kind(f"envelope cannot be decoded: {problem}", reason=reason_name(reason))
 
 
-def _unknown(dictionary_id: int) -> FMIError:
-    return _refusal(
+_ERRORS: Final[dict[str, tuple[type[FMIError], error_pb2.ErrorReason.ValueType]]] = {
+    "malformed": (EnvelopeError, error_pb2.ERROR_REASON_ENVELOPE_MALFORMED),
+    "too_large": (EnvelopeError, error_pb2.ERROR_REASON_ENVELOPE_TOO_LARGE),
+    "dictionary_unknown": (
         DictionaryUnknownError,
         error_pb2.ERROR_REASON_DICTIONARY_UNKNOWN,
-        f"envelope was packed with dictionary {dictionary_id}, which this encoder does not have",
-    )
-
-
-def _refusal(
-    kind: type[FMIError], reason: error_pb2.ErrorReason.ValueType, message: str
-) -> FMIError:
-    return kind(message, reason=reason_name(reason))
+    ),
+}

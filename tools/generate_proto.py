@@ -15,10 +15,12 @@ import filecmp
 import os
 import sys
 import tempfile
+from importlib.resources import files
 from pathlib import Path
 
 from google.protobuf import descriptor_pb2
 from grpc_tools import protoc
+from protovalidate._gen.buf.validate import validate_pb
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTO = ROOT / "proto"
@@ -27,8 +29,6 @@ GENERATED_SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi")
 
 def _validate_descriptor_set() -> bytes:
     """Return a FileDescriptorSet with `buf/validate/validate.proto`, taken from the wheel."""
-    from protovalidate._gen.buf.validate import validate_pb
-
     file = descriptor_pb2.FileDescriptorProto.FromString(validate_pb.desc().proto.to_binary())
     return descriptor_pb2.FileDescriptorSet(file=[file]).SerializeToString(deterministic=True)
 
@@ -42,8 +42,6 @@ def _run_protoc(*arguments: str) -> None:
 
 
 def _well_known_types() -> Path:
-    from importlib.resources import files
-
     return Path(str(files("grpc_tools") / "_proto"))
 
 

@@ -6,6 +6,9 @@ import hashlib
 from functools import cache
 from typing import Final
 
+from google.protobuf import descriptor_pb2
+from google.protobuf.descriptor import FileDescriptor
+
 from fmi.v1 import (
     admin_service_pb2,
     cohort_pb2,
@@ -15,8 +18,6 @@ from fmi.v1 import (
     registry_service_pb2,
     update_pb2,
 )
-from google.protobuf import descriptor_pb2
-from google.protobuf.descriptor import FileDescriptor
 
 __all__ = ["CONTRACT_FILES", "SERVICE_NAMES", "contract_hash", "descriptor_set"]
 

@@ -20,14 +20,15 @@ import numbers
 import os
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
-from fmi.v1 import packet_pb2
 from google.protobuf import json_format, timestamp_pb2
 from google.protobuf.message import Message
+
+from fmi.v1 import packet_pb2
 
 __all__ = [
     "CURRENT_REVISION",
@@ -190,14 +191,12 @@ class _Reader:
         kind = self._kind(named)
         header = self._mapping(named.pop("header", {}), "header")
         header_fields = self._named(header)
-        for name in [name for name in named if name in _HEADER_FIELDS]:
-            header_fields[name] = named.pop(name)
+        self._move(named, header_fields, _HEADER_FIELDS)
         packet = packet_pb2.Packet(header=self.header(header_fields))
         if kind is None:
             return packet
         body = self._named(self._mapping(named.pop(kind.value, {}), kind.value))
-        for name in [name for name in named if name in _BODY_FIELDS[kind]]:
-            body[name] = named.pop(name)
+        self._move(named, body, _BODY_FIELDS[kind])
         for name in named:
             self.problem(name, "unknown_field", f"is not a field of a packet of type {kind.value}")
         match kind:
@@ -252,8 +251,11 @@ class _Reader:
             path = f"pop.{name}"
             match name:
                 case "bundle":
-                    for key, item in self._leaves(value, path):
-                        pack.bundle[key].CopyFrom(self.param(item, f'{path}["{key}"]'))
+                    for key, item in self._leaves(value, path, is_leaf=_is_param):
+                        where = f'{path}["{key}"]'
+                        if key in pack.bundle:
+                            self._collision(where)
+                        pack.bundle[key].CopyFrom(self.param(item, where))
                 case "before" | "after" | "control_delta":
                     getattr(pack, name).update(self.numbers(value, path))
                 case "windows":
@@ -289,22 +291,24 @@ class _Reader:
                     if value is not None:
                         pack.trust = self._number(value, path)
                 case _:
-                    self.problem(path, "unknown_field", "is not a field of a Concept Causal Summary")
+                    self.problem(
+                        path, "unknown_field", "is not a field of a Concept Causal Summary"
+                    )
         return pack
 
     def numbers(self, values: object, path: str) -> dict[str, float]:
         flat: dict[str, float] = {}
         for name, value in self._leaves(values, path):
             if name in flat:
-                self.problem(
-                    f'{path}["{name}"]', "name_collision", "two nested names flatten to this one"
-                )
+                self._collision(f'{path}["{name}"]')
             flat[name] = self._number(value, f'{path}["{name}"]')
         return flat
 
     def param(self, value: object, path: str) -> packet_pb2.ParamValue:
         if isinstance(value, packet_pb2.ParamValue):
             return value
+        if _is_param(value):
+            (value,) = value.values()  # ProtoJSON: {"number": 0.5}
         if isinstance(value, bool):
             return packet_pb2.ParamValue(flag=value)
         if isinstance(value, str):
@@ -343,9 +347,9 @@ class _Reader:
                 self._evidence_number(evidence, name, item, f"{path}.{name}")
             elif name == "signals":
                 for signal, fields in self._mapping(item, f"{path}.signals").items():
-                    self._signal_evidence(evidence, str(signal), fields, path)
+                    self._signal_evidence(evidence, self._text(str(signal), path), fields, path)
             elif isinstance(item, Mapping):
-                self._signal_evidence(evidence, str(name), item, path)
+                self._signal_evidence(evidence, self._text(str(name), path), item, path)
             else:
                 self.problem(
                     f"{path}.{name}",
@@ -358,6 +362,7 @@ class _Reader:
         self, evidence: packet_pb2.Evidence, signal: str, fields: object, path: str
     ) -> None:
         where = f'{path}.signals["{signal}"]'
+        evidence.signals[signal].SetInParent()
         for name, number in self._mapping(fields, where).items():
             if name in _EVIDENCE_FIELDS:
                 self._evidence_number(evidence.signals[signal], name, number, f"{where}.{name}")
@@ -406,8 +411,15 @@ class _Reader:
             named[name] = value
         return named
 
+    def _move(self, named: dict[str, Any], target: dict[str, Any], fields: frozenset[str]) -> None:
+        for name in [name for name in named if name in fields]:
+            if name in target:
+                self.problem(name, "name_collision", "is given twice")
+            target[name] = named.pop(name)
+
     def _kind(self, named: dict[str, Any]) -> PacketType | None:
-        told = {str(named.pop(key)).lower() for key in _TYPE_KEYS if key in named}
+        given = [named.pop(key) for key in _TYPE_KEYS if key in named]
+        told = {item.lower() if isinstance(item, str) else _shown(item) for item in given}
         told |= {kind.value for kind in PacketType if kind.value in named}
         if not told:
             told = {kind.value for kind in PacketType if _BODY_FIELDS[kind] & named.keys()}
@@ -415,7 +427,7 @@ class _Reader:
         if len(told) == 1 and told <= known:
             return PacketType(told.pop())
         if unknown := sorted(told - known):
-            text = f"unknown packet type {unknown[0]!r}; the types are msp, pop, ccs"
+            text = f"unknown packet type {_shown(unknown[0])}; the types are msp, pop, ccs"
         elif told:
             text = f"says more than one packet type: {', '.join(sorted(told))}"
         else:
@@ -423,13 +435,18 @@ class _Reader:
         self.problem("type", "packet_type", text)
         return None
 
-    def _leaves(self, values: object, path: str) -> Iterable[tuple[str, object]]:
+    def _collision(self, path: str) -> None:
+        self.problem(path, "name_collision", "two nested names flatten to this one")
+
+    def _leaves(
+        self, values: object, path: str, *, is_leaf: Callable[[object], bool] = lambda _: False
+    ) -> Iterable[tuple[str, object]]:
         stack = [("", self._mapping(values, path), 0)]
         while stack:
             prefix, mapping, depth = stack.pop()
             for key, value in mapping.items():
-                name = f"{prefix}{key}"
-                if not isinstance(value, Mapping):
+                name = f"{prefix}{self._text(str(key), path)}"
+                if not isinstance(value, Mapping) or is_leaf(value):
                     yield name, value
                 elif depth + 1 >= MAX_NESTING:
                     self.problem(f'{path}["{name}"]', "nesting", f"is deeper than {MAX_NESTING}")
@@ -494,13 +511,16 @@ class _Reader:
             elif _is_numeric(value):
                 target.FromNanoseconds(int(float(value) * 1e9))
             else:
-                raise TypeError
+                self._no_timestamp(value, path)
         except (ValueError, TypeError, OverflowError):
-            self.problem(
-                path,
-                "timestamp",
-                f"must be a datetime, RFC 3339 text or Unix seconds, not {_shown(value)}",
-            )
+            self._no_timestamp(value, path)
+
+    def _no_timestamp(self, value: object, path: str) -> None:
+        self.problem(
+            path,
+            "timestamp",
+            f"must be a datetime, RFC 3339 text or Unix seconds, not {_shown(value)}",
+        )
 
     def _parse(self, value: object, target: Message, path: str) -> None:
         """Read a small message that has no plain form of its own as ProtoJSON."""
@@ -512,13 +532,33 @@ class _Reader:
             return
         try:
             json_format.ParseDict(dict(self._mapping(value, path)), target, max_recursion_depth=8)
-        except (json_format.ParseError, TypeError, ValueError, RecursionError) as error:
-            self.problem(path, "message", str(error).splitlines()[0][:200])
+        except Exception as error:  # protobuf has many ways, SystemError among them, to say no
+            self.problem(path, "message", (str(error).splitlines() or ["is wrong"])[0][:200])
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
+    kind = type(value).__name__
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits; deep nesting
+        return kind
+    return f"{kind} {text if len(text) <= 40 else text[:37] + '...'}"
+
+
+def _is_param(value: object) -> TypeGuard[Mapping[str, Any]]:
+    """Say whether a mapping is a `ParamValue` in ProtoJSON's form and not a nested bundle."""
+    if not isinstance(value, Mapping) or len(value) != 1:
+        return False
+    ((kind, item),) = value.items()
+    match kind:
+        case "text":
+            return isinstance(item, str)
+        case "flag":
+            return isinstance(item, bool)
+        case "number":
+            return _is_numeric(item)
+        case _:
+            return False
 
 
 def _is_numeric(value: object) -> bool:

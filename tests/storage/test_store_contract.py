@@ -225,7 +225,7 @@ def test_any_history_equals_the_model(  # noqa: C901, PLR0915 - one history, one
         for number, call in enumerate(calls)
     ]
 
-    async def scenario() -> None:  # noqa: C901, PLR0912, PLR0915 - as above
+    async def scenario() -> None:  # noqa: PLR0912, PLR0915 - as above
         async with make_store() as store:
             if together:
                 answers = await asyncio.gather(*(store.append(batch) for batch in batches))

@@ -1,0 +1,161 @@
+"""The contract's rules, told as problems.
+
+Rules that a field can hold are protovalidate constraints in the .proto files, so that every language has
+them. The few that span the sections of a packet stand here, because one on a large message costs more than
+all the others together. Server and client both check with this, so they find the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Final
+
+import protovalidate
+from google.protobuf.message import Message
+
+from fmi.plain import Problem
+from fmi.v1 import packet_pb2
+
+__all__ = ["MAX_PROBLEMS", "SECTIONS", "ContractRules"]
+
+SECTIONS: Final = ("metrics", "controller", "evaluator", "operators")
+"""The sections of an MSP in which signals stand."""
+
+MAX_PROBLEMS: Final = 100
+"""Problems told of one message: a hostile one must not make the answer larger than itself."""
+
+
+class ContractRules:
+    """Checks messages against the contract's rules. May be shared by threads.
+
+    Each has a validator of its own: protovalidate keeps compiled rules by message name, so that the one of
+    its module would mix up contract revisions.
+    """
+
+    def __init__(self) -> None:
+        self._validator = protovalidate.Validator()
+
+    def problems(self, message: Message) -> list[Problem]:
+        """List the rules that a message breaks, at most `MAX_PROBLEMS`; of a packet, use the next."""
+        found = self._validator.collect_violations(message)
+        return [_told(violation) for violation in found[:MAX_PROBLEMS]]
+
+    def packet_problems(self, packet: packet_pb2.Packet) -> list[Problem]:
+        """List the rules that a packet breaks, those across its sections too, at most `MAX_PROBLEMS`."""
+        found = self.problems(packet)
+        found.extend(_time_problems(packet.header))
+        kind = packet.WhichOneof("body")
+        if kind == "msp":
+            found.extend(_signal_problems(packet.msp))
+        elif kind == "pop":
+            found.extend(_outcome_problems(packet.pop))
+        elif kind == "ccs":
+            found.extend(_summary_problems(packet.ccs))
+        return found[:MAX_PROBLEMS]
+
+
+_LONG_NUMBER: Final = re.compile(r"-?\d{16,}")
+_LAST_SECOND: Final = 253_402_300_799
+"""The last second of the year 9999, up to which `google.protobuf.Timestamp` is defined."""
+
+
+def _told(violation: protovalidate.Violation) -> Problem:
+    raw = violation.proto
+    path = _path(raw.field.elements) if raw.field is not None else ""
+    description = _LONG_NUMBER.sub(lambda m: f"{float(m[0]):g}", raw.message or "breaks a rule")
+    value = violation.field_value
+    if raw.for_key:
+        description = f"the name {description}"
+    elif isinstance(value, float):
+        description = f"{description}, not {value:g}"
+    return Problem(path or "body", raw.rule_id or "custom", description)
+
+
+def _path(elements: Iterable[protovalidate.FieldPathElementPb]) -> str:
+    parts = []
+    for element in elements:
+        key = element.subscript
+        if key is None:
+            parts.append(str(element.field_name))
+        elif key.field == "index":
+            parts.append(f"{element.field_name}[{key.value}]")
+        else:
+            parts.append(f"{element.field_name}[{_quoted(str(key.value))}]")
+    return ".".join(parts)
+
+
+def _quoted(name: str) -> str:
+    """Quote a name that a site chose: bounded, and without line breaks or control characters."""
+    shown = name if len(name) <= 140 else name[:137] + "..."
+    return '"' + shown.encode("unicode_escape").decode("ascii").replace('"', '\\"') + '"'
+
+
+def _time_problems(header: packet_pb2.PacketHeader) -> Iterator[Problem]:
+    emitted_at = header.emitted_at
+    if emitted_at.seconds > _LAST_SECOND or not 0 <= emitted_at.nanos < 1_000_000_000:
+        yield Problem(
+            "header.emitted_at",
+            "fmi.header.emitted_at",
+            "must be a valid timestamp: up to the year 9999, nanos from 0 to 999999999",
+        )
+
+
+def _signal_problems(msp: packet_pb2.MetaSignalPack) -> Iterator[Problem]:
+    sections = {name: values for name in SECTIONS if (values := getattr(msp, name))}
+    if not sections:
+        yield Problem("msp", "fmi.msp.no_signal", "must carry at least one signal in a section")
+    names = list(chain.from_iterable(sections.values()))
+    # This is on the path of every packet: only where a name repeats is it worth asking which.
+    if len(set(names)) != len(names):
+        homes: dict[str, str] = {}
+        for section, values in sections.items():
+            for name in values:
+                first = homes.setdefault(name, section)
+                if first != section:
+                    yield Problem(
+                        f"msp.{section}[{_quoted(name)}]",
+                        "fmi.msp.signal_in_one_section",
+                        f"stands in {first} too; a signal has one section",
+                    )
+    if msp.HasField("evidence"):
+        for name in sorted(msp.evidence.signals.keys() - set(names)):
+            yield Problem(
+                f"msp.evidence.signals[{_quoted(name)}]",
+                "fmi.msp.evidence_of_a_signal",
+                "is evidence of a signal that is not in the packet",
+            )
+
+
+def _outcome_problems(pop: packet_pb2.PolicyOutcomePack) -> Iterator[Problem]:
+    if pop.before and pop.after and not pop.before.keys() & pop.after.keys():
+        yield Problem(
+            "pop.after",
+            "fmi.pop.common_metric",
+            "must have at least one metric in common with before",
+        )
+
+
+def _summary_problems(ccs: packet_pb2.ConceptCausalSummary) -> Iterator[Problem]:
+    if not (ccs.causal_pairs or ccs.concepts or ccs.tested_nodes):
+        yield Problem(
+            "ccs", "fmi.ccs.empty", "must carry at least one causal pair, concept or tested node"
+        )
+    pairs: set[tuple[str, str, str]] = set()
+    for index, pair in enumerate(ccs.causal_pairs):
+        key = (pair.source, pair.target, pair.type or "direct")
+        if key in pairs:
+            yield Problem(
+                f"ccs.causal_pairs[{index}]",
+                "fmi.ccs.pair_once",
+                "repeats the source, target and type of an earlier pair",
+            )
+        pairs.add(key)
+    concepts: set[str] = set()
+    for index, concept in enumerate(ccs.concepts):
+        if concept.id in concepts:
+            yield Problem(
+                f"ccs.concepts[{index}].id", "fmi.ccs.concept_once", "repeats an earlier concept"
+            )
+        concepts.add(concept.id)
