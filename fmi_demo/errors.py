@@ -1,0 +1,24 @@
+"""What the demo raises."""
+
+from __future__ import annotations
+
+import click
+
+__all__ = ["DemoError", "DemoExtraMissingError"]
+
+
+class DemoError(click.ClickException):
+    """The demo cannot go on; the text says why and what to do.
+
+    A command line that is made with click shows the text and ends with exit code 1.
+    """
+
+
+class DemoExtraMissingError(DemoError, ModuleNotFoundError):
+    """A library of the extra `demo` is not installed. `name` is the library's."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"the demo needs {name!r}, which is not installed: pip install 'fmi-federation[demo]'"
+        )
+        self.name = name

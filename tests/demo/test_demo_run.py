@@ -1,0 +1,144 @@
+"""The demo as its user starts it: once with everything, then with what can go wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import fmi_demo
+from fmi_demo.__main__ import main
+from fmi_demo.scenario import ARMS, BOX, COHORTS, LIARS
+
+SITES = 7
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Run it quickly, as a program; give its JSON and the folder."""
+    output = tmp_path_factory.mktemp("demo") / "out put"
+    command = [sys.executable, "-m", "fmi_demo", "--quick", "--json", "--sites", str(SITES)]
+    run = subprocess.run(
+        [*command, "--output", str(output)], check=True, capture_output=True, text=True, timeout=110
+    )
+    return json.loads(run.stdout), output, run.stderr
+
+
+def test_every_site_emitted_and_two_lied(demo):
+    result, _, _ = demo
+    assert [site["site_id"] for site in result["sites"]] == [f"site-{i:02d}" for i in range(1, 8)]
+    assert [site["lies"] for site in result["sites"]] == [False] * 5 + [True] * LIARS
+    # Two MSPs, four POPs and a CCS from each site, to each of the cohorts.
+    assert result["packets"] == SITES * 7 * len(COHORTS)
+
+
+def test_the_trimmed_prior_stays_within_what_honest_sites_said(demo):
+    result, _, _ = demo
+    for name in BOX:
+        honest = [site["settings"][name] for site in result["sites"] if not site["lies"]]
+        claimed = [site["claimed"][name] for site in result["sites"] if not site["lies"]]
+        assert honest == claimed
+        value = result["priors"]["digits"][name]
+        assert value["sites"] == SITES
+        assert min(honest) * (1 - 1e-9) <= value["value"] <= max(honest) * (1 + 1e-9)
+
+
+def test_the_liars_moved_the_plain_mean(demo):
+    result, _, _ = demo
+    for name, (low, high) in BOX.items():
+        lies = [site["claimed"][name] for site in result["sites"] if site["lies"]]
+        assert set(lies) <= {low, high}
+        plain = result["priors"]["digits-plain-mean"][name]
+        assert plain["sites"] == SITES
+        assert plain["value"] != pytest.approx(result["priors"]["digits"][name]["value"], rel=0.01)
+
+
+def test_the_late_site_got_a_warm_start_from_each_cohort(demo):
+    result, _, _ = demo
+    assert [w["cohort"] for w in result["warm_starts"]] == list(COHORTS)
+    for warm in result["warm_starts"]:
+        assert set(warm["init"]) == set(BOX)
+        for name in BOX:
+            assert warm["init"][name] == pytest.approx(
+                result["priors"][warm["cohort"]][name]["value"], rel=0.05
+            )
+
+
+def test_the_searches_are_complete_and_paired(demo):
+    result, _, _ = demo
+    curves = {(c["arm"], c["repetition"]): c["accuracies"] for c in result["curves"]}
+    assert set(curves) == {(arm, repetition) for arm in ARMS for repetition in range(5)}
+    for (arm, repetition), accuracies in curves.items():
+        assert len(accuracies) == result["late_budget"]
+        assert accuracies[2::2] == curves["cold", repetition][2::2], arm
+    warm = [w["accuracy"] for w in result["warm_starts"]]
+    assert [curves[arm, 0][0] for arm in ARMS[2:]] == warm
+
+
+def test_the_files_are_there(demo):
+    result, output, _ = demo
+    with Image.open(output / "demo.png") as image:
+        assert image.size == (1725, 810)
+    assert json.loads((output / "results.json").read_text()) == result
+
+
+def test_progress_went_to_standard_error(demo):
+    _, _, told = demo
+    for text in ("site-01  MSP", "digits  prior", "warm, trimmed mean", "Next:"):
+        assert text in told
+
+
+def test_the_next_commands_work_as_printed(demo):
+    result, _, _ = demo
+    serve, get, watch = result["commands"]
+    words = shlex.split(serve.removesuffix("&"))
+    words[words.index("--listen") + 1] = "127.0.0.1:0"
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            target = server.stdout.readline().split()[-1]
+            for command, more in ((get, []), (watch, ["--count", "8"])):
+                words = shlex.split(command.replace("127.0.0.1:50061", target))
+                read = subprocess.run(
+                    [*words, *more], check=True, capture_output=True, text=True, timeout=30
+                )
+                assert "gamma" in read.stdout
+        finally:
+            server.send_signal(signal.SIGTERM)
+    assert server.returncode == 0
+
+
+@pytest.mark.parametrize("sites", [5, 14])
+def test_a_wrong_number_of_sites_is_told(tmp_path, sites):
+    with pytest.raises(fmi_demo.DemoError, match="sites must be 6 to 13"):
+        fmi_demo.run(output=tmp_path / "out", sites=sites)
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / "data").mkdir()
+    told = CliRunner().invoke(main, ["--output", str(tmp_path)])
+    assert told.exit_code == 1
+    assert "is not empty and not of a demo" in told.output
+    assert (tmp_path / "data").is_dir()
+
+
+def test_a_missing_library_is_told_with_what_to_install(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "lingam" else find(name)
+    )
+    with pytest.raises(ModuleNotFoundError, match=r"'lingam'.*fmi-federation\[demo\]") as caught:
+        fmi_demo.run(output=tmp_path)
+    assert caught.value.name == "lingam"
+
+
+def test_the_public_names():
+    assert fmi_demo.__all__ == ["DemoError", "DemoExtraMissingError", "run"]
