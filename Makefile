@@ -8,7 +8,7 @@ PROTO_BIN := .venv-proto/bin
 IMAGE := build/contract.binpb
 RELEASED_IMAGE := proto/released.binpb
 
-.PHONY: help demo test check format proto proto-check proto-release serve bench wheel clean
+.PHONY: help demo test test-lowest check format proto proto-check proto-release serve bench wheel clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,6 +18,9 @@ demo: .venv-demo/ready ## Run the federation on real data and draw a chart
 
 test: $(VENV)/ready ## Run all tests
 	$(BIN)/python -m pytest
+
+test-lowest: .venv-lowest/ready ## Run all tests with the lowest versions that we declare
+	.venv-lowest/bin/python -m pytest
 
 check: $(VENV)/ready .venv-proto/ready ## Format, lint, types, imports, contract, generated code
 	$(BIN)/ruff format --check .
@@ -34,7 +37,10 @@ format: $(VENV)/ready .venv-proto/ready ## Format the code and the contract
 proto: .venv-proto/ready ## Generate the code of the contract
 	$(PROTO_BIN)/python tools/generate_proto.py
 
-proto-check: $(VENV)/ready .venv-proto/ready ## Check the contract and its generated code
+proto-test-lowest: .venv-lowest/ready ## Run all tests with the lowest versions that we declare
+	.venv-lowest/bin/python -m pytest
+
+check: $(VENV)/ready .venv-proto/ready ## Check the contract and its generated code
 	$(BIN)/buf format --diff --exit-code proto --path proto/fmi
 	$(PROTO_BIN)/python tools/generate_proto.py --image $(IMAGE)
 	$(BIN)/buf lint $(IMAGE) --config buf.yaml --path fmi
@@ -55,7 +61,7 @@ wheel: $(VENV)/ready ## Build the wheel and the source distribution
 	$(BIN)/python -m build
 
 clean: ## Remove environments and what was built
-	rm -rf $(VENV) .venv-proto .venv-demo build dist demo-output .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-proto .venv-demo .venv-lowest build dist demo-output .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -65,6 +71,11 @@ $(VENV)/ready: pyproject.toml
 .venv-demo/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/python -m pip install --quiet --editable '.[demo]'
+	@touch $@
+
+.venv-lowest/ready: pyproject.toml requirements/lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --constraint requirements/lowest.txt --editable '.[dev]'
 	@touch $@
 
 .venv-proto/ready: requirements/proto.txt

@@ -33,7 +33,7 @@ def main(domain_id: str, target: str = "127.0.0.1:50061", *, rounds: int = 5) ->
                 tau, gain = best
                 client.emit_msp(controller={"tau": tau}, metrics={"gain_p50": gain})
                 try:
-                    update = updates.next(timeout_s=2.0)
+                    update = updates.next(timeout_s=0.5)
                 except TimeoutError:
                     continue  # too few sites yet, or nothing changed
                 if update is not None and "tau" in update.prior_update.prior:

@@ -21,7 +21,7 @@ _ADVICE = "the demo needs more than the base install: pip install 'fmi-federatio
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
-    default=Path("fmi-demo"),
+    default=Path("demo-output"),
     show_default=True,
     metavar="DIR",
     help="Where figures and results go.",

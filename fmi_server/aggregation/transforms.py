@@ -146,15 +146,17 @@ class TransformTable:
         """Return the estimates on the signals' own scales.
 
         Value and interval ends are mapped, the standard error is multiplied by the slope at the
-        value (delta method). A linear interval is not clipped to the bounds.
+        value (delta method). All three are clipped to the bounds: every value counted lies inside
+        them, so the part of an interval outside can hold no truth, and its coverage stays.
         """
         value, slope = self._inverse(rows, table.value)
-        lower, _ = self._inverse(rows, table.lower)
-        upper, _ = self._inverse(rows, table.upper)
-        stderr = table.stderr * slope
+        least, most = self._lower[rows], self._upper[rows]
+        lower, upper = (
+            np.clip(self._inverse(rows, end)[0], least, most) for end in (table.lower, table.upper)
+        )
         # exp(log(x)) may leave the bounds by an ulp.
-        value = np.clip(value, self._lower[rows], self._upper[rows])
-        return replace(table, value=value, stderr=stderr, lower=lower, upper=upper)
+        value = np.clip(value, least, most)
+        return replace(table, value=value, stderr=table.stderr * slope, lower=lower, upper=upper)
 
     def _inverse(
         self, rows: NDArray[np.int64], values: NDArray[np.float64]

@@ -95,7 +95,7 @@ def leave_one_out_z(
         mad = np.where(others == candidate[:, None], spread, mad)
     gap = np.abs(values - others)
     sigma = np.maximum(_MAD_TO_SIGMA * mad, settings.relative_floor * np.abs(others))
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         z = np.where(gap == 0.0, 0.0, gap / sigma)
     result[rows] = np.where(values < np.inf, z, np.nan)
     return result

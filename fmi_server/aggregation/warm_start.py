@@ -248,8 +248,9 @@ def _nearest_regime(
         shared = tuple(sorted(vector.keys() & request.concepts.keys()))
         if not shared or 2 * len(shared) < len(request.concepts):
             continue
-        squares = [(vector[concept] - request.concepts[concept]) ** 2 for concept in shared]
-        candidate = (math.sqrt(math.fsum(squares) / len(shared)), tag, shared)
+        # hypot, because the squares of what a site may ask for can be past the largest number.
+        gap = math.hypot(*(vector[concept] - request.concepts[concept] for concept in shared))
+        candidate = (gap / math.sqrt(len(shared)), tag, shared)
         best = candidate if best is None else min(best, candidate)
     if best is None:
         return None, None, ()

@@ -376,3 +376,19 @@ def test_a_time_that_is_no_time_is_refused():
 def test_a_rule_that_makes_no_sense_is_refused(wrong):
     with pytest.raises(ValueError, match="signal 'x'"):
         SignalRule("x", **wrong)
+
+
+def test_an_interval_ends_at_the_declared_bounds():
+    rules = [
+        SignalRule("rate", "controller", lower=1e-6, upper=1.0, transform="log"),
+        SignalRule("share", "controller", lower=0.0, upper=1.0),
+    ]
+    matrix = CohortMatrix(rules, open_vocabulary=False)
+    for site, (rate, share) in enumerate([(1e-6, 0.01), (1.0, 0.99), (1e-3, 0.5), (0.9, 0.98)]):
+        matrix.put(f"site_{site}", {"controller": {"rate": rate, "share": share}}, now=1.0)
+    estimates = matrix.release(EstimatorSettings(), None, 2.0).estimates()
+    for name, (lower, upper) in {"rate": (1e-6, 1.0), "share": (0.0, 1.0)}.items():
+        found = estimates[name]
+        assert found.lower == pytest.approx(lower)  # so few sites say next to nothing
+        assert found.upper == pytest.approx(upper)
+        assert found.lower <= found.value <= found.upper

@@ -75,7 +75,13 @@ STATUSES = {
 
 def rpc_error(refusal):
     trailing = grpc.aio.Metadata(*(tuple(pair) for pair in refusal.trailing_metadata))
-    return grpc.aio.AioRpcError(refusal.code, trailing_metadata=trailing, details=refusal.details)
+    return bare_error(refusal.code, trailing, details=refusal.details)
+
+
+def bare_error(code, trailing=None, details=None):
+    """Older versions of grpcio want both kinds of metadata, newer ones make do without."""
+    empty = grpc.aio.Metadata()
+    return grpc.aio.AioRpcError(code, empty, trailing or empty, details=details)
 
 
 def test_every_reason_has_a_class():
@@ -163,7 +169,7 @@ async def test_every_status_of_the_server_becomes_its_class(server, connect, rea
     ],
 )
 def test_bare_status(code, kind, retryable):
-    error = error_from_rpc(grpc.aio.AioRpcError(grpc.StatusCode[code]))
+    error = error_from_rpc(bare_error(grpc.StatusCode[code]))
     assert type(error) is kind
     assert (error.retryable, error.reason, error.violations) == (retryable, "", ())
 
@@ -187,7 +193,7 @@ def test_bare_status(code, kind, retryable):
     ],
 )
 def test_what_grpc_itself_says(code, text, kind, retryable):
-    error = error_from_rpc(grpc.aio.AioRpcError(grpc.StatusCode[code], details=text))
+    error = error_from_rpc(bare_error(grpc.StatusCode[code], details=text))
     assert type(error) is kind
     assert error.retryable is retryable
 
@@ -202,9 +208,7 @@ def test_reason_of_another_domain_is_not_ours():
     refusal = status(grpc.StatusCode.UNAVAILABLE, "COMPACTED")
     raw = dict(refusal.trailing_metadata)["grpc-status-details-bin"].replace(b"fmi", b"xyz")
     trailing = grpc.aio.Metadata(("grpc-status-details-bin", raw))
-    error = error_from_rpc(
-        grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, trailing_metadata=trailing)
-    )
+    error = error_from_rpc(bare_error(grpc.StatusCode.UNAVAILABLE, trailing))
     assert type(error) is errors.ConnectionFailedError
     assert error.reason == ""
 
@@ -213,9 +217,7 @@ def test_unreadable_details_leave_the_code_and_the_request_id():
     trailing = grpc.aio.Metadata(
         ("grpc-status-details-bin", b"\xff\xff\xff"), ("fmi-request-id", "r9")
     )
-    error = error_from_rpc(
-        grpc.aio.AioRpcError(grpc.StatusCode.NOT_FOUND, trailing_metadata=trailing)
-    )
+    error = error_from_rpc(bare_error(grpc.StatusCode.NOT_FOUND, trailing))
     assert type(error) is errors.NotFoundError
     assert error.request_id == "r9"
 
