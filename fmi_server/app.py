@@ -124,20 +124,24 @@ async def running(
     async with service:
         for spec in specs:
             await service.put_cohort_spec(spec, force=settings.force_cohorts)
+        metrics = _serve_metrics(settings, telemetry)  # before the server, which it may not stop
         await server.start()
         for name in ("", *SERVICE_NAMES):
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-        metrics = _serve_metrics(settings, telemetry)
         host = settings.listen.rpartition(":")[0]
         stop = asyncio.Event()
         try:
             yield RunningServer(f"{host}:{port}", service, stop)
         finally:
             # Readiness falls first, then subscriptions end with a hint to reconnect, then calls at work
-            # get their time.
+            # get their time, all of it counted from here.
             await health_servicer.enter_graceful_shutdown()
-            await service.drain()
-            await server.stop(settings.drain_s)
+            clock = asyncio.get_running_loop().time
+            deadline = clock() + settings.drain_s
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    await service.drain()
+            await server.stop(max(0.0, deadline - clock()))
             metrics()
 
 

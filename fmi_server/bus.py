@@ -13,9 +13,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
+from google.protobuf import json_format
 from google.protobuf.message import Message
 
-from fmi.plain import packet_to_plain
 from fmi.v1 import packet_pb2, update_pb2
 from fmi_server.errors import FMIError, OverloadedError
 
@@ -81,7 +81,7 @@ class InProcessBus:
         handlers = list(self._handlers.get(topic, ()))
         if not handlers:
             return 0
-        plain = packet_to_plain(payload) if isinstance(payload, Message) else payload
+        plain = _plain(payload) if isinstance(payload, Message) else payload
         taken = 0
         for handler in handlers:
             try:
@@ -92,6 +92,16 @@ class InProcessBus:
             else:
                 taken += 1
         return taken
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    """Translate a message so that a handler finds every field, empty ones too, and numbers as such."""
+    plain = json_format.MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    if isinstance(message, update_pb2.MetaPriorUpdate):
+        plain["rev"] = message.rev  # ProtoJSON writes 64-bit numbers as text
+    return plain
 
 
 class _Ingest(Protocol):
@@ -132,6 +142,10 @@ class FederationBusAdapter:
                 except FMIError as error:
                     self.refused += 1
                     _log.warning("a packet from the bus was refused: %s", error)
+                except Exception:
+                    # One packet's fault must not keep the others from being taken.
+                    self.refused += 1
+                    _log.exception("a packet from the bus could not be taken")
                 finally:
                     self._queue.task_done()
         finally:

@@ -27,13 +27,14 @@ def read_cohort_file(path: Path) -> cohort_pb2.CohortSpec:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise _file_error(path, f"cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: text that is not UTF-8, or a date or number that YAML knows and Python does not.
         raise _file_error(path, f"is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise _file_error(path, "must have the fields of a CohortSpec by name")
     try:
         return json_format.ParseDict(_expanded(content), cohort_pb2.CohortSpec())
-    except json_format.ParseError as error:
+    except (json_format.ParseError, ValueError, ArithmeticError, RecursionError) as error:
         raise _file_error(path, str(error).splitlines()[0]) from error
 
 
@@ -80,6 +81,8 @@ _DURATIONS: Final = frozenset(
 def _expanded(content: object, key: str = "") -> Any:
     """Write short enum names and plain seconds the long way that ProtoJSON wants."""
     if isinstance(content, dict):
+        if key == "quantum":  # its keys are names of parameters, and mean nothing here
+            return {str(name): value for name, value in content.items()}
         return {str(name): _expanded(value, str(name)) for name, value in content.items()}
     if isinstance(content, list):
         return [_expanded(item) for item in content]

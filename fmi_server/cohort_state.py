@@ -7,6 +7,7 @@ kept per site is bounded.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,7 @@ class SiteRecord:
     regime_tag: str = ""
     concepts: dict[str, float] = field(default_factory=dict)
     heard_at: float = float("-inf")
+    regime_at: float = float("-inf")
     concepts_at: float = float("-inf")
     outcomes: list[tuple[float, str, PolicyOutcome]] = field(default_factory=list)
     summaries: list[tuple[float, str, CausalSummary]] = field(default_factory=list)
@@ -136,7 +138,16 @@ class CohortState:
     @property
     def quorum(self) -> bool:
         """Whether there are enough sites for anything to have a value."""
-        return len(self._sites) >= self._rules.aggregation.vote_min_sites
+        return len(self._sites) >= self.min_sites
+
+    @property
+    def min_sites(self) -> int:
+        """Sites needed before anything has a value.
+
+        Where a cohort says how many liars it must withstand, that is at least twice as many and one: with
+        fewer, the liars could be half of the sites, and no estimator could keep ROBUST.
+        """
+        return self._estimator.min_sites
 
     @property
     def sites(self) -> int:
@@ -167,7 +178,7 @@ class CohortState:
             # AggregationConfig took only names that are known.
             name=cast("EstimatorName", settings.metrics_aggregation),
             trim_alpha=settings.metrics_trim_alpha,
-            min_sites=settings.vote_min_sites,
+            min_sites=max(settings.vote_min_sites, 2 * (settings.max_byzantine or 0) + 1),
             max_byzantine=settings.max_byzantine,
             weight_cap=settings.weight_cap,
         )
@@ -205,22 +216,33 @@ class CohortState:
             key=_emitted_at,
             reverse=True,
         )
-        written: dict[str, set[str]] = {}
+        written: dict[str, set[tuple[str, str]]] = {}
         overtaken: set[int] = set()
         for packet in newest_first:
-            msp = packet.msp
-            names = {name for section in SECTIONS for name in getattr(msp, section)}
+            signals = set(_signals(packet.msp))
             seen = written.setdefault(packet.header.domain_id, set())
-            if names <= seen:
+            if signals <= seen:
                 overtaken.add(id(packet))
             else:
-                seen |= names
+                seen |= signals
         for packet in packets:
-            if id(packet) in overtaken:
+            # The first packet with a signal decides on its section, whether it is overtaken or not.
+            if id(packet) in overtaken and all(
+                self._matrix.section_of(name) == section for section, name in _signals(packet.msp)
+            ):
                 self._hear(packet)
                 self.packets["msp"] += 1
             else:
                 self.count(packet)
+
+    def replay(self, packets: Sequence[packet_pb2.Packet]) -> None:
+        """Count packets that were counted before: in an earlier life, or under other rules.
+
+        They are no news of a site, so they do not move the reputation it has.
+        """
+        news = set(self._touched)
+        self.count_all(packets)
+        self._touched = news | (self._touched - self._trust.snapshot().keys())
 
     def expire(self, now: float) -> bool:
         """Forget what is past its time; return whether anything was.
@@ -254,7 +276,7 @@ class CohortState:
         prior = self._matrix.release(self._estimator, reputations, now)
         contexts = list(self._contexts())
         classes = Counter(context.profile_class for context in contexts)
-        quorum = self._rules.aggregation.vote_min_sites
+        quorum = self.min_sites
         # A class below the quorum gets no profile: it could say nothing of its own, and its name may be
         # the doing of a single site.
         told = {name for name, sites in classes.items() if sites >= quorum}
@@ -313,7 +335,9 @@ class CohortState:
         if at >= site.heard_at:
             site.heard_at = at
             site.profile_class = header.profile_class or DEFAULT_PROFILE_CLASS
-            site.regime_tag = header.provenance.regime_tag or site.regime_tag
+        if header.provenance.regime_tag and at >= site.regime_at:
+            site.regime_at = at
+            site.regime_tag = header.provenance.regime_tag
         return site
 
     def _count_signals(self, domain_id: str, msp: packet_pb2.MetaSignalPack, at: float) -> None:
@@ -350,7 +374,8 @@ class CohortState:
         sites, values = self._matrix.transformed_values()
         scores = dict(zip(sites, site_scores(values).tolist(), strict=True))
         self._trust.update({name: scores[name] for name in self._touched if name in scores})
-        self._touched.clear()
+        # Who could not be judged among too few sites is judged when there are enough.
+        self._touched = {name for name in self._touched if math.isnan(scores.get(name, 0.0))}
 
     def _contexts(self) -> Iterator[SiteContext]:
         for domain_id, site in self._sites.items():
@@ -360,6 +385,12 @@ class CohortState:
 def _emitted_at(packet: packet_pb2.Packet) -> float:
     emitted_at = packet.header.emitted_at
     return emitted_at.seconds + emitted_at.nanos / 1e9
+
+
+def _signals(msp: packet_pb2.MetaSignalPack) -> Iterator[tuple[str, str]]:
+    for section in SECTIONS:
+        for name in getattr(msp, section):
+            yield section, name
 
 
 def _keep(

@@ -199,6 +199,8 @@ class CohortRegistry:
         if not self._open_cohorts or len(self._rules) >= self._max_cohorts:
             raise CohortUnknownError(name)
         if name not in self._openable:
+            if self._registry.message_violations(cohort_pb2.CohortSpec(name=name)):
+                raise CohortUnknownError(name)  # no cohort can have this name
             if len(self._openable) >= MAX_OPENABLE:
                 self._openable.clear()
             self._openable[name] = self._opened(name)
@@ -323,6 +325,10 @@ def _fill(spec: cohort_pb2.CohortSpec, defaults: AggregationConfig) -> cohort_pb
     _default_duration(filled.retention, "site_ttl", 30 * DAY_S)
     if not filled.retention.HasField("updates"):
         filled.retention.updates = 1000
+    if not filled.privacy.ByteSize():
+        filled.ClearField("privacy")
+    if not filled.access.ByteSize():
+        filled.ClearField("access")
     return filled
 
 

@@ -47,8 +47,8 @@ class AggregationConfig:
         dp_epsilon: Privacy budget epsilon; see below.
         dp_delta: Privacy budget delta; see below.
         dp_sensitivity: Sensitivity of an aggregate to one site; see below.
-        max_byzantine: Lying sites per signal that the trimmed mean must withstand. None means 1 from 3
-            sites on.
+        max_byzantine: Lying sites per signal that the trimmed mean must withstand. Where it is given,
+            nothing has a value below `2 * max_byzantine + 1` sites. None means 1 from 3 sites on.
         weight_cap: The largest share of one site in an average, in (0, 1].
 
     This version has no differential privacy. The four `dp_` settings are accepted only with the values
@@ -74,6 +74,10 @@ class AggregationConfig:
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{field.name} must be a finite number, not {value}")
+        for name in ("vote_min_sites", "max_byzantine"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value >= 2**32):
+                raise ValueError(f"{name} must be a whole number below 2^32, not {value!r}")
         if not 0 <= self.metrics_trim_alpha < 0.5:
             raise ValueError(
                 f"metrics_trim_alpha must be in [0, 0.5), not {self.metrics_trim_alpha}: half or more "
@@ -244,7 +248,10 @@ def _check_file(path: Path) -> None:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: text that is not UTF-8, or a date or number that YAML knows and Python does not.
         raise SettingsError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     if content is not None and not isinstance(content, dict):
         raise SettingsError(f"{path}: must have settings by name, not a {type(content).__name__}")
+    if unnamed := [name for name in content or () if not isinstance(name, str)]:
+        raise SettingsError(f"{path}: must have settings by name; {unnamed[0]!r} is none")

@@ -140,6 +140,7 @@ class FMIContractRegistry:
             ]
         raw = self._validator.collect_violations(packet)
         found = [_told(violation) for violation in raw[:MAX_VIOLATIONS]] if raw else []
+        found.extend(_time_violations(packet.header))
         kind = packet.WhichOneof("body")
         if kind == "msp":
             found.extend(_signal_violations(packet.msp))
@@ -197,6 +198,9 @@ _BODY_OF: Final[dict[type[Message], str]] = {
     ConceptCausalSummary: "ccs",
 }
 _LONG_NUMBER: Final = re.compile(r"-?\d{16,}")
+_LAST_SECOND: Final = 253_402_300_799
+"""The last second of the year 9999, up to which `google.protobuf.Timestamp` is defined."""
+
 _REQUIRED: Final = "required"
 _MISSING_RULES: Final = frozenset(
     {_REQUIRED, "map.min_pairs", "fmi.msp.no_signal", "fmi.ccs.empty", "fmi.plain.packet_type"}
@@ -232,6 +236,16 @@ def _quoted(name: str) -> str:
     """Quote a name that a site chose: bounded, and without line breaks or control characters."""
     shown = name if len(name) <= 140 else name[:137] + "..."
     return '"' + shown.encode("unicode_escape").decode("ascii").replace('"', '\\"') + '"'
+
+
+def _time_violations(header: packet_pb2.PacketHeader) -> Iterator[Violation]:
+    emitted_at = header.emitted_at
+    if emitted_at.seconds > _LAST_SECOND or not 0 <= emitted_at.nanos < 1_000_000_000:
+        yield Violation(
+            "header.emitted_at",
+            "fmi.header.emitted_at",
+            "must be a valid timestamp: up to the year 9999, nanos from 0 to 999999999",
+        )
 
 
 def _signal_violations(msp: packet_pb2.MetaSignalPack) -> Iterator[Violation]:

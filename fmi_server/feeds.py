@@ -17,11 +17,12 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Protocol
 
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi.v1 import update_pb2
 from fmi_server.errors import CompactedError, FMIError, InvalidFilterError
+from fmi_server.patterns import matches
 
 __all__ = [
     "Feed",
@@ -31,7 +32,6 @@ __all__ = [
     "UpdateLog",
     "UpdateReader",
     "kind_name",
-    "matches",
 ]
 
 Key = tuple[str, int]
@@ -219,7 +219,9 @@ class Feed:
         self._wake = asyncio.Event()
         self._progress_due = False
         self._end: FMIError | None = None
-        self._position = 0
+        self._position: int | None = None  # there is none until the start is given
+        self._holes = False
+        self._sent = 0
         self.conflated = 0
 
     @property
@@ -260,24 +262,24 @@ class Feed:
             InvalidFilterError: A start revision is ahead of the history.
             FMIError: The reason given to `stop`.
         """
-        count = 0
         head = self._log.head
         start = self._every_start(head) if self._request.every else self._latest_start()
         async for event in start:
-            count += 1
             yield event
+            if self._end is not None:
+                raise self._end
         end = wire_pb2.SnapshotEnd(
-            updates=count,
+            updates=self._sent,
             history_epoch=self._log.history_epoch,
             history_changed=self._request.history_changed,
         )
-        yield self._control(snapshot_end=end)
+        yield self._control(self._position, snapshot_end=end)
         while True:
             await self._wake.wait()
             self._wake.clear()
             if self._end is not None:
                 raise self._end
-            live = self._every_from(self._position) if self._request.every else self._latest_live()
+            live = self._every_live() if self._request.every else self._latest_live()
             async for event in live:
                 yield event
                 if self._end is not None:
@@ -286,7 +288,7 @@ class Feed:
                 self._progress_due = False
                 progress = wire_pb2.Progress()
                 progress.server_time.FromNanoseconds(now_ns())
-                yield self._control(progress=progress)
+                yield self._control(self._position, progress=progress)
 
     async def _latest_start(self) -> AsyncIterator[bytes]:
         """Give the newest update of each key that the subscriber has not had."""
@@ -299,10 +301,13 @@ class Feed:
             self._given[key] = revision - 1
         missed_after = request.resume_after
         if missed_after is not None:
+            self._position = missed_after
             await self._remember_given(missed_after)
         keys = [key for key in log.latest if self.wants(key)]
+        head = log.head
         for event in self._newest(keys, missed_after or 0):
             yield event
+        self._position = head
 
     async def _remember_given(self, sequence: int) -> None:
         """Find the revision of each key at a sequence, so that `lagged` can be exact."""
@@ -314,30 +319,46 @@ class Feed:
             if not page:
                 return
             for update in page:
-                self._given.setdefault(update.key, update.revision - 1)
-            position = page[-1].sequence
+                self._holes |= update.sequence != position + 1
+                position = update.sequence
+                if self.wants(update.key) and update.key not in self._given:
+                    await self._refuse_gap(update)
+                    self._given[update.key] = update.revision - 1
 
     async def _latest_live(self) -> AsyncIterator[bytes]:
         while self._pending:
             keys, self._pending = self._pending, set()
+            for key in keys:
+                self._given.setdefault(key, 0)  # it came into being after the start
             for event in self._newest(keys, 0):
                 yield event
+        self._position = self._log.head
 
     def _newest(self, keys: Collection[Key], after: int) -> list[bytes]:
+        """Give the newest update of each key, and before them what each of them overtook.
+
+        A token says one sequence for all keys. So what is left out of any key is told of before the first
+        update: whoever goes on behind that update has had or been told of everything up to it.
+        """
         updates = sorted((self._log.latest[key] for key in keys), key=lambda u: u.sequence)
+        lagged: list[bytes] = []
         events: list[bytes] = []
+        told_up_to = self._position
         for update in updates:
+            if update.sequence <= after:
+                self._given[update.key] = update.revision
             given = self._given.get(update.key)
-            if update.sequence <= after or (given is not None and update.revision <= given):
+            if given is not None and update.revision <= given:
                 continue
             if given is not None and update.revision > given + 1:
-                events.append(self._lagged(update, given))
+                lagged.append(self._lagged(update, given, told_up_to))
             self._given[update.key] = update.revision
-            self._position = max(self._position, update.sequence)
+            self._position = update.sequence
+            self._sent += 1
             events.append(update.event)
-        return events
+        return lagged + events
 
-    def _lagged(self, update: PublishedUpdate, given: int) -> bytes:
+    def _lagged(self, update: PublishedUpdate, given: int, position: int | None) -> bytes:
         self.conflated += update.revision - given - 1
         cohort, kind = update.key
         lagged = wire_pb2.Lagged(
@@ -346,7 +367,7 @@ class Feed:
             from_revision=given + 1,
             to_revision=update.revision - 1,
         )
-        return self._control(lagged=lagged)
+        return self._control(position, lagged=lagged)
 
     async def _every_start(self, head: int) -> AsyncIterator[bytes]:
         """Give every update from the start revisions or the token on, and a snapshot of the rest."""
@@ -378,6 +399,10 @@ class Feed:
         async for event in self._every_from(self._position, floor):
             yield event
 
+    async def _every_live(self) -> AsyncIterator[bytes]:
+        async for event in self._every_from(self._position or 0):
+            yield event
+
     async def _every_from(
         self, position: int, floor: Mapping[Key, int] | None = None
     ) -> AsyncIterator[bytes]:
@@ -389,26 +414,34 @@ class Feed:
             if not page:
                 return
             for update in page:
+                self._holes |= update.sequence != position + 1
                 position = update.sequence
                 self._pending.discard(update.key)
                 if not self.wants(update.key):
                     continue
                 if floor is not None and update.revision < floor.get(update.key, 0):
                     continue
-                await self._refuse_gap(update)
+                await self._refuse_gap(update, floor)
                 self._given[update.key] = update.revision
                 self._position = position
+                self._sent += 1
                 yield update.event
             self._position = position
 
-    async def _refuse_gap(self, update: PublishedUpdate) -> None:
+    async def _refuse_gap(
+        self, update: PublishedUpdate, floor: Collection[Key] | None = None
+    ) -> None:
         """Raise where updates before this one are no longer kept and the subscriber may lack them."""
         key, revision = update.key, update.revision
         given = self._given.get(key)
+        if given is None and self._request.resume_after is None:
+            if floor is not None and key in floor:
+                return  # a snapshot begins with whatever is newest
+            given = 0  # it came into being after the start
         if given is not None:
             if revision != given + 1:
                 raise await self._compacted(key, given + 1)
-        elif self._request.resume_after is not None and revision > 1:
+        elif self._holes and revision > 1:
             # The token says a sequence, not a revision. If the one before is not kept, nobody can tell
             # any more on which side of the token it was.
             before = await self._reader.one(key, revision - 1)
@@ -422,13 +455,15 @@ class Feed:
 
     def _control(
         self,
+        position: int | None,
         *,
         snapshot_end: wire_pb2.SnapshotEnd | None = None,
         progress: wire_pb2.Progress | None = None,
         lagged: wire_pb2.Lagged | None = None,
     ) -> bytes:
+        token = "" if position is None else resume_token(self._log.history_epoch, position)
         return wire_pb2.SubscribeResponse(
-            resume_token=resume_token(self._log.history_epoch, self._position),
+            resume_token=token,
             snapshot_end=snapshot_end,
             progress=progress,
             lagged=lagged,
@@ -451,54 +486,3 @@ def _ahead(key: Key, revision: int, newest: int) -> InvalidFilterError:
         f"revision {revision} of {kind_name(kind)} in cohort {cohort!r} is ahead of the history, whose "
         f"newest is {newest}",
     )
-
-
-_ANY: Final = "**"
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Say whether a cohort's name matches a pattern.
-
-    `*` stands for any characters but `/`, `**` for any characters, `?` for one character but `/`. The
-    cost is at most the product of the lengths, whatever the pattern: it is matched by stepping through
-    the set of places that can be reached, never by trying and going back.
-
-    Args:
-        pattern: The pattern.
-        name: The cohort's name.
-    """
-    tokens: list[str] = []
-    index = 0
-    while index < len(pattern):
-        if pattern.startswith(_ANY, index):
-            tokens.append(_ANY)
-            index += 2
-        else:
-            tokens.append(pattern[index])
-            index += 1
-    reached = _skip_stars(tokens, {0})
-    for character in name:
-        following: set[int] = set()
-        for place in reached:
-            if place == len(tokens):
-                continue
-            token = tokens[place]
-            if token == _ANY or (token == "*" and character != "/"):
-                following.add(place)
-            elif token == character or (token == "?" and character != "/"):
-                following.add(place + 1)
-        reached = _skip_stars(tokens, following)
-        if not reached:
-            return False
-    return len(tokens) in reached
-
-
-def _skip_stars(tokens: Sequence[str], places: set[int]) -> set[int]:
-    """Add the places that are reached because a star may stand for nothing."""
-    result = set(places)
-    for place in places:
-        following = place
-        while following < len(tokens) and tokens[following] in ("*", _ANY):
-            following += 1
-            result.add(following)
-    return result

@@ -98,7 +98,7 @@ class Operations:
         for name, records in by_cohort.items():
             if name not in service.cohorts:
                 continue  # its packets are kept, but the cohort is not declared any more
-            state, lock = await service.releaser.reading(name)
+            state, lock = await service.uninterrupted(service.releaser.reading(name))
             async with lock:
                 for record in records:
                     known = state.site(record.domain_id)
@@ -124,6 +124,12 @@ class Operations:
         Raises:
             UnknownPacketError: There is no such packet.
         """
+        change = self._set_quarantine(domain_id, packet_id, quarantined=quarantined, reason=reason)
+        return await self._service.uninterrupted(change)
+
+    async def _set_quarantine(
+        self, domain_id: str, packet_id: str, *, quarantined: bool, reason: str
+    ) -> bool:
         service = self._service
         key = PacketKey(domain_id, packet_id)
         changed = await service.store.set_quarantine(key, quarantined=quarantined, reason=reason)

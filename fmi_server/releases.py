@@ -290,7 +290,7 @@ class Releaser:
         state = self._state(rules)
         if state.site(domain_id) is None:
             work.new_sites.add(domain_id)
-        if state.sites + len(work.new_sites) >= rules.aggregation.vote_min_sites:
+        if state.sites + len(work.new_sites) >= state.min_sites:
             work.quorate = True
             self._wake.set()
 
@@ -387,7 +387,7 @@ class Releaser:
                     packets[record.cohort].append(packet_pb2.Packet.FromString(record.payload))
             for name, found in packets.items():
                 state = self._state(self._cohorts.rules(name))
-                await asyncio.to_thread(state.count_all, found)
+                await asyncio.to_thread(state.replay, found)
                 work = self._work[name]
                 work.quorate = state.quorum
                 if work.dirty_since is None:

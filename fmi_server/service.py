@@ -18,15 +18,15 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar, cast
 
 import zstandard
 
 from fmi.v1 import cohort_pb2, packet_pb2, update_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
-from fmi_server.aggregation import WarmStartRequest
+from fmi_server.aggregation import WarmStart, WarmStartRequest
 from fmi_server.aggregator import FMIAggregator, warm_start_message
 from fmi_server.bus import Bus, FederationBusAdapter
 from fmi_server.cohorts import CohortRegistry, CohortRules
@@ -36,6 +36,7 @@ from fmi_server.envelope import EnvelopeDecoder, EnvelopeLimits
 from fmi_server.errors import (
     CohortUnknownError,
     EnvelopeTooLargeError,
+    FMIError,
     OverloadedError,
     ServerDrainingError,
     SpecInvalidError,
@@ -48,6 +49,7 @@ from fmi_server.feeds import FeedRequest, kind_name
 from fmi_server.releases import Releaser
 from fmi_server.router import AGGREGATOR, FMIRouter
 from fmi_server.storage import MemoryStore, Store
+from fmi_server.storage.records import AppendOutcome
 from fmi_server.telemetry import FMITelemetry
 from fmi_server.validator import FMIValidator, Inspection
 
@@ -57,6 +59,8 @@ THREAD_FROM_PACKETS: Final = 32
 """Batches of this size and larger are checked in a thread, so that single Emits do not wait for them."""
 
 _log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 class FMIService:
@@ -98,7 +102,8 @@ class FMIService:
         self.registry = registry or FMIContractRegistry()
         self.telemetry = telemetry or FMITelemetry()
         self.store = store or MemoryStore()
-        self.cohorts = cohorts or CohortRegistry(self.registry)
+        # An empty registry is false.
+        self.cohorts = CohortRegistry(self.registry) if cohorts is None else cohorts
         self.validator = FMIValidator(self.registry, cohorts=self.cohorts, clock=clock)
         self.aggregator = aggregator or FMIAggregator(registry=self.registry, clock=clock)
         self.router = router or FMIRouter(telemetry=self.telemetry)
@@ -153,7 +158,12 @@ class FMIService:
             await self.drain()
             for task in self._running:
                 task.cancel()
-            if self._tasks is not None:
+            if self._tasks is None:
+                return
+            if isinstance(exc, Exception):
+                # It is the caller's, and no task failed: it must not come out as a group.
+                await self._tasks.__aexit__(None, None, None)
+            else:
                 await self._tasks.__aexit__(exc_type, exc, traceback)
         finally:
             await self.store.close()
@@ -197,7 +207,7 @@ class FMIService:
                 kind = typed.WhichOneof("body") or kind
                 candidate = self._intake.inspect(typed, received_at_us=int(self._clock() * 1e6))
                 self._open_cohort(candidate)
-                (outcome,) = await self.store.append([candidate.record])
+                (outcome,) = await self._append([candidate])
                 answer = settle(candidate, outcome)
                 if answer.error is not None:
                     raise answer.error  # noqa: TRY301 - counted below, like every other refusal
@@ -226,11 +236,9 @@ class FMIService:
                 inspected = await asyncio.to_thread(
                     self._intake.inspect_many, items, received_at_us=now_us
                 )
+            inspected = [self._opened(item) for item in inspected]
             candidates = [item for item in inspected if isinstance(item, Candidate)]
-            for candidate in candidates:
-                self._open_cohort(candidate)
-            records = [candidate.record for candidate in candidates]
-            outcomes = iter(await self.store.append(records) if records else ())
+            outcomes = iter(await self._append(candidates) if candidates else ())
             answers = []
             counts: Counter[tuple[str, str]] = Counter()
             for item in inspected:
@@ -283,6 +291,61 @@ class FMIService:
             self._inflight -= 1
             if not self._inflight:
                 self._idle.set()
+
+    async def _append(self, candidates: Sequence[Candidate]) -> list[AppendOutcome]:
+        try:
+            return await self.store.append([candidate.record for candidate in candidates])
+        except asyncio.CancelledError:
+            # The caller gave up, but the store carries the write out all the same, and what it keeps
+            # must count. A server that goes down counts it when it is back.
+            if self._tasks is not None and not self.closing.is_set():
+                self._tasks.create_task(self._count_abandoned(candidates), name="abandoned")
+            raise
+
+    async def _count_abandoned(self, candidates: Sequence[Candidate]) -> None:
+        """Count what an append stored whose answer nobody waited for."""
+        try:
+            # Sent again it is answered behind the first write, which is known by the time it carries.
+            outcomes = await self.store.append([candidate.record for candidate in candidates])
+            for candidate, outcome in zip(candidates, outcomes, strict=True):
+                answer = settle(candidate, outcome)
+                ours = outcome.received_at_us == candidate.record.received_at_us
+                if answer.error is None and ours and not outcome.quarantined:
+                    await self.router.route(candidate.packet, destination=AGGREGATOR)
+        except FMIError as error:
+            _log.warning("packets whose caller gave up were not stored: %s", error)
+        except Exception:
+            _log.exception("packets whose caller gave up could not be counted")
+
+    async def uninterrupted(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Carry work to its end, also where its caller is cancelled meanwhile.
+
+        A client's deadline must not stop a change half way: between a write to the store and what
+        follows from it in memory, or while a thread works on the state of a cohort under its lock.
+        """
+        if self._tasks is None:
+            return await work
+
+        async def finish() -> tuple[_T | None, Exception | None]:
+            try:
+                return await work, None
+            except Exception as error:
+                return None, error  # raised below: in a task of the group it would end the service
+
+        result, error = await asyncio.shield(self._tasks.create_task(finish()))
+        if error is not None:
+            raise error
+        return cast("_T", result)
+
+    def _opened(self, item: Candidate | Answer) -> Candidate | Answer:
+        """Open the cohort of a candidate of a batch; it is refused where no more may be opened."""
+        if isinstance(item, Candidate):
+            try:
+                self._open_cohort(item)
+            except CohortUnknownError as error:
+                record = item.record
+                return Answer(record.packet_id, record.kind, "refused", error=error)
+        return item
 
     def _open_cohort(self, candidate: Candidate) -> None:
         name = candidate.record.cohort
@@ -351,12 +414,15 @@ class FMIService:
         """
         if cohort not in self.cohorts:
             raise CohortUnknownError(cohort)
-        state, lock = await self.releaser.reading(cohort)
         request = WarmStartRequest(profile_class or "default", regime_tag, concepts or {})
-        async with lock:
-            found = await asyncio.to_thread(state.warm_start, request)
+        found = await self.uninterrupted(self._find_warm_start(cohort, request))
         latest = self.releaser.log.latest.get((cohort, update_pb2.UPDATE_KIND_PRIOR))
         return warm_start_message(found), latest.revision if latest else 0
+
+    async def _find_warm_start(self, cohort: str, request: WarmStartRequest) -> WarmStart:
+        state, lock = await self.releaser.reading(cohort)
+        async with lock:
+            return await asyncio.to_thread(state.warm_start, request)
 
     async def release(self, cohort: str) -> list[update_pb2.Update]:
         """Release a cohort now; return what was published, which is nothing where nothing changed.
@@ -367,7 +433,7 @@ class FMIService:
         """
         if cohort not in self.cohorts:
             raise CohortUnknownError(cohort)
-        return await self.releaser.release(cohort)
+        return await self.uninterrupted(self.releaser.release(cohort))
 
     # Rules
 
@@ -384,12 +450,17 @@ class FMIService:
         rules, changed = self.cohorts.check(spec, force=force)
         if dry_run or not changed:
             return rules, changed
+        await self.uninterrupted(self._put_in_force(rules, spec, force=force))
+        return rules, changed
+
+    async def _put_in_force(
+        self, rules: CohortRules, spec: cohort_pb2.CohortSpec, *, force: bool
+    ) -> None:
         # Stored before it is in force: a crash in between changes nothing that anybody saw.
         await self.store.put_cohort(rules.name, rules.spec.SerializeToString(), 1)
         self.cohorts.declare(spec, force=force)
         self.telemetry.cohorts(len(self.cohorts))
         await self.releaser.rebuild(rules.name)
-        return rules, changed
 
     async def register_dictionary(self, data: bytes) -> int:
         """Register a compression dictionary; return its id, as it stands in the dictionary.
@@ -400,12 +471,22 @@ class FMIService:
         """
         dictionary = zstandard.ZstdCompressionDict(data)
         dictionary_id: int = dictionary.dict_id()
-        if dictionary_id == 0:
-            detail = "is no trained zstd dictionary (it has no id)"
+        try:
+            dictionary.precompute_compress(level=3)  # reads its tables
+            usable = dictionary_id != 0
+        except zstandard.ZstdError:
+            usable = False
+        if not usable:
+            detail = "is no trained zstd dictionary; make one with `zstd --train`"
             raise SpecInvalidError([Violation("data", "fmi.dictionary.trained", detail)])
+        await self.uninterrupted(self._keep_dictionary(dictionary_id, data, dictionary))
+        return dictionary_id
+
+    async def _keep_dictionary(
+        self, dictionary_id: int, data: bytes, dictionary: zstandard.ZstdCompressionDict
+    ) -> None:
         await self.store.put_dictionary(dictionary_id, data, int(self._clock() * 1e6))
         self._decoder.dictionaries = {**self._decoder.dictionaries, dictionary_id: dictionary}
-        return dictionary_id
 
     async def dictionary(self, dictionary_id: int = 0) -> tuple[int, bytes]:
         """Read a dictionary; the newest where no id is given.

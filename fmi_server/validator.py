@@ -10,7 +10,7 @@ from typing import Final
 
 from fmi.v1 import packet_pb2
 from fmi_server.cohorts import CohortRegistry, CohortRules
-from fmi_server.contracts import SECTIONS, FMIContractRegistry
+from fmi_server.contracts import MAX_VIOLATIONS, SECTIONS, FMIContractRegistry
 from fmi_server.errors import CohortUnknownError, Reason, Violation
 
 __all__ = ["FMIValidator", "Inspection"]
@@ -52,7 +52,8 @@ class FMIValidator:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._registry = registry or FMIContractRegistry()
-        self._cohorts = cohorts or CohortRegistry(self._registry)
+        # An empty registry is false.
+        self._cohorts = CohortRegistry(self._registry) if cohorts is None else cohorts
         self._clock = clock
 
     def validate(self, packet: packet_pb2.Packet) -> list[Violation]:
@@ -103,7 +104,7 @@ class FMIValidator:
         if rules.signals or not rules.free_signals:
             found.extend(_vocabulary_violations(packet, rules))
         if found:
-            return Inspection(tuple(found), warnings)
+            return Inspection(tuple(found[:MAX_VIOLATIONS]), warnings)
         quarantine = ""
         if (
             packet.HasField("ccs")

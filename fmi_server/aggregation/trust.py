@@ -107,7 +107,7 @@ def site_scores(
     """Return per site the mean over its signals of min(1, (2.5 / z)^2); NaN where unjudged."""
     settings = settings or TrustSettings()
     z = leave_one_out_z(values, settings)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         fit = np.minimum(1.0, (settings.tolerance_z / z) ** 2)
     judged = np.count_nonzero(~np.isnan(fit), axis=0)
     total = np.where(np.isnan(fit), 0.0, fit).sum(axis=0)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from fmi.v1 import admin_service_pb2 as wire_pb2
 from fmi_server.operations import CohortOverview, Operations, SiteOverview
 from fmi_server.service import FMIService
 
 __all__ = ["AdminServicer"]
 
-DEFAULT_PAGE = 100
+DEFAULT_PAGE: Final = 100
+MAX_SEQUENCE: Final = 2**63 - 1
 
 
 class AdminServicer:
@@ -48,7 +51,7 @@ class AdminServicer:
         self._service.registry.check_request(request)
         limit = request.page_size or DEFAULT_PAGE
         found = await self._operations.quarantine(
-            request.cohort, after=int(request.page_token or 0), limit=limit
+            request.cohort, after=min(int(request.page_token or 0), MAX_SEQUENCE), limit=limit
         )
         response = wire_pb2.ListQuarantineResponse()
         for stored, packet in found:

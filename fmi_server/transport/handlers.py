@@ -10,13 +10,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, cast
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
-from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from fmi_server.errors import FMIError, Reason, RequestInvalidError, Violation, reason_name
@@ -94,7 +93,7 @@ def _serialise(response: Message | bytes) -> bytes:
 
 
 class _Guard:
-    """Gives each call of a method an id, and turns what it raises into a status."""
+    """Turns what a method raises into a status, with an id that finds it in the log."""
 
     def __init__(self, method: str, telemetry: FMITelemetry) -> None:
         self._method = method
@@ -104,12 +103,11 @@ class _Guard:
         self, call: Callable[[_Request], Awaitable[Message]]
     ) -> Callable[[_Request, _Context], Awaitable[Message]]:
         async def handle(request: _Request, context: _Context) -> Message:
-            request_id = _request_id(context)
             try:
                 return await call(_parsed(request))
             except Exception as error:
-                status = self._status(error, request_id)
-            await context.abort_with_status(rpc_status.to_status(status))
+                status = self._status(error)
+            await context.abort_with_status(status)
             raise AssertionError("abort_with_status returned")
 
         return handle
@@ -118,14 +116,13 @@ class _Guard:
         self, call: Callable[[_Request], AsyncIterator[Message | bytes]]
     ) -> Callable[[_Request, _Context], AsyncIterator[Message | bytes]]:
         async def handle(request: _Request, context: _Context) -> AsyncIterator[Message | bytes]:
-            request_id = _request_id(context)
             try:
                 async for response in call(_parsed(request)):
                     yield response
                 return
             except Exception as error:
-                status = self._status(error, request_id)
-            await context.abort_with_status(rpc_status.to_status(status))
+                status = self._status(error)
+            await context.abort_with_status(status)
 
         return handle
 
@@ -136,25 +133,12 @@ class _Guard:
             async for request in raw:
                 yield _parsed(request)
 
-        return self.stream_of(call, requests)
+        return self.stream(lambda raw: call(requests(raw)))
 
-    def stream_of(
-        self,
-        call: Callable[[AsyncIterator[_Request]], AsyncIterator[Message | bytes]],
-        requests: Callable[[AsyncIterator[_Request]], AsyncIterator[_Request]],
-    ) -> Callable[[AsyncIterator[_Request], _Context], AsyncIterator[Message | bytes]]:
-        """Guard a call whose requests are a stream: each is parsed when the call asks for it."""
-        handle = self.stream(lambda raw: call(requests(raw)))
-
-        async def handle_stream(
-            raw: AsyncIterator[_Request], context: _Context
-        ) -> AsyncIterator[Message | bytes]:
-            async for response in handle(raw, context):
-                yield response
-
-        return handle_stream
-
-    def _status(self, error: Exception, request_id: str) -> status_pb2.Status:
+    def _status(self, error: Exception) -> grpc.Status:
+        # Only a call that fails gets an id: metadata on every answer would cost more than all that the
+        # server does for an Emit.
+        request_id = os.urandom(8).hex()
         if not isinstance(error, FMIError):
             _log.error("%s failed, request %s", self._method, request_id, exc_info=error)
         elif error.reason == Reason.INTERNAL:
@@ -163,13 +147,16 @@ class _Guard:
             _log.debug("%s refused, request %s: %s", self._method, request_id, error)
         reason = error.reason if isinstance(error, FMIError) else Reason.INTERNAL
         self._telemetry.refusal(reason_name(reason))
-        return status_message(error, request_id=request_id)
+        status = rpc_status.to_status(status_message(error, request_id=request_id))
+        metadata = (*(status.trailing_metadata or ()), (REQUEST_ID_KEY, request_id))
+        # grpc.Status is an interface without methods: whatever has its attributes is one.
+        return cast("grpc.Status", _Status(status.code, status.details, metadata))
 
 
-def _request_id(context: _Context) -> str:
-    request_id = os.urandom(8).hex()
-    context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
-    return request_id
+class _Status(NamedTuple):
+    code: grpc.StatusCode
+    details: str
+    trailing_metadata: tuple[tuple[str, str | bytes], ...]
 
 
 def _parsed(request: _Request) -> _Request:

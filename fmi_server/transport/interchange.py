@@ -23,6 +23,10 @@ from fmi_server.transport.status import refusal_message
 
 __all__ = ["InterchangeServicer"]
 
+MAX_TOLD = 10
+"""Violations told of one packet of a batch, so that the answer is not many times the question; Emit of the
+packet alone tells more, ValidatePacket all."""
+
 _STATUSES = {
     "accepted": wire_pb2.EMIT_STATUS_ACCEPTED,
     "duplicate": wire_pb2.EMIT_STATUS_DUPLICATE,
@@ -143,7 +147,7 @@ def _result(index: int, answer: Answer) -> wire_pb2.EmitResult:
         seconds, micros = divmod(answer.received_at_us, 1_000_000)
         result.received_at.CopyFrom(timestamp_pb2.Timestamp(seconds=seconds, nanos=micros * 1000))
     if answer.error is not None:
-        result.refusal.CopyFrom(refusal_message(answer.error))
+        result.refusal.CopyFrom(refusal_message(answer.error, most=MAX_TOLD))
     elif answer.quarantine_reason:
         result.refusal.CopyFrom(error_pb2.Refusal(message=answer.quarantine_reason))
     return result

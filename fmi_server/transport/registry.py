@@ -6,7 +6,7 @@ import time
 
 from fmi.v1 import error_pb2
 from fmi.v1 import registry_service_pb2 as wire_pb2
-from fmi_server.errors import PacketRefusedError
+from fmi_server.errors import CohortUnknownError, PacketRefusedError
 from fmi_server.service import FMIService
 from fmi_server.transport.status import refusal_message
 
@@ -40,6 +40,10 @@ class RegistryServicer:
     ) -> wire_pb2.GetCohortSpecResponse:
         """Read the spec of a cohort."""
         self._service.registry.check_request(request)
+        if request.cohort not in self._service.cohorts:
+            raise CohortUnknownError(
+                request.cohort
+            )  # a cohort that could be opened is not there yet
         rules = self._service.cohorts.rules(request.cohort)
         return wire_pb2.GetCohortSpecResponse(spec=rules.spec, schema_hash=rules.schema_hash)
 

@@ -6,7 +6,7 @@ A refusal carries `google.rpc.ErrorInfo` (reason and domain `fmi`), `BadRequest`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import grpc
@@ -15,11 +15,17 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from fmi.v1 import error_pb2
-from fmi_server.errors import FMIError, Reason, reason_name
+from fmi_server.errors import FMIError, Reason, Violation, reason_name
 
 __all__ = ["DOMAIN", "STATUS_CODES", "refusal_message", "status_message"]
 
 DOMAIN: Final = "fmi"
+
+# A status and its details travel as metadata, of which a client takes 8 KiB before it may drop the call
+# with a bare RESOURCE_EXHAUSTED. Binary details grow by a third on the wire, the message comes twice.
+MAX_MESSAGE_BYTES: Final = 1024
+MAX_VALUE_BYTES: Final = 160
+MAX_BAD_REQUEST_BYTES: Final = 3200
 
 STATUS_CODES: Final[Mapping[error_pb2.ErrorReason.ValueType, grpc.StatusCode]] = {
     Reason.CONTRACT_VIOLATION: grpc.StatusCode.INVALID_ARGUMENT,
@@ -68,29 +74,22 @@ def status_message(error: Exception, *, request_id: str) -> status_pb2.Status:
             f"something went wrong inside the server; request {request_id} in its log tells what"
         )
     )
-    details: list[Message] = [
-        error_details_pb2.ErrorInfo(
-            reason=reason_name(known.reason), domain=DOMAIN, metadata=known.metadata
-        ),
-        error_details_pb2.RequestInfo(request_id=request_id),
-    ]
+    info = error_details_pb2.ErrorInfo(
+        reason=reason_name(known.reason),
+        domain=DOMAIN,
+        metadata={name: _fitting(value, MAX_VALUE_BYTES) for name, value in known.metadata.items()},
+    )
+    details: list[Message] = [info, error_details_pb2.RequestInfo(request_id=request_id)]
     if known.violations:
-        details.append(
-            error_details_pb2.BadRequest(
-                field_violations=[
-                    error_details_pb2.BadRequest.FieldViolation(
-                        field=violation.field,
-                        description=violation.description,
-                        reason=violation.rule_id,
-                    )
-                    for violation in known.violations
-                ]
-            )
-        )
+        bad = _bad_request(known.violations)
+        if len(bad.field_violations) < len(known.violations):
+            info.metadata["violations"] = str(len(known.violations))
+        details.append(bad)
     if known.retry_after_s is not None:
         details.append(error_details_pb2.RetryInfo(retry_delay=_duration(known.retry_after_s)))
     status = status_pb2.Status(
-        code=STATUS_CODES[known.reason].value[0], message=known.public_message
+        code=STATUS_CODES[known.reason].value[0],
+        message=_fitting(known.public_message, MAX_MESSAGE_BYTES),
     )
     for detail in details:
         packed = any_pb2.Any()
@@ -99,11 +98,17 @@ def status_message(error: Exception, *, request_id: str) -> status_pb2.Status:
     return status
 
 
-def refusal_message(error: FMIError) -> error_pb2.Refusal:
-    """Write an error as a refusal inside an answer."""
+def refusal_message(error: FMIError, *, most: int | None = None) -> error_pb2.Refusal:
+    """Write an error as a refusal inside an answer.
+
+    Args:
+        error: The error.
+        most: The most violations to tell; all where it is not given. The message says when there are
+            more.
+    """
     return error_pb2.Refusal(
         reason=error.reason,
-        message=error.public_message,
+        message=_fitting(error.public_message, MAX_MESSAGE_BYTES),
         violations=[
             error_pb2.Violation(
                 field=violation.field,
@@ -111,10 +116,40 @@ def refusal_message(error: FMIError) -> error_pb2.Refusal:
                 description=violation.description,
                 reason=violation.reason,
             )
-            for violation in error.violations
+            for violation in error.violations[:most]
         ],
         retry_delay=None if error.retry_after_s is None else _duration(error.retry_after_s),
     )
+
+
+def _bad_request(violations: Sequence[Violation]) -> error_details_pb2.BadRequest:
+    """Tell as many violations as fit, at least one."""
+    bad = error_details_pb2.BadRequest()
+    size = 0
+    for violation in violations:
+        told = error_details_pb2.BadRequest.FieldViolation(
+            field=_fitting(violation.field, MAX_MESSAGE_BYTES),
+            description=_fitting(violation.description, MAX_MESSAGE_BYTES),
+            reason=violation.rule_id,
+        )
+        size += told.ByteSize() + 3
+        if bad.field_violations and size > MAX_BAD_REQUEST_BYTES:
+            break
+        bad.field_violations.append(told)
+    return bad
+
+
+def _fitting(text: str, limit: int) -> str:
+    """Cut a text so that it takes at most so many bytes, percent-encoded as in `grpc-message`."""
+    if 9 * len(text) <= limit:
+        return text
+    size = 0
+    for place, character in enumerate(text):
+        plain = " " <= character <= "~" and character != "%"
+        size += 1 if plain else 3 * len(character.encode())
+        if size > limit:
+            return text[: max(0, place - 3)] + "..."
+    return text
 
 
 def _duration(seconds: float) -> duration_pb2.Duration:

@@ -86,7 +86,16 @@ def test_a_base_install_talks_to_a_real_server(site: Path, tmp_path: Path) -> No
         target = process.stdout.readline().removeprefix("listening on ").strip()
         try:
             for name in ("a", "b", "c"):
-                words = ["emit", "msp", "--domain", name, "--cohort", "c", "--controller", "tau=0.5"]
+                words = [
+                    "emit",
+                    "msp",
+                    "--domain",
+                    name,
+                    "--cohort",
+                    "c",
+                    "--controller",
+                    "tau=0.5",
+                ]
                 done = run([site / "fmi", *words, "--target", target], cwd=tmp_path)
                 assert done.returncode == 0, done.stderr
             words = ["watch", "c", "--kind", "prior", "--count", "1", "--json"]

@@ -297,8 +297,9 @@ class AggregationSpec(_message.Message):
     means `trimmed_mean`.
     """
     max_byzantine: _builtins.int
-    """Optional. Lying sites per signal that the trimmed mean must withstand. Unset means 1 from 3 sites
-    on.
+    """Optional. Lying sites per signal that the trimmed mean must withstand. Where it is set, nothing has
+    a value below `2 * max_byzantine + 1` sites, because liars could be half of them. Unset means 1 from
+    3 sites on.
     """
     weight_cap: _builtins.float
     """Optional. The largest share of one site in an average, in (0, 1]. Unset means 0.25."""

@@ -1,0 +1,352 @@
+"""The resident state of a cohort: one site one vote, newest wins, in whatever order packets come."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+
+import pytest
+from google.protobuf import json_format
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from parts import NOW, ccs, msp, pop
+
+from fmi.v1 import cohort_pb2, packet_pb2
+from fmi_server.aggregation import WarmStartRequest
+from fmi_server.aggregator import FMIAggregator
+from fmi_server.cohort_state import MAX_OUTCOMES_PER_SITE, MAX_SUMMARIES_PER_SITE, CohortState
+from fmi_server.cohorts import CohortRegistry, CohortRules
+from fmi_server.contracts import FMIContractRegistry
+
+CONTRACT = FMIContractRegistry()
+AGGREGATOR = FMIAggregator(registry=CONTRACT)
+LOSS = {
+    "name": "loss",
+    "section": "SIGNAL_SECTION_METRICS",
+    "direction": "SIGNAL_DIRECTION_LOWER_IS_BETTER",
+}
+
+
+def rules(**spec) -> CohortRules:
+    message = json_format.ParseDict({"name": "care", **spec}, cohort_pb2.CohortSpec())
+    return CohortRegistry(CONTRACT).compile(message)
+
+
+def counted(packets, *, reputations=None, **spec) -> CohortState:
+    state = CohortState(rules(**spec), reputations=reputations)
+    for packet in packets:
+        state.count(packet)
+    return state
+
+
+def priors(state: CohortState, now: float = NOW) -> dict[str, float]:
+    return dict(AGGREGATOR.result(state, now=now).prior_update.prior)
+
+
+def taus(*values: float, at: float = NOW) -> list[packet_pb2.Packet]:
+    return [msp(f"s{i}", controller={"tau": value}, at=at) for i, value in enumerate(values)]
+
+
+# One site, one vote
+
+
+def test_a_site_has_one_vote_however_often_it_speaks():
+    packets = taus(0.1, 0.2, 0.3)
+    shouting = [msp("s2", controller={"tau": 0.3}, at=NOW - i) for i in range(1, 500)]
+    assert priors(counted([*packets, *shouting])) == priors(counted(packets))
+    state = counted([msp("only", controller={"tau": i}, at=NOW + i) for i in range(50)])
+    assert state.sites == 1
+    assert not state.quorum
+    assert priors(state) == {}
+
+
+def test_the_newest_value_of_a_site_counts_and_a_late_packet_overrides_nothing():
+    newest = taus(0.4, 0.5, 0.6)
+    older = taus(0.1, 0.1, 0.1, at=NOW - 100)
+    expected = priors(counted(newest))
+    assert priors(counted([*older, *newest])) == expected
+    assert priors(counted([*newest, *older])) == expected
+    assert expected == {"tau": pytest.approx(0.5)}
+
+
+def test_a_late_packet_adds_what_no_newer_one_said():
+    packets = taus(0.4, 0.5, 0.6)
+    late = [msp(f"s{i}", controller={"tau": 9.0, "g": 0.1}, at=NOW - 100) for i in range(3)]
+    found = priors(counted([*packets, *late]))
+    assert found == {"tau": pytest.approx(0.5), "g": pytest.approx(0.1)}
+
+
+# Order
+
+SECTIONS = {"tau": "controller", "g": "evaluator", "loss": "metrics"}
+
+
+@st.composite
+def histories(draw) -> list[packet_pb2.Packet]:
+    """Draw packets of some sites; a site has no two packets of one moment."""
+    packets = []
+    for site in range(draw(st.integers(1, 6))):
+        moments = draw(st.lists(st.integers(0, 50), min_size=1, max_size=5, unique=True))
+        for moment in moments:
+            header = {
+                "at": NOW - moment,
+                "profile_class": draw(st.sampled_from(["", "big", "small"])),
+                "regime": draw(st.sampled_from(["", "winter", "summer"])),
+            }
+            name = f"s{site}"
+            number = st.floats(0.1, 10.0).map(lambda x: round(x, 3))
+            match draw(st.sampled_from(["msp", "msp", "pop", "ccs"])):
+                case "msp":
+                    sections: dict[str, dict[str, float]] = {"controller": {"tau": draw(number)}}
+                    for signal in draw(st.lists(st.sampled_from(["g", "loss"]), unique=True)):
+                        sections.setdefault(SECTIONS[signal], {})[signal] = draw(number)
+                    confidence = draw(st.sampled_from([None, 0.2, 0.9]))
+                    packets.append(msp(name, **sections, confidence=confidence, **header))
+                case "pop":
+                    after = {"loss": draw(number)}
+                    packets.append(pop(name, before={"loss": 5.0}, after=after, **header))
+                case "ccs":
+                    pairs = (("a", "b", draw(number)),) if draw(st.booleans()) else ()
+                    concepts = {"drift": draw(number)} if draw(st.booleans()) else {}
+                    packets.append(
+                        ccs(name, pairs=pairs, concepts=concepts, tested=("a", "b"), **header)
+                    )
+    return packets
+
+
+def rounded(message):
+    """Round every number, so that the order of an addition is no difference."""
+    plain = json_format.MessageToDict(message)
+
+    def walk(value):
+        match value:
+            case dict():
+                return {key: walk(item) for key, item in value.items()}
+            case list():
+                return [walk(item) for item in value]
+            case float():
+                return float(f"{value:.9g}")
+        return value
+
+    return walk(plain)
+
+
+def told(state: CohortState) -> list[object]:
+    result = AGGREGATOR.result(state, now=NOW)
+    for lineage in (
+        result.prior_update.lineage,
+        *(profile.lineage for profile in result.warm_starts.profiles),
+    ):
+        lineage.ClearField("window")  # a bound that depends on which values stood there before
+    return [
+        rounded(message)
+        for message in (
+            result.prior_update,
+            result.warm_starts,
+            result.policy_hint,
+            result.causal_consensus,
+        )
+    ]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(st.data())
+def test_the_order_of_packets_does_not_matter(data):
+    packets = data.draw(histories())
+    shuffled = data.draw(st.permutations(packets))
+    assert told(counted(shuffled, signals=[LOSS], freeSignals=True)) == told(
+        counted(packets, signals=[LOSS], freeSignals=True)
+    )
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(histories(), st.lists(st.integers(0, 30), max_size=3))
+def test_many_at_once_are_as_one_by_one(packets, cuts):
+    spec = {"signals": [LOSS], "freeSignals": True}
+    at_once = CohortState(rules(**spec))
+    edges = [0, *sorted(min(cut, len(packets)) for cut in cuts), len(packets)]
+    for start, end in itertools.pairwise(edges):
+        at_once.count_all(packets[start:end])
+    one_by_one = counted(packets, **spec)
+    assert told(at_once) == told(one_by_one)
+    assert at_once.packets == one_by_one.packets
+
+
+def test_a_value_in_the_wrong_section_does_not_overtake_one_in_the_right_one():
+    packets = [
+        *taus(0.4, 0.5, 0.6, at=NOW - 10),
+        *(msp(f"s{i}", metrics={"tau": 7.0}) for i in range(3)),
+    ]
+    at_once = CohortState(rules())
+    at_once.count_all(packets)
+    assert priors(at_once) == priors(counted(packets)) == {"tau": pytest.approx(0.5)}
+    assert at_once.ignored == {"section_conflict": 3}
+
+
+def test_the_first_packet_decides_on_the_section_also_where_it_is_overtaken():
+    packets = [
+        msp("s0", controller={"tau": 0.5}, at=NOW - 10),
+        msp("wrong", metrics={"tau": 7.0}, at=NOW - 5),
+        *taus(0.4, 0.5, 0.6),
+    ]
+    at_once = CohortState(rules())
+    at_once.count_all(packets)
+    assert at_once.section_of("tau") == counted(packets).section_of("tau") == "controller"
+
+
+# What a site is
+
+
+def test_a_regime_is_that_of_the_newest_packet_that_names_one():
+    tagged = msp("s0", controller={"tau": 1.0}, at=NOW - 10, regime="winter")
+    silent = msp("s0", controller={"tau": 1.0}, at=NOW)
+    older = msp("s0", controller={"tau": 1.0}, at=NOW - 20, regime="summer")
+    for packets in ([tagged, silent, older], [silent, older, tagged], [older, silent, tagged]):
+        site = counted(packets).site("s0")
+        assert site is not None
+        assert (site.regime_tag, site.heard_at) == ("winter", NOW)
+
+
+def test_a_profile_class_is_that_of_the_newest_packet():
+    packets = [
+        msp("s0", controller={"tau": 1.0}, at=NOW, profile_class="big"),
+        msp("s0", controller={"tau": 1.0}, at=NOW - 1, profile_class="small"),
+    ]
+    for order in (packets, packets[::-1]):
+        site = counted(order).site("s0")
+        assert site is not None
+        assert site.profile_class == "big"
+    silent = counted([*packets, msp("s0", controller={"tau": 1.0}, at=NOW + 1)]).site("s0")
+    assert silent is not None
+    assert silent.profile_class == "default"
+
+
+# Bounds
+
+
+def test_what_is_kept_of_one_site_is_bounded_and_the_newest_stays():
+    outcomes = [pop("s0", at=NOW + i) for i in range(MAX_OUTCOMES_PER_SITE + 50)]
+    summaries = [
+        ccs("s0", pairs=(("a", "b", 1.0),), at=NOW + i) for i in range(MAX_SUMMARIES_PER_SITE + 50)
+    ]
+    for packets in ([*outcomes, *summaries], [*outcomes[::-1], *summaries[::-1]]):
+        site = counted(packets).site("s0")
+        assert site is not None
+        assert len(site.outcomes) == MAX_OUTCOMES_PER_SITE
+        assert len(site.summaries) == MAX_SUMMARIES_PER_SITE
+        assert min(site.outcomes)[0] == NOW + 50
+        assert min(site.summaries)[0] == NOW + 50
+
+
+def test_an_outcome_counts_once_however_often_it_is_replayed():
+    outcome = pop("s0")
+    site = counted([outcome] * 5).site("s0")
+    assert site is not None
+    assert len(site.outcomes) == 1
+
+
+def test_an_open_vocabulary_is_bounded():
+    state = CohortState(rules())
+    for block in range(6):
+        state.count(msp("s0", controller={f"b{block}s{i}": 1.0 for i in range(1000)}))
+    assert state.ignored == {"vocabulary_full": 6000 - 4096}
+
+
+# Expiry
+
+
+def test_what_is_past_its_time_is_forgotten():
+    spec = {"retention": {"siteTtl": "100s"}, "policy": {"window": "200s"}}
+    state = counted(
+        [
+            *taus(0.4, 0.5, 0.6, at=NOW - 50),
+            msp("gone", controller={"tau": 0.5}, at=NOW - 101),
+            pop("outcome", at=NOW - 150),
+            pop("old", at=NOW - 201),
+            ccs("causes", pairs=(("a", "b", 1.0),), at=NOW - 101),
+        ],
+        **spec,
+    )
+    assert state.sites == 7
+    assert state.expire(NOW)
+    assert {name for name in ("s0", "gone", "outcome", "old", "causes") if state.site(name)} == {
+        "s0",
+        "outcome",
+    }
+    assert not state.expire(NOW)
+    assert priors(state) == {"tau": pytest.approx(0.5)}
+    assert priors(state, now=NOW + 60) == {}
+    assert state.site("s0") is None
+
+
+# Reputation
+
+
+def test_liars_lose_their_reputation_and_a_site_that_leaves_is_forgotten():
+    state = CohortState(rules(retention={"siteTtl": "100s"}))
+    for turn in range(10):
+        for packet in taus(0.50, 0.51, 0.52, 0.53, 0.54, 99.0, at=NOW + turn):
+            state.count(packet)
+        state.release(NOW + turn)
+    assert state.reputation("s5") < 0.05
+    assert min(state.reputation(f"s{i}") for i in range(5)) > 0.7
+    state.release(NOW + 500)
+    assert state.reputations() == {}
+
+
+def test_a_replay_is_no_news_and_moves_no_reputation():
+    state = CohortState(rules())
+    packets = taus(0.50, 0.51, 0.52, 0.53, 9.0)
+    state.count_all(packets)
+    state.release(NOW)
+    judged = state.reputations()
+    assert len(judged) == 5
+    again = CohortState(rules(), reputations=judged)
+    again.replay(packets)
+    again.release(NOW)
+    assert again.reputations() == judged
+    again.replay(packets)
+    again.count(msp("new", controller={"tau": 0.5}))
+    again.release(NOW)
+    assert again.reputations().keys() - judged.keys() == {"new"}
+
+
+def test_reading_without_news_moves_no_reputation():
+    state = counted(taus(0.50, 0.51, 0.52, 0.53, 9.0))
+    state.release(NOW)
+    judged = state.reputations()
+    for _ in range(5):
+        state.release(NOW)
+        state.warm_start(WarmStartRequest(profile_class="default"))
+    assert state.reputations() == judged
+
+
+# ROBUST
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    honest=st.lists(st.floats(-100, 100), min_size=6, max_size=12),
+    lies=st.lists(st.sampled_from([1e150, -1e150, 1e9, 0.0, 101.0]), min_size=2, max_size=2),
+    turns=st.integers(1, 3),
+)
+def test_two_liars_do_not_move_the_prior_out_of_the_honest_range(honest, lies, turns):
+    state = CohortState(rules(aggregation={"maxByzantine": 2}))
+    for turn in range(turns):
+        for i, value in enumerate(honest):
+            state.count(msp(f"s{i}", controller={"tau": value}, confidence=0.2, at=NOW + turn))
+        for i, value in enumerate(lies):
+            state.count(msp(f"liar{i}", controller={"tau": value}, confidence=1.0, at=NOW + turn))
+        result = AGGREGATOR.result(state, now=NOW + turn)
+        assert min(honest) <= result.prior_update.prior["tau"] <= max(honest)
+        for value in result.warm_start.init.values():
+            assert min(honest) <= value <= max(honest)
+        assert result.prior_update.estimates["tau"].tolerated >= 2
+
+
+def test_without_weights_the_prior_is_the_trimmed_mean():
+    values = [0.3, 0.1, 0.9, 0.5, 0.4]
+    found = priors(counted(taus(*values)))
+    assert found["tau"] == pytest.approx(statistics.fmean(sorted(values)[1:-1]))
+    assert math.isfinite(found["tau"])

@@ -1,0 +1,229 @@
+"""Settings: those of the overview, and where the server's come from; a wrong one is one clear line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fmi_server import config
+from fmi_server.config import (
+    ESTIMATORS,
+    AggregationConfig,
+    RouterConfig,
+    ServerSettings,
+    SettingsError,
+    load_settings,
+)
+from fmi_server.errors import SettingUnsupportedError
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch):
+    for name in ServerSettings.model_fields:
+        monkeypatch.delenv(f"FMI_{name.upper()}", raising=False)
+
+
+# AggregationConfig
+
+OVERVIEW = {
+    "metrics_trim_alpha": 0.1,
+    "vote_min_sites": 3,
+    "metrics_aggregation": "trimmed_mean",
+    "dp_noise_sigma": 0.0,
+    "dp_epsilon": 0.0,
+    "dp_delta": 0.0,
+    "dp_sensitivity": 1.0,
+}
+
+
+def test_the_fields_of_the_overview_come_first_with_its_defaults():
+    fields = [(field.name, field.default) for field in dataclasses.fields(AggregationConfig)]
+    assert fields[: len(OVERVIEW)] == list(OVERVIEW.items())
+    assert AggregationConfig(*OVERVIEW.values()) == AggregationConfig()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dp_noise_sigma", 1.0), ("dp_epsilon", 0.1), ("dp_delta", 1e-9), ("dp_sensitivity", 0.5)],
+)
+def test_each_privacy_setting_is_refused_and_never_ignored(name, value):
+    with pytest.raises(SettingUnsupportedError) as caught:
+        AggregationConfig(**{name: value})
+    assert caught.value.setting == name
+    assert "no differential privacy" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("metrics_trim_alpha", -0.01),
+        ("metrics_trim_alpha", 0.5),
+        ("metrics_trim_alpha", math.nan),
+        ("vote_min_sites", 0),
+        ("vote_min_sites", 2.5),
+        ("vote_min_sites", 2**32),
+        ("metrics_aggregation", "TRIMMED_MEAN"),
+        ("metrics_aggregation", ""),
+        ("max_byzantine", -1),
+        ("max_byzantine", 0.5),
+        ("max_byzantine", math.nan),
+        ("weight_cap", 0.0),
+        ("weight_cap", 1.01),
+        ("weight_cap", math.nan),
+        ("dp_epsilon", math.nan),
+    ],
+)
+def test_a_setting_out_of_range_is_named(name, value):
+    with pytest.raises(ValueError, match=name):
+        AggregationConfig(**{name: value})
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_estimator_is_taken(estimator):
+    assert AggregationConfig(metrics_aggregation=estimator).metrics_aggregation == estimator
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("queue_packets", 0),
+        ("max_subscribers", 0),
+        ("page_updates", 0),
+        ("progress_interval_s", 0.0),
+        ("progress_interval_s", math.nan),
+    ],
+)
+def test_router_settings_out_of_range_are_named(name, value):
+    with pytest.raises(ValueError, match=name):
+        RouterConfig(**{name: value})
+
+
+# ServerSettings
+
+
+def file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "server.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_every_setting_has_a_default_and_a_description():
+    settings = load_settings({})
+    assert settings.model_dump() == ServerSettings().model_dump()
+    assert settings.listen.startswith("127.0.0.1:")
+    assert all(field.description for field in ServerSettings.model_fields.values())
+
+
+def test_flags_go_before_the_environment_before_the_file(tmp_path, monkeypatch):
+    path = file(
+        tmp_path, "listen: '127.0.0.1:1'\nmax_inflight: 1\nmax_cohorts: 1\ndata_dir: /tmp/file\n"
+    )
+    monkeypatch.setenv("FMI_LISTEN", "127.0.0.1:2")
+    monkeypatch.setenv("FMI_MAX_INFLIGHT", "2")
+    settings = load_settings({"listen": "127.0.0.1:3"}, config_file=path)
+    assert (settings.listen, settings.max_inflight, settings.max_cohorts) == ("127.0.0.1:3", 2, 1)
+    assert settings.data_dir == Path("/tmp/file")  # noqa: S108 - a name, nothing is written
+    assert load_settings({}).max_cohorts == 10_000, "a file is of one call only"
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "{}"])
+def test_an_empty_file_says_nothing(tmp_path, text):
+    settings = load_settings({}, config_file=file(tmp_path, text))
+    assert settings.model_dump() == ServerSettings().model_dump()
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ({"nonsense": 1}, r"nonsense: Extra inputs are not permitted"),
+        ({"listen": "50061"}, r"listen: must be HOST:PORT.*, not '50061'"),
+        ({"listen": ":50061"}, r"listen: must be HOST:PORT"),
+        ({"listen": "127.0.0.1:70000"}, r"listen: must be HOST:PORT"),
+        ({"listen": "127.0.0.1:x"}, r"listen: must be HOST:PORT"),
+        ({"metrics_listen": "9090"}, r"metrics_listen: must be HOST:PORT"),
+        ({"store": "postgres"}, r"store: Input should be 'sqlite' or 'memory', not 'postgres'"),
+        ({"log_level": "loud"}, r"log_level: "),
+        ({"max_message_bytes": 1}, r"max_message_bytes: .*65536, not 1"),
+        ({"max_batch_packets": 0}, r"max_batch_packets: "),
+        ({"max_batch_bytes": 2**31}, r"max_batch_bytes: "),
+        ({"max_inflight": "many"}, r"max_inflight: .*, not 'many'"),
+        ({"progress_interval_s": 31}, r"progress_interval_s: "),
+        ({"drain_s": -1}, r"drain_s: "),
+        ({"open_cohorts": "maybe"}, r"open_cohorts: "),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_line(flags, line):
+    with pytest.raises(SettingsError, match=line) as caught:
+        load_settings(flags)
+    assert "\n" not in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+
+
+def test_every_wrong_setting_is_told_at_once():
+    with pytest.raises(SettingsError) as caught:
+        load_settings({"listen": "x", "store": "y", "nonsense": 1})
+    assert {part.split(":")[0] for part in str(caught.value).split("; ")} == {
+        "listen", "store", "nonsense",
+    }  # fmt: skip
+
+
+def test_a_wrong_variable_is_told_by_the_name_of_its_setting(monkeypatch):
+    monkeypatch.setenv("FMI_MAX_COHORTS", "a\nb")
+    with pytest.raises(SettingsError, match=r"max_cohorts: .*, not 'a\\nb'") as caught:
+        load_settings({})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("nonsense: 1", "nonsense: Extra inputs"),
+        ("listen:", "listen: .*not None"),
+        ("listen: {a: 1}", "listen: "),
+        ("- listen", "must have settings by name, not a list"),
+        ("just text", "must have settings by name, not a str"),
+        ("1: x", "must have settings by name; 1 is none"),
+        ("listen: [", "is not YAML"),
+        ("listen: 2024-13-45", "is not YAML"),
+        ("a: " + "[" * 5000, "is not YAML"),
+    ],
+)
+def test_a_wrong_file_is_one_clear_line(tmp_path, text, said):
+    with pytest.raises(SettingsError, match=said) as caught:
+        load_settings({}, config_file=file(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path):
+    with pytest.raises(SettingsError, match="cannot be read: No such file"):
+        load_settings({}, config_file=tmp_path / "nowhere.yaml")
+    with pytest.raises(SettingsError, match="cannot be read: Is a directory"):
+        load_settings({}, config_file=tmp_path)
+    (tmp_path / "latin").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(SettingsError, match="is not YAML"):
+        load_settings({}, config_file=tmp_path / "latin")
+
+
+@given(st.text(max_size=30))
+def test_whatever_is_said_to_listen_on_is_taken_or_told(text):
+    try:
+        settings = load_settings({"listen": text})
+    except SettingsError as error:
+        assert str(error).startswith("listen: ")  # noqa: PT017 - taken or told, both are good
+    else:
+        assert re.fullmatch(r"(?s).+:\d{1,}", settings.listen)
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(Exception, match="frozen"):
+        ServerSettings().listen = "x"
+
+
+def test_public_names():
+    assert all(hasattr(config, name) for name in config.__all__)

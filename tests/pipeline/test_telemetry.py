@@ -1,0 +1,79 @@
+"""Telemetry: counts with closed labels, in Prometheus' form and as plain numbers."""
+
+from __future__ import annotations
+
+import pytest
+from parts import msp
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from fmi_server import FMIService, FMITelemetry
+from fmi_server.errors import PacketRefusedError
+
+
+def test_every_count_counts():
+    telemetry = FMITelemetry()
+    telemetry.packet("msp", "accepted", size=100)
+    telemetry.packet("msp", "accepted", count=4)
+    telemetry.packet("pop", "refused")
+    telemetry.refusal("PACKET_STALE")
+    telemetry.ignored("section_conflict", 3)
+    telemetry.release("published", 0.02)
+    telemetry.release("failed", 20.0)
+    telemetry.update("prior")
+    telemetry.conflated(7)
+    telemetry.subscribers(5)
+    telemetry.subscribers(2)
+    telemetry.cohorts(4)
+    counts = telemetry.snapshot()
+    expected = {
+        'fmi_packets_total{status="accepted",type="msp"}': 5,
+        'fmi_packets_total{status="refused",type="pop"}': 1,
+        'fmi_refusals_total{reason="PACKET_STALE"}': 1,
+        "fmi_packet_bytes_total": 100,
+        'fmi_ignored_values_total{reason="section_conflict"}': 3,
+        'fmi_releases_total{outcome="published"}': 1,
+        'fmi_releases_total{outcome="failed"}': 1,
+        'fmi_updates_total{kind="prior"}': 1,
+        "fmi_conflated_updates_total": 7,
+        "fmi_subscribers": 2,
+        "fmi_cohorts": 4,
+        "fmi_release_seconds_count": 2,
+        "fmi_release_seconds_sum": pytest.approx(20.02),
+        'fmi_release_seconds_bucket{le="0.025"}': 1,
+        'fmi_release_seconds_bucket{le="+Inf"}': 2,
+    }
+    assert {name: counts[name] for name in expected} == expected
+    assert not [name for name in counts if "_created" in name]
+
+
+def test_the_page_can_be_read_and_every_metric_has_a_help_text():
+    telemetry = FMITelemetry()
+    telemetry.packet("ccs", "quarantined")
+    page = generate_latest(telemetry.registry).decode()
+    families = list(text_string_to_metric_families(page))
+    assert all(family.documentation for family in families)
+    assert all(family.name.startswith("fmi_") for family in families)
+
+
+def test_two_servers_in_one_process_count_apart():
+    first, second = FMITelemetry(), FMITelemetry()
+    first.update("prior")
+    assert 'fmi_updates_total{kind="prior"}' not in second.snapshot()
+
+
+async def test_no_site_can_make_a_time_series():
+    async with FMIService() as service:
+        now = service.validator._clock()
+        for number in range(30):
+            await service.emit(
+                msp(f"site-{number}", cohort=f"c{number}", controller={f"s{number}": 1.0}, at=now)
+            )
+            with pytest.raises(PacketRefusedError):
+                await service.emit({"type": f"kind-{number}"})
+        series = [
+            name for name in service.telemetry.snapshot() if "{" in name and "le=" not in name
+        ]
+    assert not [name for name in series if "site-" in name or "kind-" in name]
+    assert len(series) < 15
+    assert service.telemetry.snapshot()['fmi_packets_total{status="refused",type="unknown"}'] == 30
