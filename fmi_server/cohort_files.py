@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
 
 import yaml
-from google.protobuf import json_format
 
+from fmi.plain import PlainDataError
+from fmi.specs import cohort_spec_from_plain
 from fmi.v1 import cohort_pb2
 from fmi_server.errors import Reason, SpecInvalidError, Violation
 
@@ -15,10 +15,7 @@ __all__ = ["read_cohort_file", "read_cohort_folder"]
 
 
 def read_cohort_file(path: Path) -> cohort_pb2.CohortSpec:
-    """Read a cohort file: YAML (or JSON) in the JSON form of `CohortSpec`.
-
-    Enum values may be written short (`section: controller`, `direction: higher_is_better`) and durations
-    as seconds (`min_interval: 1`) or as text (`"1.5s"`).
+    """Read a cohort file: YAML (or JSON) in the form that `fmi.specs` takes.
 
     Raises:
         SpecInvalidError: The file cannot be read or is not a cohort spec.
@@ -33,9 +30,9 @@ def read_cohort_file(path: Path) -> cohort_pb2.CohortSpec:
     if not isinstance(content, dict):
         raise _file_error(path, "must have the fields of a CohortSpec by name")
     try:
-        return json_format.ParseDict(_expanded(content), cohort_pb2.CohortSpec())
-    except (json_format.ParseError, ValueError, ArithmeticError, RecursionError) as error:
-        raise _file_error(path, str(error).splitlines()[0]) from error
+        return cohort_spec_from_plain(content)
+    except PlainDataError as error:
+        raise _file_error(path, error.problems[0].description) from error
 
 
 def read_cohort_folder(folder: Path) -> list[cohort_pb2.CohortSpec]:
@@ -62,32 +59,3 @@ def _file_error(path: Path, detail: str) -> SpecInvalidError:
     return SpecInvalidError(
         [Violation(str(path), "fmi.cohort_spec.file", detail, Reason.SPEC_INVALID)]
     )
-
-
-_SHORT_ENUMS: Final = {
-    "section": "SIGNAL_SECTION_",
-    "transform": "SIGNAL_TRANSFORM_",
-    "direction": "SIGNAL_DIRECTION_",
-    "schema_mismatch": "SCHEMA_MISMATCH_",
-    "schemaMismatch": "SCHEMA_MISMATCH_",
-}
-_DURATIONS: Final = frozenset(
-    name
-    for snake in ("min_interval", "max_interval", "max_age", "max_clock_skew", "window", "site_ttl")
-    for name in (snake, "".join(w.title() if i else w for i, w in enumerate(snake.split("_"))))
-)
-
-
-def _expanded(content: object, key: str = "") -> Any:
-    """Write short enum names and plain seconds the long way that ProtoJSON wants."""
-    if isinstance(content, dict):
-        if key == "quantum":  # its keys are names of parameters, and mean nothing here
-            return {str(name): value for name, value in content.items()}
-        return {str(name): _expanded(value, str(name)) for name, value in content.items()}
-    if isinstance(content, list):
-        return [_expanded(item) for item in content]
-    if key in _SHORT_ENUMS and isinstance(content, str) and content.islower():
-        return _SHORT_ENUMS[key] + content.upper()
-    if key in _DURATIONS and isinstance(content, int | float) and not isinstance(content, bool):
-        return f"{content}s"
-    return content

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final, TypeVar, cast
 
 from fmi.plain import DEFAULT_PROFILE_CLASS
+from fmi.rules import SECTIONS
 from fmi.v1 import packet_pb2
 from fmi_server.aggregation import (
     CausalConsensus,
@@ -40,7 +41,6 @@ from fmi_server.aggregation import (
     warm_start,
 )
 from fmi_server.cohorts import CohortRules
-from fmi_server.contracts import SECTIONS
 
 _Kept = TypeVar("_Kept", PolicyOutcome, CausalSummary)
 

@@ -1,18 +1,13 @@
 """FMIContractRegistry: the packet types, their rules, and their translation from plain data.
 
-The contract itself is the .proto files. Their rules are protovalidate constraints, so that every
-language has the same; the few that span the sections of a packet stand here, because a rule on a large
-message costs more than all the others together.
+The contract itself is the .proto files and the rules beside them (`fmi.rules`); the registry is the
+server's way to both.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
-
-import protovalidate
 
 from fmi.descriptors import CONTRACT_FILES, contract_hash, descriptor_set
 from fmi.plain import (
@@ -20,8 +15,10 @@ from fmi.plain import (
     OLDEST_REVISION,
     PacketType,
     PlainDataError,
+    Problem,
     packet_from_plain,
 )
+from fmi.rules import ContractRules
 from fmi.v1 import error_pb2, packet_pb2
 from fmi_server.errors import (
     PacketRefusedError,
@@ -36,7 +33,6 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 __all__ = [
-    "SECTIONS",
     "ConceptCausalSummary",
     "FMIContractRegistry",
     "MetaSignalPack",
@@ -47,12 +43,6 @@ __all__ = [
 MetaSignalPack = packet_pb2.MetaSignalPack
 PolicyOutcomePack = packet_pb2.PolicyOutcomePack
 ConceptCausalSummary = packet_pb2.ConceptCausalSummary
-
-SECTIONS: Final = ("metrics", "controller", "evaluator", "operators")
-"""The sections of an MSP in which signals stand."""
-
-MAX_VIOLATIONS: Final = 100
-"""Violations told of one packet: a hostile packet must not make the answer larger than itself."""
 
 
 class FMIContractRegistry:
@@ -70,9 +60,7 @@ class FMIContractRegistry:
     oldest_revision: Final[int] = OLDEST_REVISION
 
     def __init__(self) -> None:
-        # One Validator per registry: its rule cache is keyed by message name, so that the module-level
-        # one would mix up contract revisions.
-        self._validator = protovalidate.Validator()
+        self._rules = ContractRules()
         self.contract_hash: Final[str] = contract_hash()
         self._messages: dict[str, Descriptor] = {
             message.full_name: message
@@ -82,7 +70,7 @@ class FMIContractRegistry:
         for body in (MetaSignalPack(), PolicyOutcomePack(), ConceptCausalSummary()):
             packet = packet_pb2.Packet()
             getattr(packet, _BODY_OF[type(body)]).SetInParent()
-            self._validator.collect_violations(packet)  # compiles the rules before the first call
+            self._rules.problems(packet)  # compiles the rules before the first call
 
     def validate(
         self, packet_dict: Mapping[str, Any] | packet_pb2.Packet
@@ -120,12 +108,10 @@ class FMIContractRegistry:
         try:
             return packet_from_plain(packet_dict)
         except PlainDataError as error:
-            raise PacketRefusedError(
-                [Violation(p.field, p.rule_id, p.description) for p in error.problems]
-            ) from error
+            raise PacketRefusedError(_violations(error.problems)) from error
 
     def violations(self, packet: packet_pb2.Packet) -> list[Violation]:
-        """List every rule of the contract that a packet breaks, at most `MAX_VIOLATIONS`."""
+        """List every rule of the contract that a packet breaks, at most `fmi.rules.MAX_PROBLEMS`."""
         revision = packet.header.rev
         if revision and not self.oldest_revision <= revision <= self.revision:
             # Other rules say nothing about a packet of another contract.
@@ -138,17 +124,7 @@ class FMIContractRegistry:
                     Reason.CONTRACT_REVISION_UNSUPPORTED,
                 )
             ]
-        raw = self._validator.collect_violations(packet)
-        found = [_told(violation) for violation in raw[:MAX_VIOLATIONS]] if raw else []
-        found.extend(_time_violations(packet.header))
-        kind = packet.WhichOneof("body")
-        if kind == "msp":
-            found.extend(_signal_violations(packet.msp))
-        elif kind == "pop":
-            found.extend(_outcome_violations(packet.pop))
-        elif kind == "ccs":
-            found.extend(_summary_violations(packet.ccs))
-        return found[:MAX_VIOLATIONS]
+        return _violations(self._rules.packet_problems(packet))
 
     def check_request(
         self,
@@ -167,14 +143,14 @@ class FMIContractRegistry:
         Raises:
             RequestInvalidError: A rule is broken.
         """
-        found = [_told(v) for v in self._validator.collect_violations(request)]
-        found = [v for v in found if not (skip and v.field.startswith(skip))]
+        problems = self._rules.problems(request)
+        found = [p for p in problems if not (skip and p.field.startswith(skip))]
         if found:
-            raise RequestInvalidError(found[:MAX_VIOLATIONS], reason)
+            raise RequestInvalidError(_violations(found), reason)
 
     def message_violations(self, message: Message) -> list[Violation]:
         """List every rule of the contract that a message other than a packet breaks."""
-        return [_told(v) for v in self._validator.collect_violations(message)[:MAX_VIOLATIONS]]
+        return _violations(self._rules.problems(message))
 
     def descriptor(self, name: str) -> Descriptor:
         """Look up a message of the contract, by its full name or its name in `fmi.v1`.
@@ -197,111 +173,11 @@ _BODY_OF: Final[dict[type[Message], str]] = {
     PolicyOutcomePack: "pop",
     ConceptCausalSummary: "ccs",
 }
-_LONG_NUMBER: Final = re.compile(r"-?\d{16,}")
-_LAST_SECOND: Final = 253_402_300_799
-"""The last second of the year 9999, up to which `google.protobuf.Timestamp` is defined."""
-
 _REQUIRED: Final = "required"
 _MISSING_RULES: Final = frozenset(
     {_REQUIRED, "map.min_pairs", "fmi.msp.no_signal", "fmi.ccs.empty", "fmi.plain.packet_type"}
 )
 
 
-def _told(violation: protovalidate.Violation) -> Violation:
-    raw = violation.proto
-    path = _path(raw.field.elements) if raw.field is not None else ""
-    description = _LONG_NUMBER.sub(lambda m: f"{float(m[0]):g}", raw.message or "breaks a rule")
-    value = violation.field_value
-    if raw.for_key:
-        description = f"the name {description}"
-    elif isinstance(value, float):
-        description = f"{description}, not {value:g}"
-    return Violation(path or "body", raw.rule_id or "custom", description)
-
-
-def _path(elements: Iterable[protovalidate.FieldPathElementPb]) -> str:
-    parts = []
-    for element in elements:
-        key = element.subscript
-        if key is None:
-            parts.append(str(element.field_name))
-        elif key.field == "index":
-            parts.append(f"{element.field_name}[{key.value}]")
-        else:
-            parts.append(f"{element.field_name}[{_quoted(str(key.value))}]")
-    return ".".join(parts)
-
-
-def _quoted(name: str) -> str:
-    """Quote a name that a site chose: bounded, and without line breaks or control characters."""
-    shown = name if len(name) <= 140 else name[:137] + "..."
-    return '"' + shown.encode("unicode_escape").decode("ascii").replace('"', '\\"') + '"'
-
-
-def _time_violations(header: packet_pb2.PacketHeader) -> Iterator[Violation]:
-    emitted_at = header.emitted_at
-    if emitted_at.seconds > _LAST_SECOND or not 0 <= emitted_at.nanos < 1_000_000_000:
-        yield Violation(
-            "header.emitted_at",
-            "fmi.header.emitted_at",
-            "must be a valid timestamp: up to the year 9999, nanos from 0 to 999999999",
-        )
-
-
-def _signal_violations(msp: packet_pb2.MetaSignalPack) -> Iterator[Violation]:
-    sections = {name: values for name in SECTIONS if (values := getattr(msp, name))}
-    if not sections:
-        yield Violation("msp", "fmi.msp.no_signal", "must carry at least one signal in a section")
-    names = list(chain.from_iterable(sections.values()))
-    # This is on the path of every packet: only where a name repeats is it worth asking which.
-    if len(set(names)) != len(names):
-        homes: dict[str, str] = {}
-        for section, values in sections.items():
-            for name in values:
-                first = homes.setdefault(name, section)
-                if first != section:
-                    yield Violation(
-                        f"msp.{section}[{_quoted(name)}]",
-                        "fmi.msp.signal_in_one_section",
-                        f"stands in {first} too; a signal has one section",
-                    )
-    if msp.HasField("evidence"):
-        for name in msp.evidence.signals.keys() - set(names):
-            yield Violation(
-                f"msp.evidence.signals[{_quoted(name)}]",
-                "fmi.msp.evidence_of_a_signal",
-                "is evidence of a signal that is not in the packet",
-            )
-
-
-def _outcome_violations(pop: packet_pb2.PolicyOutcomePack) -> Iterator[Violation]:
-    if pop.before and pop.after and not pop.before.keys() & pop.after.keys():
-        yield Violation(
-            "pop.after",
-            "fmi.pop.common_metric",
-            "must have at least one metric in common with before",
-        )
-
-
-def _summary_violations(ccs: packet_pb2.ConceptCausalSummary) -> Iterator[Violation]:
-    if not (ccs.causal_pairs or ccs.concepts or ccs.tested_nodes):
-        yield Violation(
-            "ccs", "fmi.ccs.empty", "must carry at least one causal pair, concept or tested node"
-        )
-    seen: set[tuple[str, str, str]] = set()
-    for index, pair in enumerate(ccs.causal_pairs):
-        key = (pair.source, pair.target, pair.type or "direct")
-        if key in seen:
-            yield Violation(
-                f"ccs.causal_pairs[{index}]",
-                "fmi.ccs.pair_once",
-                "repeats the source, target and type of an earlier pair",
-            )
-        seen.add(key)
-    ids: set[str] = set()
-    for index, concept in enumerate(ccs.concepts):
-        if concept.id in ids:
-            yield Violation(
-                f"ccs.concepts[{index}].id", "fmi.ccs.concept_once", "repeats an earlier concept"
-            )
-        ids.add(concept.id)
+def _violations(problems: Iterable[Problem]) -> list[Violation]:
+    return [Violation(p.field, p.rule_id, p.description) for p in problems]

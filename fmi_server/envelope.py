@@ -1,9 +1,4 @@
-"""Envelopes: bounded decoding of many packets in one message.
-
-Every size is checked before a byte is decoded: what the envelope says, what the zstd frame says, and what
-comes out must agree, and none may be larger than the limit. python-zstandard ignores `max_output_size`
-where the frame declares its size, so the frame's own header is read first.
-"""
+"""Envelopes: bounded decoding of many packets in one message; `fmi.envelope` opens them."""
 
 from __future__ import annotations
 
@@ -14,6 +9,7 @@ from typing import Final
 import zstandard
 from google.protobuf.message import DecodeError
 
+from fmi.envelope import EnvelopeDecodeError, open_envelope
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi.v1 import packet_pb2
 from fmi_server.errors import (
@@ -53,18 +49,16 @@ class EnvelopeDecoder:
             EnvelopeTooLargeError: It would decode to too many bytes or packets.
             DictionaryUnknownError: It names a dictionary that is not known.
         """
-        if envelope.uncompressed_size > self.limits.max_bytes:
-            raise EnvelopeTooLargeError(envelope.uncompressed_size, self.limits.max_bytes)
-        if envelope.encoding == wire_pb2.ENCODING_ZSTD:
-            data = self._decompress(envelope)
-        elif envelope.encoding == wire_pb2.ENCODING_IDENTITY:
-            data = envelope.data
-        else:
-            raise EnvelopeMalformedError("the encoding is unknown; use IDENTITY or ZSTD")
-        if len(data) != envelope.uncompressed_size:
-            raise EnvelopeMalformedError(
-                f"uncompressed_size says {envelope.uncompressed_size} bytes, there are {len(data)}"
+        try:
+            data = open_envelope(
+                envelope, limit_bytes=self.limits.max_bytes, dictionary=self.dictionaries.get
             )
+        except EnvelopeDecodeError as error:
+            if error.kind == "too_large":
+                raise EnvelopeTooLargeError(error.number, self.limits.max_bytes) from None
+            if error.kind == "dictionary_unknown":
+                raise DictionaryUnknownError(error.number) from None
+            raise EnvelopeMalformedError(str(error)) from None
         return self.split(data)
 
     def split(self, data: bytes) -> list[bytes]:
@@ -98,36 +92,6 @@ class EnvelopeDecoder:
                     raise EnvelopeTooLargeError(packets, self.limits.max_packets, "packets")
         except IndexError:
             raise EnvelopeMalformedError("the content is no PacketBatch") from None
-
-    def _decompress(self, envelope: wire_pb2.EncodedPackets) -> bytes:
-        try:
-            frame = zstandard.get_frame_parameters(envelope.data)
-        except zstandard.ZstdError:
-            raise EnvelopeMalformedError("data is no zstd frame") from None
-        if frame.content_size == zstandard.CONTENTSIZE_UNKNOWN:
-            raise EnvelopeMalformedError("the zstd frame does not declare its content size")
-        if frame.content_size > self.limits.max_bytes:
-            raise EnvelopeTooLargeError(frame.content_size, self.limits.max_bytes)
-        if frame.content_size != envelope.uncompressed_size:
-            raise EnvelopeMalformedError(
-                f"uncompressed_size says {envelope.uncompressed_size} bytes, the zstd frame "
-                f"{frame.content_size}"
-            )
-        if frame.dict_id != envelope.dictionary_id:
-            raise EnvelopeMalformedError(
-                f"dictionary_id says {envelope.dictionary_id}, the zstd frame {frame.dict_id}"
-            )
-        dictionary = None
-        if frame.dict_id:
-            dictionary = self.dictionaries.get(frame.dict_id)
-            if dictionary is None:
-                raise DictionaryUnknownError(frame.dict_id)
-        # A decompressor per call: they are not safe to share between threads.
-        decompressor = zstandard.ZstdDecompressor(dict_data=dictionary)
-        try:
-            return decompressor.decompress(envelope.data, allow_extra_data=False)
-        except zstandard.ZstdError as error:
-            raise EnvelopeMalformedError(str(error)) from None
 
 
 _PACKET_TAG: Final = 0x0A  # field 1 of a PacketBatch, length-delimited; it has no other field

@@ -21,6 +21,10 @@ def matches(pattern: str, name: str) -> bool:
         pattern: The pattern.
         name: The cohort's name.
     """
+    if pattern == _ANY:
+        return True
+    if "*" not in pattern and "?" not in pattern:
+        return pattern == name
     tokens: list[str] = []
     index = 0
     while index < len(pattern):

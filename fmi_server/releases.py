@@ -18,7 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, ParamSpec, TypeVar
 
 from google.protobuf.message import Message
 
@@ -45,6 +45,9 @@ RETRY_S: Final = 2.0
 """Seconds after which a release that failed is tried again."""
 
 _log = logging.getLogger(__name__)
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class StoredUpdates:
@@ -219,7 +222,7 @@ class Releaser:
             state = self._state(rules)
             try:
                 now = self._clock()
-                result = await asyncio.to_thread(self._aggregator.result, state, now=now)
+                result = await _in_thread(self._aggregator.result, state, now=now)
                 updates = await self._publish(rules, result)
                 await self._save_reputations(state)
             except BaseException:
@@ -267,7 +270,7 @@ class Releaser:
         if len(waiting) < 64:
             state.count_all(waiting)
         else:
-            await asyncio.to_thread(state.count_all, waiting)
+            await _in_thread(state.count_all, waiting)
         work.new_sites.clear()
         work.quorate = state.quorum
         for reason, count in state.ignored.items():
@@ -387,7 +390,7 @@ class Releaser:
                     packets[record.cohort].append(packet_pb2.Packet.FromString(record.payload))
             for name, found in packets.items():
                 state = self._state(self._cohorts.rules(name))
-                await asyncio.to_thread(state.replay, found)
+                await _in_thread(state.replay, found)
                 work = self._work[name]
                 work.quorate = state.quorum
                 if work.dirty_since is None:
@@ -396,6 +399,16 @@ class Releaser:
             _log.warning(
                 "cohort %s has packets but is not declared; they are kept, not counted", name
             )
+
+
+async def _in_thread(work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """Work in a thread. A caller that is cancelled waits for it all the same: it holds the lock for it."""
+    working = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.wait([working])
+        raise
 
 
 def _bodies(result: AggregationResult) -> Iterator[tuple[update_pb2.UpdateKind.ValueType, Message]]:

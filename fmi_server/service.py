@@ -207,14 +207,16 @@ class FMIService:
                 kind = typed.WhichOneof("body") or kind
                 candidate = self._intake.inspect(typed, received_at_us=int(self._clock() * 1e6))
                 self._open_cohort(candidate)
-                (outcome,) = await self._append([candidate])
+                outcome = await self._append(candidate)
                 answer = settle(candidate, outcome)
                 if answer.error is not None:
                     raise answer.error  # noqa: TRY301 - counted below, like every other refusal
             except Exception:
                 self.telemetry.packet(kind, "refused")
                 raise
-            await self._count(candidate, answer)
+            self.telemetry.packet(kind, answer.status, size=len(candidate.record.payload))
+            if answer.status == "accepted":
+                await self.router.route(candidate.packet, destination=AGGREGATOR)
             return answer
 
     async def emit_batch(self, items: Sequence[bytes | packet_pb2.Packet]) -> list[Answer]:
@@ -236,22 +238,25 @@ class FMIService:
                 inspected = await asyncio.to_thread(
                     self._intake.inspect_many, items, received_at_us=now_us
                 )
-            inspected = [self._opened(item) for item in inspected]
-            candidates = [item for item in inspected if isinstance(item, Candidate)]
-            outcomes = iter(await self._append(candidates) if candidates else ())
-            answers = []
-            counts: Counter[tuple[str, str]] = Counter()
-            for item in inspected:
-                answer = settle(item, next(outcomes)) if isinstance(item, Candidate) else item
-                answers.append(answer)
-                counts[answer.kind, answer.status] += 1
-                if answer.error is not None:
-                    self.telemetry.refusal(reason_name(answer.error.reason))
-                elif isinstance(item, Candidate) and answer.status == "accepted":
-                    await self.router.route(item.packet, destination=AGGREGATOR)
-            for (kind, status), count in counts.items():
-                self.telemetry.packet(kind, status, count=count)
-            return answers
+            return await self.uninterrupted(self._keep_batch(inspected))
+
+    async def _keep_batch(self, inspected: Sequence[Candidate | Answer]) -> list[Answer]:
+        items = [self._opened(item) for item in inspected]
+        records = [item.record for item in items if isinstance(item, Candidate)]
+        outcomes = iter(await self.store.append(records) if records else ())
+        answers = []
+        counts: Counter[tuple[str, str]] = Counter()
+        for item in items:
+            answer = settle(item, next(outcomes)) if isinstance(item, Candidate) else item
+            answers.append(answer)
+            counts[answer.kind, answer.status] += 1
+            if answer.error is not None:
+                self.telemetry.refusal(reason_name(answer.error.reason))
+            elif isinstance(item, Candidate) and answer.status == "accepted":
+                await self.router.route(item.packet, destination=AGGREGATOR)
+        for (kind, status), count in counts.items():
+            self.telemetry.packet(kind, status, count=count)
+        return answers
 
     async def emit_envelope(self, envelope: wire_pb2.EncodedPackets) -> list[Answer]:
         """Take the packets of an envelope; see `emit_batch`.
@@ -292,30 +297,30 @@ class FMIService:
             if not self._inflight:
                 self._idle.set()
 
-    async def _append(self, candidates: Sequence[Candidate]) -> list[AppendOutcome]:
+    async def _append(self, candidate: Candidate) -> AppendOutcome:
+        # Not `uninterrupted`, as batches are: a task for each packet would cost as much as its checks.
         try:
-            return await self.store.append([candidate.record for candidate in candidates])
+            (outcome,) = await self.store.append([candidate.record])
+            return outcome
         except asyncio.CancelledError:
             # The caller gave up, but the store carries the write out all the same, and what it keeps
             # must count. A server that goes down counts it when it is back.
             if self._tasks is not None and not self.closing.is_set():
-                self._tasks.create_task(self._count_abandoned(candidates), name="abandoned")
+                self._tasks.create_task(self._count_abandoned(candidate), name="abandoned")
             raise
 
-    async def _count_abandoned(self, candidates: Sequence[Candidate]) -> None:
-        """Count what an append stored whose answer nobody waited for."""
+    async def _count_abandoned(self, candidate: Candidate) -> None:
+        """Count a packet that was stored for a caller who did not wait for the answer."""
         try:
             # Sent again it is answered behind the first write, which is known by the time it carries.
-            outcomes = await self.store.append([candidate.record for candidate in candidates])
-            for candidate, outcome in zip(candidates, outcomes, strict=True):
-                answer = settle(candidate, outcome)
-                ours = outcome.received_at_us == candidate.record.received_at_us
-                if answer.error is None and ours and not outcome.quarantined:
-                    await self.router.route(candidate.packet, destination=AGGREGATOR)
+            (outcome,) = await self.store.append([candidate.record])
+            ours = outcome.received_at_us == candidate.record.received_at_us
+            if settle(candidate, outcome).error is None and ours and not outcome.quarantined:
+                await self.router.route(candidate.packet, destination=AGGREGATOR)
         except FMIError as error:
-            _log.warning("packets whose caller gave up were not stored: %s", error)
+            _log.warning("a packet whose caller gave up was not stored: %s", error)
         except Exception:
-            _log.exception("packets whose caller gave up could not be counted")
+            _log.exception("a packet whose caller gave up could not be counted")
 
     async def uninterrupted(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Carry work to its end, also where its caller is cancelled meanwhile.
@@ -352,11 +357,6 @@ class FMIService:
         if name not in self.cohorts:
             self.cohorts.open(name)
             self.telemetry.cohorts(len(self.cohorts))
-
-    async def _count(self, candidate: Candidate, answer: Answer) -> None:
-        self.telemetry.packet(answer.kind, answer.status, size=len(candidate.record.payload))
-        if answer.status == "accepted":
-            await self.router.route(candidate.packet, destination=AGGREGATOR)
 
     # Updates out
 
@@ -479,14 +479,9 @@ class FMIService:
         if not usable:
             detail = "is no trained zstd dictionary; make one with `zstd --train`"
             raise SpecInvalidError([Violation("data", "fmi.dictionary.trained", detail)])
-        await self.uninterrupted(self._keep_dictionary(dictionary_id, data, dictionary))
-        return dictionary_id
-
-    async def _keep_dictionary(
-        self, dictionary_id: int, data: bytes, dictionary: zstandard.ZstdCompressionDict
-    ) -> None:
         await self.store.put_dictionary(dictionary_id, data, int(self._clock() * 1e6))
         self._decoder.dictionaries = {**self._decoder.dictionaries, dictionary_id: dictionary}
+        return dictionary_id
 
     async def dictionary(self, dictionary_id: int = 0) -> tuple[int, bytes]:
         """Read a dictionary; the newest where no id is given.

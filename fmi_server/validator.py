@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from fmi.rules import MAX_PROBLEMS, SECTIONS
 from fmi.v1 import packet_pb2
 from fmi_server.cohorts import CohortRegistry, CohortRules
-from fmi_server.contracts import MAX_VIOLATIONS, SECTIONS, FMIContractRegistry
+from fmi_server.contracts import FMIContractRegistry
 from fmi_server.errors import CohortUnknownError, Reason, Violation
 
 __all__ = ["FMIValidator", "Inspection"]
@@ -104,7 +105,7 @@ class FMIValidator:
         if rules.signals or not rules.free_signals:
             found.extend(_vocabulary_violations(packet, rules))
         if found:
-            return Inspection(tuple(found[:MAX_VIOLATIONS]), warnings)
+            return Inspection(tuple(found[:MAX_PROBLEMS]), warnings)
         quarantine = ""
         if (
             packet.HasField("ccs")

@@ -54,11 +54,9 @@ def open_envelope(
             names a dictionary that is not known.
     """
     size = envelope.uncompressed_size
-    if size > limit_bytes:
-        detail = f"it has {size} bytes, at most {limit_bytes} are taken"
-        raise EnvelopeDecodeError("too_large", detail, size)
+    _refuse_too_large(size, limit_bytes)
     if envelope.encoding == wire_pb2.ENCODING_ZSTD:
-        data = _decompressed(envelope, dictionary)
+        data = _decompressed(envelope, limit_bytes, dictionary)
     elif envelope.encoding == wire_pb2.ENCODING_IDENTITY:
         data = envelope.data
     else:
@@ -69,8 +67,15 @@ def open_envelope(
     return data
 
 
+def _refuse_too_large(size: int, limit_bytes: int) -> None:
+    if size > limit_bytes:
+        detail = f"it has {size} bytes, at most {limit_bytes} are taken"
+        raise EnvelopeDecodeError("too_large", detail, size)
+
+
 def _decompressed(
     envelope: wire_pb2.EncodedPackets,
+    limit_bytes: int,
     dictionary: Callable[[int], zstandard.ZstdCompressionDict | None],
 ) -> bytes:
     size = envelope.uncompressed_size
@@ -80,6 +85,7 @@ def _decompressed(
         raise EnvelopeDecodeError("malformed", "data is no zstd frame") from None
     if frame.content_size == zstandard.CONTENTSIZE_UNKNOWN:
         raise EnvelopeDecodeError("malformed", "the zstd frame does not declare its content size")
+    _refuse_too_large(frame.content_size, limit_bytes)
     if frame.content_size != size:
         detail = f"uncompressed_size says {size} bytes, the zstd frame {frame.content_size}"
         raise EnvelopeDecodeError("malformed", detail)

@@ -32,7 +32,13 @@ def cohort_spec_from_plain(data: Mapping[str, Any]) -> cohort_pb2.CohortSpec:
         return json_format.ParseDict(
             _expanded(data), cohort_pb2.CohortSpec(), max_recursion_depth=16
         )
-    except (json_format.ParseError, TypeError, ValueError, RecursionError) as error:
+    except (
+        json_format.ParseError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         text = str(error).splitlines()[0][:300] if str(error) else "cannot be read"
         raise PlainDataError([Problem("spec", "fmi.plain.spec", text)]) from error
 

@@ -103,7 +103,7 @@ def test_bomb_is_refused_before_it_is_opened():
     bomb = zstandard.compress(bytes(64 * 1024 * 1024))
     with pytest.raises(EnvelopeError, match="at most"):
         FMIEncoder().decode(envelope(bomb, 64 * 1024 * 1024))
-    with pytest.raises(EnvelopeError, match="uncompressed_size says"):
+    with pytest.raises(EnvelopeError, match="at most"):
         FMIEncoder().decode(envelope(bomb, 1000))
 
 

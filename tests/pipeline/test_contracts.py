@@ -14,10 +14,10 @@ from parts import ccs, msp, packet, pop
 
 import fmi
 from fmi.descriptors import CONTRACT_FILES, SERVICE_NAMES
+from fmi.rules import MAX_PROBLEMS, SECTIONS
 from fmi.v1 import cohort_pb2, packet_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
-from fmi_server import contracts
-from fmi_server.contracts import MAX_VIOLATIONS, FMIContractRegistry
+from fmi_server.contracts import FMIContractRegistry
 from fmi_server.errors import PacketRefusedError, Reason, RequestInvalidError, ThingNotFoundError
 
 
@@ -105,7 +105,7 @@ def test_coerce_tells_everything_that_cannot_be_translated(registry):
 # Rules
 
 
-@pytest.mark.parametrize("section", contracts.SECTIONS)
+@pytest.mark.parametrize("section", SECTIONS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e200, -1e151, 1.0000001e150])
 def test_numbers_that_no_estimator_takes_are_refused(registry, section, value):
     bad = packet()
@@ -272,11 +272,11 @@ def test_the_answer_to_a_hostile_packet_is_bounded(registry):
         bad.msp.metrics[f"s{number}"] = math.nan
         bad.msp.controller[f"s{number}"] = math.nan
         bad.msp.evidence.signals[f"ghost{number}"].SetInParent()
-    assert len(registry.violations(bad)) == MAX_VIOLATIONS
-    assert len(registry.message_violations(bad)) == MAX_VIOLATIONS
+    assert len(registry.violations(bad)) == MAX_PROBLEMS
+    assert len(registry.message_violations(bad)) == MAX_PROBLEMS
     with pytest.raises(RequestInvalidError) as caught:
         registry.check_request(bad)
-    assert len(caught.value.violations) == MAX_VIOLATIONS
+    assert len(caught.value.violations) == MAX_PROBLEMS
     assert len(str(caught.value)) < 2000
 
 

@@ -360,6 +360,17 @@ async def test_a_resumed_latest_still_tells_of_gaps_in_what_had_nothing_new(hist
     assert await again.until_progress() == ["care.1 lagged 6-7", "care.1@8"]
 
 
+async def test_what_was_left_out_while_away_is_told_under_the_token_that_was_given(history):
+    history.publish(A, 2)
+    first = history.open()
+    await first.until_end()
+    history.publish(A, 3)
+    event = await history.open(resume_token=first.token).next()
+    assert (show(event), event.resume_token) == ("care.1 lagged 3-4", first.token)
+    unknown = await history.open(start_revisions=[start(revision=2)]).next()
+    assert (show(unknown), unknown.resume_token) == ("care.1 lagged 2-4", "")
+
+
 @pytest.mark.parametrize("mode", [LATEST, EVERY])
 async def test_a_resume_over_what_is_no_longer_kept_is_compacted_and_never_silent(history, mode):
     history.publish(A, 3)

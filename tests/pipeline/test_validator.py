@@ -8,10 +8,10 @@ import pytest
 from google.protobuf import json_format
 from parts import NOW, Clock, ccs, msp, packet, pop
 
+from fmi.rules import MAX_PROBLEMS
 from fmi.v1 import cohort_pb2
 from fmi_server import FMIContractRegistry, FMIValidator
 from fmi_server.cohorts import CohortRegistry
-from fmi_server.contracts import MAX_VIOLATIONS
 from fmi_server.errors import Reason
 from fmi_server.validator import Inspection
 
@@ -271,4 +271,4 @@ def test_the_answer_to_a_hostile_packet_is_bounded():
     for number in range(1000):
         bad.msp.metrics[f"m{number}"] = 1.0
         bad.msp.controller[f"c{number}"] = 1.0
-    assert len(validator(signals=SIGNALS).validate(bad)) == MAX_VIOLATIONS
+    assert len(validator(signals=SIGNALS).validate(bad)) == MAX_PROBLEMS

@@ -361,6 +361,25 @@ async def test_a_packet_counts_though_its_caller_gave_up_waiting(tmp_path, way):
         await eventually(counted)
 
 
+async def test_a_large_batch_counts_though_its_caller_gave_up_waiting(server, client):
+    """Past 4096 uncounted packets who emits waits for the cohort, and may be gone before it is free."""
+    await client.put_spec(spec("care"))
+    work = server.service.releaser._work["care"]
+    packets = [msp(f"site-{i}", "care") for i in range(5000)]
+    async with work.lock:
+        request = wire_pb2.EmitRequest(encoded=identity(*packets))
+        call = client.interchange.Emit(request)
+        await eventually(lambda: len(work.uncounted) == 4096)
+        call.cancel()
+        await eventually(lambda: server.service._inflight == 0)
+
+    async def counted() -> bool:
+        await client.release("care")
+        return (await client.update("care")).prior_update.estimates["tau"].sites == 5000
+
+    await eventually(counted)
+
+
 async def test_packets_of_different_ages_count_with_the_newest(client):
     """ONE SITE, ONE VOTE: a packet that arrives late does not undo a newer one."""
     await client.put_spec(spec("care", aggregation={"vote_min_sites": 1}))
