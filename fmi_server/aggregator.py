@@ -85,7 +85,6 @@ class FMIAggregator:
 
         Raises:
             PacketRefusedError: A packet breaks the contract.
-            CohortUnknownError: The name is no cohort's name.
         """
         rules = CohortRegistry(self._registry, defaults=self.config).rules(cohort)
         state = CohortState(rules)

@@ -114,9 +114,8 @@ async def running(
         limits=EnvelopeLimits(settings.max_batch_bytes, settings.max_batch_packets),
         max_inflight=settings.max_inflight,
     )
-    specs = read_cohort_folder(settings.cohorts) if settings.cohorts else []
-    for spec in specs:
-        cohorts.compile(spec)  # a wrong file stops the start before anything is opened
+    # A wrong file stops the start before anything is opened.
+    specs = read_cohort_folder(settings.cohorts, cohorts) if settings.cohorts else []
     server = grpc.aio.server(options=server_arguments(settings))
     health_servicer = health.aio.HealthServicer()
     _add_services(server, service, health_servicer, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -9,7 +10,8 @@ import yaml
 from fmi.plain import PlainDataError
 from fmi.specs import cohort_spec_from_plain
 from fmi.v1 import cohort_pb2
-from fmi_server.errors import Reason, SpecInvalidError, Violation
+from fmi_server.cohorts import CohortRegistry
+from fmi_server.errors import Reason, SettingUnsupportedError, SpecInvalidError, Violation
 
 __all__ = ["read_cohort_file", "read_cohort_folder"]
 
@@ -35,12 +37,17 @@ def read_cohort_file(path: Path) -> cohort_pb2.CohortSpec:
         raise _file_error(path, error.problems[0].description) from error
 
 
-def read_cohort_folder(folder: Path) -> list[cohort_pb2.CohortSpec]:
-    """Read every `*.yaml`, `*.yml` and `*.json` file below a folder as a cohort spec.
+def read_cohort_folder(folder: Path, cohorts: CohortRegistry) -> list[cohort_pb2.CohortSpec]:
+    """Read every `*.yaml`, `*.yml` and `*.json` file below a folder as a cohort spec, and check it.
+
+    Args:
+        folder: The folder.
+        cohorts: Checks the specs; none is declared.
 
     Raises:
-        SpecInvalidError: The folder is not there, a file is not a cohort spec, or a cohort is declared
-            twice.
+        SpecInvalidError: The folder is not there, a file is not a cohort spec or breaks rules, or a cohort
+            is declared twice. The file is named.
+        SettingUnsupportedError: A file asks for what this version does not have.
     """
     if not folder.is_dir():
         raise _file_error(folder, "is not a folder")
@@ -51,6 +58,14 @@ def read_cohort_folder(folder: Path) -> list[cohort_pb2.CohortSpec]:
         spec = read_cohort_file(path)
         if spec.name in specs:
             raise _file_error(path, f"declares cohort {spec.name!r} a second time")
+        try:
+            cohorts.compile(spec)
+        except SpecInvalidError as error:
+            raise SpecInvalidError(
+                [replace(found, field=f"{path}: {found.field}") for found in error.violations]
+            ) from error
+        except SettingUnsupportedError as error:
+            raise SettingUnsupportedError(f"{path}: {error.setting}", error.detail) from error
         specs[spec.name] = spec
     return list(specs.values())
 

@@ -418,40 +418,56 @@ def _refuse_unsupported(spec: cohort_pb2.CohortSpec) -> None:
 
 def _unsafe_changes(present: CohortRules, new: CohortRules) -> Iterator[Violation]:
     for name, old in present.signals.items():
-        field = f'signals["{name}"]'
         changed = new.signals.get(name)
-        if changed is None:
-            if not new.free_signals:
-                yield _unsafe(
-                    field, "signal_removed", "would be removed, so sites that send it break"
-                )
-            continue
-        if changed.section != old.section:
+        if changed is not None:
+            yield from _unsafe_signal_changes(old, changed)
+        elif not new.free_signals:
+            field = f'signals["{name}"]'
+            yield _unsafe(field, "signal_removed", "would be removed, so sites that send it break")
+        elif old.transform != "linear":
+            # Undeclared, it would be taken, and averaged on another scale.
+            yield _transform_change(old, "linear")
+    if present.free_signals:
+        for name, added in new.signals.items():
+            if name not in present.signals:
+                yield from _unsafe_bounds(SignalRule(name, added.section), added)
+        if not new.free_signals:
             yield _unsafe(
-                f"{field}.section",
-                "section_changed",
-                f"would change from {old.section} to {changed.section}",
+                "free_signals",
+                "vocabulary_closed",
+                "would be closed, so undeclared signals are refused",
             )
-        if changed.transform != old.transform:
+
+
+def _unsafe_signal_changes(old: SignalRule, new: SignalRule) -> Iterator[Violation]:
+    if new.section != old.section:
+        yield _unsafe(
+            f'signals["{old.name}"].section',
+            "section_changed",
+            f"would change from {old.section} to {new.section}",
+        )
+    if new.transform != old.transform:
+        yield _transform_change(old, new.transform)
+    yield from _unsafe_bounds(old, new)
+
+
+def _transform_change(old: SignalRule, transform: str) -> Violation:
+    return _unsafe(
+        f'signals["{old.name}"].transform',
+        "transform_changed",
+        f"would change from {old.transform} to {transform}",
+    )
+
+
+def _unsafe_bounds(old: SignalRule, new: SignalRule) -> Iterator[Violation]:
+    (old_lower, old_upper), (lower, upper) = _bounds(old), _bounds(new)
+    for name, narrowed in (("lower", lower > old_lower), ("upper", upper < old_upper)):
+        if narrowed:
             yield _unsafe(
-                f"{field}.transform",
-                "transform_changed",
-                f"would change from {old.transform} to {changed.transform}",
-            )
-        old_lower, old_upper = _bounds(old)
-        lower, upper = _bounds(changed)
-        if lower > old_lower or upper < old_upper:
-            yield _unsafe(
-                f"{field}.lower" if lower > old_lower else f"{field}.upper",
+                f'signals["{old.name}"].{name}',
                 "bounds_narrowed",
                 f"would be narrowed from [{old_lower:g}, {old_upper:g}] to [{lower:g}, {upper:g}]",
             )
-    if present.free_signals and not new.free_signals:
-        yield _unsafe(
-            "free_signals",
-            "vocabulary_closed",
-            "would be closed, so undeclared signals are refused",
-        )
 
 
 def _bounds(signal: SignalRule) -> tuple[float, float]:

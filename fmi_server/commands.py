@@ -91,9 +91,7 @@ def check_config(config: Path | None, **flags: Any) -> None:
     settings = _settings(config, flags)
     registry = CohortRegistry(FMIContractRegistry())
     try:
-        specs = read_cohort_folder(settings.cohorts) if settings.cohorts else []
-        for spec in specs:
-            registry.compile(spec)
+        specs = read_cohort_folder(settings.cohorts, registry) if settings.cohorts else []
     except FMIError as error:
         _fail(error)
     for name, value in settings.model_dump(mode="json").items():

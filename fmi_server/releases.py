@@ -29,7 +29,7 @@ from fmi_server.cohorts import CohortRegistry, CohortRules
 from fmi_server.errors import CompactedError, FMIError
 from fmi_server.feeds import Key, PublishedUpdate, UpdateLog, kind_name
 from fmi_server.router import FMIRouter
-from fmi_server.storage import Store
+from fmi_server.storage import Store, StoreError
 from fmi_server.storage.records import UpdateRecord
 from fmi_server.telemetry import FMITelemetry
 
@@ -366,8 +366,14 @@ class Releaser:
         moved = {
             name: value for name, value in state.reputations().items() if saved.get(name) != value
         }
-        if moved:
+        if not moved:
+            return
+        try:
             await self._store.put_reputations(state.rules.name, moved)
+        except StoreError as error:
+            # What was published is out. The next release saves them too.
+            _log.warning("reputations of %s were not saved: %s", state.rules.name, error)
+        else:
             saved.update(moved)
 
     async def _replay(self, cohort: str | None) -> None:

@@ -58,6 +58,10 @@ __all__ = ["FMIService"]
 THREAD_FROM_PACKETS: Final = 32
 """Batches of this size and larger are checked in a thread, so that single Emits do not wait for them."""
 
+CLOSE_S: Final = (
+    5.0  # for work under way when the service closes: a write that hangs must not hold it
+)
+
 _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
@@ -160,11 +164,11 @@ class FMIService:
                 task.cancel()
             if self._tasks is None:
                 return
-            if isinstance(exc, Exception):
-                # It is the caller's, and no task failed: it must not come out as a group.
-                await self._tasks.__aexit__(None, None, None)
-            else:
-                await self._tasks.__aexit__(exc_type, exc, traceback)
+            # An error of the caller's own is not one of the tasks': it must not come out as a group.
+            left = (None,) * 3 if isinstance(exc, Exception) else (exc_type, exc, traceback)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_S):
+                    await self._tasks.__aexit__(*left)
         finally:
             await self.store.close()
 
@@ -303,8 +307,7 @@ class FMIService:
             (outcome,) = await self.store.append([candidate.record])
             return outcome
         except asyncio.CancelledError:
-            # The caller gave up, but the store carries the write out all the same, and what it keeps
-            # must count. A server that goes down counts it when it is back.
+            # The caller gave up, the store does not: what it keeps counts, at the latest after a restart.
             if self._tasks is not None and not self.closing.is_set():
                 self._tasks.create_task(self._count_abandoned(candidate), name="abandoned")
             raise
@@ -317,16 +320,16 @@ class FMIService:
             ours = outcome.received_at_us == candidate.record.received_at_us
             if settle(candidate, outcome).error is None and ours and not outcome.quarantined:
                 await self.router.route(candidate.packet, destination=AGGREGATOR)
-        except FMIError as error:
-            _log.warning("a packet whose caller gave up was not stored: %s", error)
-        except Exception:
-            _log.exception("a packet whose caller gave up could not be counted")
+        except Exception as error:
+            unknown = not isinstance(error, FMIError)
+            _log.warning(
+                "a packet of a caller who gave up does not count: %s", error, exc_info=unknown
+            )
 
     async def uninterrupted(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Carry work to its end, also where its caller is cancelled meanwhile.
 
-        A client's deadline must not stop a change half way: between a write to the store and what
-        follows from it in memory, or while a thread works on the state of a cohort under its lock.
+        A client's deadline must not stop a change between the store and what follows in memory.
         """
         if self._tasks is None:
             return await work
@@ -348,8 +351,7 @@ class FMIService:
             try:
                 self._open_cohort(item)
             except CohortUnknownError as error:
-                record = item.record
-                return Answer(record.packet_id, record.kind, "refused", error=error)
+                return Answer(item.record.packet_id, item.record.kind, "refused", error=error)
         return item
 
     def _open_cohort(self, candidate: Candidate) -> None:
@@ -471,11 +473,10 @@ class FMIService:
         """
         dictionary = zstandard.ZstdCompressionDict(data)
         dictionary_id: int = dictionary.dict_id()
-        try:
+        usable = False
+        with contextlib.suppress(zstandard.ZstdError):
             dictionary.precompute_compress(level=3)  # reads its tables
             usable = dictionary_id != 0
-        except zstandard.ZstdError:
-            usable = False
         if not usable:
             detail = "is no trained zstd dictionary; make one with `zstd --train`"
             raise SpecInvalidError([Violation("data", "fmi.dictionary.trained", detail)])

@@ -22,7 +22,8 @@ from fmi_server.aggregation.trust import START_REPUTATION
 
 __all__ = ["CohortMatrix", "IgnoredValue", "PriorRelease", "PutReport"]
 
-_WEIGHT_TOLERANCE = 0.01
+_WEIGHT_DIGITS = 2
+_LEAST_TRUST = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,9 +226,9 @@ class CohortMatrix:
 
         The weight of a value is `min(declared confidence, cohort median confidence) *
         reputation`. The cohort median is taken over the sites' mean confidences, one site one
-        vote, so that fewer than half of them cannot raise it beyond an honest one. A median or a
-        reputation that moved by at most 0.01 since it was last used recomputes nothing; a larger
-        move recomputes the signals of the sites it concerns.
+        vote, so that fewer than half of them cannot raise it beyond an honest one. Median and
+        reputations are rounded to steps of 0.01: a smaller move recomputes nothing, and the
+        result depends on what is held alone, never on the way there.
 
         Args:
             settings: estimator rules.
@@ -237,7 +238,7 @@ class CohortMatrix:
         """
         count, cells = len(self._rules), self._cells
         cap, trust = self._site_weights(reputation)
-        cap, trust = self._mark_reweighted(settings, cap, trust)
+        self._mark_reweighted(settings, cap, trust)
         rows = np.flatnonzero(cells.dirty)
         if rows.size == count or self._cached is None:
             rows = np.arange(count)
@@ -339,34 +340,29 @@ class CohortMatrix:
     ) -> tuple[float, NDArray[np.float64]]:
         cells = self._cells
         declared = cells.site_confidence[cells.occupied]
-        cap = float(np.median(declared)) if declared.size else 1.0
+        cap = round(float(np.median(declared)), _WEIGHT_DIGITS) if declared.size else 1.0
         trust = np.ones(len(cells.occupied))
         if reputation is not None and cells.column_of:
             columns = np.fromiter(cells.column_of.values(), dtype=np.int64)
-            trust[columns] = [reputation.get(s, START_REPUTATION) for s in cells.column_of]
+            held = [reputation.get(s, START_REPUTATION) for s in cells.column_of]
+            trust[columns] = np.maximum(np.round(held, _WEIGHT_DIGITS), _LEAST_TRUST)
         return cap, trust
 
     def _mark_reweighted(
         self, settings: EstimatorSettings, cap: float, trust: NDArray[np.float64]
-    ) -> tuple[float, NDArray[np.float64]]:
-        """Mark the rows that new weights concern; return the weights to use."""
+    ) -> None:
+        """Mark the rows that new weights concern."""
         cells = self._cells
         if self._cached_weights is None or settings != self._cached_settings:
             cells.dirty[:] = True
-            return cap, trust
+            return
         old_cap, old_trust = self._cached_weights
-        if abs(cap - old_cap) <= _WEIGHT_TOLERANCE:
-            cap = old_cap
-        else:
+        if cap != old_cap:
             cells.dirty[:] = True
         # Columns are never taken away, so the old ones lead.
-        common = len(old_trust)
-        near = np.abs(trust[:common] - old_trust) <= _WEIGHT_TOLERANCE
-        trust[:common] = np.where(near, old_trust, trust[:common])
-        moved = np.flatnonzero(~near)
+        moved = np.flatnonzero(trust[: len(old_trust)] != old_trust)
         if moved.size:
             cells.dirty[:] |= (cells.values[:, moved] < np.inf).any(axis=1)
-        return cap, trust
 
     def _add_signal(self, rule: SignalRule) -> int:
         row = len(self._rules)

@@ -300,9 +300,35 @@ def test_every_unsafe_change_is_told_at_once(cohorts):
     assert fields_of(caught).keys() == {
         'signals["tau"].section',
         'signals["tau"].lower',
+        'signals["tau"].upper',
         'signals["rate"]',
         'signals["loss"]',
     }
+
+
+def test_a_log_signal_cannot_become_an_undeclared_one_unnoticed(cohorts):
+    cohorts.declare(spec(**BASE))
+    with pytest.raises(SpecChangeUnsafeError) as caught:
+        cohorts.declare(spec(signals=[], freeSignals=True))
+    assert fields_of(caught).keys() == {'signals["rate"].transform'}
+
+
+def test_bounds_on_a_signal_that_was_free_are_narrowed_bounds(cohorts):
+    cohorts.declare(spec(freeSignals=True))
+    with pytest.raises(SpecChangeUnsafeError) as caught:
+        cohorts.declare(spec(signals=[signal("new", lower=0)], freeSignals=True))
+    assert fields_of(caught).keys() == {'signals["new"].lower'}
+
+
+def test_a_wrong_spec_in_a_folder_names_its_file(tmp_path, cohorts):
+    written(
+        tmp_path, "{name: a, signals: [{name: x, section: metrics, lower: 2, upper: 1}]}", "a.yaml"
+    )
+    with pytest.raises(SpecInvalidError, match=r"a\.yaml: signals\[0\]"):
+        read_cohort_folder(tmp_path, cohorts)
+    written(tmp_path, "{name: a, privacy: {dp_epsilon: 1}}", "a.yaml")
+    with pytest.raises(SettingUnsupportedError, match=r"a\.yaml: privacy\.dp_epsilon"):
+        read_cohort_folder(tmp_path, cohorts)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +339,10 @@ def test_every_unsafe_change_is_told_at_once(cohorts):
         changed(unit="s"),
         {**BASE, "signals": [*BASE["signals"], signal("new")]},
         {**BASE, "freeSignals": True},
-        {"signals": [], "freeSignals": True},
+        {
+            "signals": [BASE["signals"][1]],
+            "freeSignals": True,
+        },  # the one that is averaged by its log
         {**BASE, "release": {"minInterval": "5s"}},
         {**BASE, "aggregation": {"voteMinSites": 9}},
     ],
@@ -480,16 +509,16 @@ def test_a_file_that_is_not_there_or_no_text_is_told(tmp_path):
         read_cohort_file(latin)
 
 
-def test_a_folder_is_read_whole(tmp_path):
+def test_a_folder_is_read_whole(tmp_path, cohorts):
     written(tmp_path, "name: b", "b.yml")
     written(tmp_path, "not a cohort file", "README.md")
     (tmp_path / "eu").mkdir()
     written(tmp_path / "eu", '{"name": "eu/a"}', "a.json")
     (tmp_path / "folder.yaml").mkdir()
-    assert [found.name for found in read_cohort_folder(tmp_path)] == ["b", "eu/a"]
+    assert [found.name for found in read_cohort_folder(tmp_path, cohorts)] == ["b", "eu/a"]
     twice = written(tmp_path, "name: b", "z.yaml")
     with pytest.raises(SpecInvalidError, match="'b' a second time") as caught:
-        read_cohort_folder(tmp_path)
+        read_cohort_folder(tmp_path, cohorts)
     assert caught.value.violations[0].field == str(twice)
     with pytest.raises(SpecInvalidError, match="is not a folder"):
-        read_cohort_folder(tmp_path / "nowhere")
+        read_cohort_folder(tmp_path / "nowhere", cohorts)

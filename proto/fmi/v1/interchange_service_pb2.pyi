@@ -425,7 +425,9 @@ class SubscribeResponse(_message.Message):
     PROGRESS_FIELD_NUMBER: _builtins.int
     LAGGED_FIELD_NUMBER: _builtins.int
     resume_token: _builtins.str
-    """Output only. Give it back in `SubscribeRequest.resume_token` to go on behind this event."""
+    """Output only. Give it back in `SubscribeRequest.resume_token` to go on behind this event. Empty where
+    there is no such place yet; the token before it holds then.
+    """
     @_builtins.property
     def update(self) -> _update_pb2.Update:
         """An update."""
@@ -519,7 +521,9 @@ Global___Progress: _TypeAlias = Progress  # noqa: Y015
 
 @_typing.final
 class Lagged(_message.Message):
-    """Updates that were left out of a subscription in LATEST mode."""
+    """Updates that were left out of a subscription in LATEST mode. It comes before the update that overtook
+    them, and may come again after the stream was cut.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -207,8 +207,8 @@ class Lineage(_message.Message):
     """Output only. Differential privacy spent by the cohort up to this release; 0 where privacy is off."""
     @_builtins.property
     def window(self) -> _duration_pb2.Duration:
-        """Output only. Time between the oldest and the newest value counted, by the sites' clocks. Unset
-        where nothing was counted.
+        """Output only. Time from the oldest value counted, or an older one that was overwritten, to the newest
+        one, by the sites' clocks. Unset where nothing was counted.
         """
 
     @_builtins.property
