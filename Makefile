@@ -37,10 +37,7 @@ format: $(VENV)/ready .venv-proto/ready ## Format the code and the contract
 proto: .venv-proto/ready ## Generate the code of the contract
 	$(PROTO_BIN)/python tools/generate_proto.py
 
-proto-test-lowest: .venv-lowest/ready ## Run all tests with the lowest versions that we declare
-	.venv-lowest/bin/python -m pytest
-
-check: $(VENV)/ready .venv-proto/ready ## Check the contract and its generated code
+proto-check: $(VENV)/ready .venv-proto/ready ## Check the contract and its generated code
 	$(BIN)/buf format --diff --exit-code proto --path proto/fmi
 	$(PROTO_BIN)/python tools/generate_proto.py --image $(IMAGE)
 	$(BIN)/buf lint $(IMAGE) --config buf.yaml --path fmi
