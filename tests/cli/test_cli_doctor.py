@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import socket
 import ssl
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import trustme
 from cli_server import Script, contract_answer, serve
 from grpc_health.v1 import health_pb2
 
@@ -77,43 +78,27 @@ class Pair:
 
 
 class Authority:
-    """Signs certificates with the openssl command."""
+    """Signs certificates."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder = folder
+        self._ca = trustme.CA(organization_name=name)
         self.root = Pair(folder / f"{name}.pem", folder / f"{name}.key")
-        self._openssl(
-            *[
-                "req",
-                "-x509",
-                "-nodes",
-                "-newkey",
-                "ec",
-                "-pkeyopt",
-                "ec_paramgen_curve:prime256v1",
-                "-days",
-                "400",
-            ],
-            *f"-subj /CN={name} -keyout {self.root.key} -out {self.root.certificate}".split(),
-        )
+        self._ca.cert_pem.write_to_path(self.root.certificate)
+        self._ca.private_key_pem.write_to_path(self.root.key)
 
-    def sign(self, name: str, alternative: str, days: int = 200) -> Pair:
+    def sign(self, name: str, *identities: str, days: int = 200) -> Pair:
+        now = dt.datetime.now(dt.UTC)
+        issued = self._ca.issue_cert(
+            *identities,
+            common_name=name,
+            not_before=now - dt.timedelta(days=400),
+            not_after=now + dt.timedelta(days=days),
+        )
         pair = Pair(self._folder / f"{name}.pem", self._folder / f"{name}.key")
-        request, extension = self._folder / f"{name}.csr", self._folder / f"{name}.ext"
-        extension.write_text(f"subjectAltName={alternative}\n")
-        self._openssl(
-            *["req", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"],
-            *f"-subj /CN={name} -keyout {pair.key} -out {request}".split(),
-        )
-        self._openssl(
-            *f"x509 -req -in {request} -CA {self.root.certificate} -CAkey {self.root.key}".split(),
-            *f"-CAcreateserial -days {days} -extfile {extension} -out {pair.certificate}".split(),
-        )
+        issued.cert_chain_pems[0].write_to_path(pair.certificate)
+        issued.private_key_pem.write_to_path(pair.key)
         return pair
-
-    @staticmethod
-    def _openssl(*args: str) -> None:
-        subprocess.run(["openssl", *args], check=True, capture_output=True)
 
 
 @pytest.fixture(scope="session")
@@ -340,7 +325,7 @@ def test_another_contract(doctor, script, changes, told):
 
 
 def test_tls_is_well(doctor, tls_server, authority):
-    pair = authority.sign("good", "DNS:localhost,IP:127.0.0.1")
+    pair = authority.sign("good", "localhost", "127.0.0.1")
     server = tls_server(pair)
     code, steps = doctor(server.target, "--ca", str(authority.root.certificate))
     assert code == ExitCode.OK, steps
@@ -349,7 +334,7 @@ def test_tls_is_well(doctor, tls_server, authority):
 
 
 def test_tls_where_plain_text_was_tried(doctor, tls_server, authority):
-    server = tls_server(authority.sign("good", "IP:127.0.0.1"))
+    server = tls_server(authority.sign("good", "127.0.0.1"))
     code, steps = doctor(server.target)
     assert code == ExitCode.UNREACHABLE
     assert steps["protocol"][1] == "the server speaks TLS, and plain text was tried"
@@ -363,7 +348,7 @@ def test_plain_text_where_tls_was_tried(doctor, script, authority):
 
 
 def test_an_expired_certificate(doctor, tls_server, authority):
-    pair = authority.sign("old", "IP:127.0.0.1", days=-1)
+    pair = authority.sign("old", "127.0.0.1", days=-1)
     dates = ssl._ssl._test_decode_cert(str(pair.certificate))
     day = ssl.cert_time_to_seconds(dates["notAfter"])
     code, steps = doctor(tls_server(pair).target, "--ca", str(authority.root.certificate))
@@ -375,7 +360,7 @@ def test_an_expired_certificate(doctor, tls_server, authority):
 
 
 def test_a_certificate_that_expires_soon(doctor, tls_server, authority):
-    server = tls_server(authority.sign("soon", "IP:127.0.0.1", days=7))
+    server = tls_server(authority.sign("soon", "127.0.0.1", days=7))
     code, steps = doctor(server.target, "--ca", str(authority.root.certificate))
     assert code == ExitCode.REFUSED
     assert steps["tls"][0] == "warning"
@@ -384,7 +369,7 @@ def test_a_certificate_that_expires_soon(doctor, tls_server, authority):
 
 
 def test_a_certificate_for_another_host(doctor, tls_server, authority):
-    server = tls_server(authority.sign("other", "DNS:fmi.example,DNS:b.example"))
+    server = tls_server(authority.sign("other", "fmi.example", "b.example"))
     ca = ["--ca", str(authority.root.certificate)]
     code, steps = doctor(server.target, *ca)
     assert code == ExitCode.UNREACHABLE
@@ -394,7 +379,7 @@ def test_a_certificate_for_another_host(doctor, tls_server, authority):
 
 
 def test_a_certificate_of_an_unknown_authority(doctor, tls_server, authority, tmp_path):
-    server = tls_server(authority.sign("good", "IP:127.0.0.1"))
+    server = tls_server(authority.sign("good", "127.0.0.1"))
     other = Authority(tmp_path, "other-authority")
     for options in (["--ca", str(other.root.certificate)], ["--tls"]):
         code, steps = doctor(server.target, *options)
@@ -410,16 +395,16 @@ def test_a_self_signed_certificate(doctor, tls_server, tmp_path):
 
 
 def test_mutual_tls(doctor, tls_server, authority, tmp_path):
-    server = tls_server(authority.sign("good", "IP:127.0.0.1"), clients=authority.root.certificate)
+    server = tls_server(authority.sign("good", "127.0.0.1"), clients=authority.root.certificate)
     ca = ["--ca", str(authority.root.certificate)]
     code, steps = doctor(server.target, *ca)
     assert code == ExitCode.UNREACHABLE
     assert any("mutual TLS" in told for _, told, _ in steps.values()), steps
-    site = authority.sign("site_001", "DNS:site_001")
+    site = authority.sign("site_001", "site-001.example")
     own = ["--cert", str(site.certificate), "--key", str(site.key)]
     code, steps = doctor(server.target, *ca, *own)
     assert code == ExitCode.OK, steps
-    stranger = Authority(tmp_path, "stranger").sign("site_002", "DNS:site_002")
+    stranger = Authority(tmp_path, "stranger").sign("site_002", "site-002.example")
     own = ["--cert", str(stranger.certificate), "--key", str(stranger.key)]
     code, steps = doctor(server.target, *ca, *own)
     assert code == ExitCode.UNREACHABLE
@@ -434,7 +419,7 @@ def test_files_that_are_no_certificates(doctor, script, authority, tmp_path):
     assert "cannot be used" in steps["tls"][1]
     code, steps = doctor(script.target, "--cert", str(authority.root.certificate))
     assert code == ExitCode.USAGE
-    other = authority.sign("unlike", "DNS:x")
+    other = authority.sign("unlike", "x")
     code, steps = doctor(
         *(script.target, "--cert", str(authority.root.certificate), "--key", str(other.key))
     )

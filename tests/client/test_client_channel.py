@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import grpc
 import pytest
+import trustme
 from scripted_server import FAST, ScriptedServer
 
 from fmi.v1 import interchange_service_pb2_grpc
@@ -75,18 +74,12 @@ def pki(tmp_path_factory):
     """A throwaway authority, a server's certificate for localhost and a client's."""
     folder = tmp_path_factory.mktemp("pki")
 
-    def openssl(*arguments):
-        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    openssl("req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(folder / "ca.pem")
     for name in ("server", "site"):
-        openssl("req", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", "/CN=x")
-        (folder / f"{name}.ext").write_text("subjectAltName=DNS:localhost")
-        openssl(
-            *("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key"),
-            *("-CAcreateserial", "-out", f"{name}.pem", "-extfile", f"{name}.ext"),
-        )
+        issued = authority.issue_cert("localhost")
+        issued.cert_chain_pems[0].write_to_path(folder / f"{name}.pem")
+        issued.private_key_pem.write_to_path(folder / f"{name}.key")
     return folder
 
 
