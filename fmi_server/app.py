@@ -38,6 +38,10 @@ __all__ = ["RunningServer", "running", "serve", "server_arguments"]
 
 STORE_FILE: Final = "fmi.sqlite3"
 
+LAST_CALLS_S: Final = 1.0
+"""Seconds for what is still open when every Emit is answered: reads, watchers of health, and calls that came
+in as the server stopped, which grpc.aio neither hands out nor refuses before this time is over."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -140,7 +144,7 @@ async def running(
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(deadline):
                     await service.drain()
-            await server.stop(max(0.0, deadline - clock()))
+            await server.stop(min(LAST_CALLS_S, max(0.0, deadline - clock())))
             metrics()
 
 
