@@ -265,7 +265,8 @@ class Subscription:
             self._updates += 1
         elif kind == "lagged":
             self._conflated += 1
-            self._lagged_revisions += event.lagged.to_revision - event.lagged.from_revision + 1
+            first = max(1, event.lagged.from_revision)  # 0: the server cannot tell any more
+            self._lagged_revisions += event.lagged.to_revision - first + 1
         return kind is not None  # events that a newer server has
 
     def _recover(self, error: FMIError) -> None:

@@ -17,7 +17,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi.v1 import update_pb2
@@ -36,6 +36,10 @@ __all__ = [
 
 Key = tuple[str, int]
 """A cohort and a kind of update."""
+
+
+UNKNOWN: Final = -1
+"""Stands for the revision that a subscriber had of a key where the history no longer tells."""
 
 
 def kind_name(kind: int) -> str:
@@ -322,8 +326,8 @@ class Feed:
                 self._holes |= update.sequence != position + 1
                 position = update.sequence
                 if self.wants(update.key) and update.key not in self._given:
-                    await self._refuse_gap(update)
-                    self._given[update.key] = update.revision - 1
+                    unknown = await self._given_is_unknown(update)
+                    self._given[update.key] = UNKNOWN if unknown else update.revision - 1
 
     async def _latest_live(self) -> AsyncIterator[bytes]:
         while self._pending:
@@ -359,7 +363,7 @@ class Feed:
         return lagged + events
 
     def _lagged(self, update: PublishedUpdate, given: int, position: int | None) -> bytes:
-        self.conflated += update.revision - given - 1
+        self.conflated += update.revision - max(given, 0) - 1
         cohort, kind = update.key
         lagged = wire_pb2.Lagged(
             cohort=cohort,
@@ -441,12 +445,18 @@ class Feed:
         if given is not None:
             if revision != given + 1:
                 raise await self._compacted(key, given + 1)
-        elif self._holes and revision > 1:
-            # The token says a sequence, not a revision. If the one before is not kept, nobody can tell
-            # any more on which side of the token it was.
-            before = await self._reader.one(key, revision - 1)
-            if before is None:
-                raise await self._compacted(key, revision - 1)
+        elif await self._given_is_unknown(update):
+            raise await self._compacted(key, revision - 1)
+
+    async def _given_is_unknown(self, update: PublishedUpdate) -> bool:
+        """Say whether nobody can tell what the subscriber had before the first update behind its token.
+
+        The token says a sequence, not a revision. If the revision before is not kept, it may have been on
+        either side of the token.
+        """
+        if not self._holes or update.revision == 1:
+            return False
+        return await self._reader.one(update.key, update.revision - 1) is None
 
     async def _compacted(self, key: Key, revision: int) -> CompactedError:
         cohort, kind = key

@@ -536,7 +536,9 @@ class Lagged(_message.Message):
     kind: _update_pb2.UpdateKind.ValueType
     """Output only. The kind."""
     from_revision: _builtins.int
-    """Output only. The first revision that was left out."""
+    """Output only. The first revision that was left out; 0 where so much is no longer kept that it cannot be
+    told any more.
+    """
     to_revision: _builtins.int
     """Output only. The last revision that was left out."""
     def __init__(
