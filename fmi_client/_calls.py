@@ -18,6 +18,7 @@ from fmi_client.errors import (
     ConfigurationError,
     DeadlineError,
     FMIError,
+    ProtocolError,
     error_from_rpc,
 )
 from fmi_client.retry import Backoff, RetryPolicy
@@ -114,29 +115,44 @@ class Caller:
         self,
         method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
         request: _Request,
+        *,
+        retry_late: bool = False,
     ) -> _Response:
         """Make a unary call, and try again where that can help. Every attempt sends the same request.
 
+        Args:
+            method: The call.
+            request: What every attempt sends.
+            retry_late: Whether an attempt without an answer in time is tried again as well. It may
+                have had an effect, so only for what counts once however often it is sent.
+
         Raises:
+            ProtocolError: The answer cannot be read.
             FMIError: The typed failure of the last attempt.
         """
         with self.under_way():
-            return await self._call(method, request)
+            return await self._call(method, request, retry_late=retry_late)
 
     async def _call(
         self,
         method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
         request: _Request,
+        *,
+        retry_late: bool,
     ) -> _Response:
         backoff = Backoff(self.retry)
         while True:
             try:
-                return await method(request, timeout=self.timeout_s, metadata=self.metadata)
+                response = await method(request, timeout=self.timeout_s, metadata=self.metadata)
             except grpc.aio.AioRpcError as failure:
-                error: FMIError = error_from_rpc(failure)
+                error: FMIError = error_from_rpc(failure, self.target)
             except grpc.aio.UsageError:
                 error = ClientClosedError("the client was closed under the call")
-            if isinstance(error, DeadlineError):
+            else:
+                if response is None:  # so grpc.aio tells of bytes that are no message
+                    raise ProtocolError(f"{self.target}: the answer cannot be read")
+                return response
+            if isinstance(error, DeadlineError) and not retry_late:
                 raise error  # the caller's time is over, however often it could be tried
             await backoff.wait_or_raise(error)
 

@@ -11,14 +11,24 @@ import grpc
 
 from fmi_client.errors import ConfigurationError
 
-__all__ = ["MAX_MESSAGE_BYTES", "TLSConfig", "call_metadata", "is_loopback", "open_channel"]
+__all__ = [
+    "MAX_RECEIVE_BYTES",
+    "MAX_SEND_BYTES",
+    "TLSConfig",
+    "call_metadata",
+    "is_loopback",
+    "open_channel",
+]
 
-MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
-"""The largest message sent or taken; the server's default limit."""
+MAX_SEND_BYTES: Final = 8 * 1024 * 1024
+"""The largest message sent: what a server takes by default (its `max_message_bytes`)."""
+
+MAX_RECEIVE_BYTES: Final = 16 * 1024 * 1024
+"""The largest message taken. A server does not bound what it sends."""
 
 _OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_SEND_BYTES),
+    ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
     # Half as often as the server allows (60 s), or it answers GOAWAY too_many_pings; and often enough
     # for load balancers that drop connections which are idle for 4 minutes.
     ("grpc.keepalive_time_ms", 120_000),

@@ -11,15 +11,19 @@ from typing import Final, TypeAlias
 
 import grpc
 
-from fmi.v1 import interchange_service_pb2, packet_pb2
+from fmi.v1 import error_pb2, interchange_service_pb2, packet_pb2
 from fmi_client._calls import Caller
+from fmi_client._channel import MAX_SEND_BYTES
 from fmi_client.encoder import FMIEncoder
 from fmi_client.errors import (
     ConnectionFailedError,
+    ContractError,
     FMIError,
+    PacketTooLargeError,
     ProtocolError,
     error_from_refusal,
     error_from_rpc,
+    reason_name,
 )
 from fmi_client.receipts import EmitStatus, Receipt
 from fmi_client.retry import Backoff
@@ -36,6 +40,9 @@ _INLINE_BYTES: Final = 32 * 1024  # below this, handing over to a thread costs m
 _EmitStreamCall: TypeAlias = grpc.aio.StreamStreamCall[
     interchange_service_pb2.EmitStreamRequest, interchange_service_pb2.EmitStreamResponse
 ]
+
+
+_Source: TypeAlias = AsyncIterator[packet_pb2.Packet | ContractError]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,47 +71,56 @@ class BatchSender:
         self, caller: Caller, encoder: FMIEncoder, *, batch_packets: int, batch_bytes: int
     ) -> None:
         self._caller = caller
+        self._target = caller.target
         self._encoder = encoder
         self._batch_packets = batch_packets
         self._batch_bytes = batch_bytes
         self._streams = Backoff(caller.retry)
         self._items = Backoff(caller.retry)
         self._receipts: list[Receipt | None] = []
+        self._open: dict[int, _Item] = {}
         self._unanswered: dict[int, _Batch] = {}
         self._unsent: deque[int] = deque()
         self._next_batch_id = 1
         self._held: _Item | None = None
         self._source_ended = False
 
-    async def send(self, packets: AsyncIterator[packet_pb2.Packet]) -> list[Receipt]:
+    async def send(self, packets: _Source) -> list[Receipt]:
         """Send all packets; return one receipt per packet, in their order.
+
+        Args:
+            packets: The packets; in the place of what is no packet the error that says why.
 
         Raises:
             FMIError: A batch as a whole was refused, or the server could not be reached any more.
-                What was answered before is durable; a note says how much.
+                What was answered before is in its `receipts`, what was not in its `unanswered`.
         """
-        with self._caller.under_way():
-            return await self._send(packets)
+        try:
+            with self._caller.under_way():
+                return await self._send(packets)
+        except FMIError as error:
+            self._account(error)
+            raise
 
-    async def _send(self, packets: AsyncIterator[packet_pb2.Packet]) -> list[Receipt]:
+    async def _send(self, packets: _Source) -> list[Receipt]:
         while not self._source_ended or self._unanswered:
             try:
                 await self._run_stream(packets)
             except _FinalError as final:
-                raise self._noted(final.error) from None
+                raise final.error from None
             except FMIError as error:
-                try:
-                    await self._streams.wait_or_raise(error)
-                except FMIError:
-                    raise self._noted(error) from None
+                await self._streams.wait_or_raise(error)
         return [receipt for receipt in self._receipts if receipt is not None]
 
-    def _noted(self, error: FMIError) -> FMIError:
+    def _account(self, error: FMIError) -> None:
         answered = sum(receipt is not None for receipt in self._receipts)
         error.add_note(f"{answered} packets were answered before")
-        return error
+        error.receipts = tuple(self._receipts)
+        error.unanswered = tuple(
+            packet_pb2.Packet.FromString(item.data) for _, item in sorted(self._open.items())
+        )
 
-    async def _run_stream(self, packets: AsyncIterator[packet_pb2.Packet]) -> None:
+    async def _run_stream(self, packets: _Source) -> None:
         stream = self._caller.stubs().interchange.EmitStream(metadata=self._caller.metadata)
         self._unsent = deque(self._unanswered)
         in_flight = 0
@@ -131,14 +147,15 @@ class BatchSender:
         finally:
             stream.cancel()
 
-    async def _has_batch(self, packets: AsyncIterator[packet_pb2.Packet]) -> bool:
-        if not self._unsent:
+    async def _has_batch(self, packets: _Source) -> bool:
+        while not self._unsent:
             items = await self._gather(packets)
-            if items:
-                await self._enqueue(items)
-        return bool(self._unsent)
+            if not items:
+                return False
+            await self._enqueue(items)
+        return True
 
-    async def _gather(self, packets: AsyncIterator[packet_pb2.Packet]) -> list[_Item]:
+    async def _gather(self, packets: _Source) -> list[_Item]:
         items: list[_Item] = []
         size = 0
         while len(items) < self._batch_packets:
@@ -154,18 +171,24 @@ class BatchSender:
             size += len(item.data)
         return items
 
-    async def _next_item(self, packets: AsyncIterator[packet_pb2.Packet]) -> _Item | None:
-        if self._source_ended:
-            return None
-        try:
-            packet = await anext(packets)
-        except StopAsyncIteration:
-            self._source_ended = True
-            return None
-        except FMIError as error:
-            raise _FinalError(error) from error  # the source's own: it cannot be asked again
-        self._receipts.append(None)
-        return _Item(len(self._receipts) - 1, packet.header.packet_id, packet.SerializeToString())
+    async def _next_item(self, packets: _Source) -> _Item | None:
+        while not self._source_ended:
+            try:
+                packet = await anext(packets)
+            except StopAsyncIteration:
+                self._source_ended = True
+                break
+            except FMIError as error:
+                raise _FinalError(error) from error  # the source's own: it cannot be asked again
+            if isinstance(packet, ContractError):
+                self._receipts.append(Receipt("", EmitStatus.REFUSED, error=packet))
+                continue
+            place = len(self._receipts)
+            item = _Item(place, packet.header.packet_id, packet.SerializeToString())
+            self._receipts.append(None)
+            self._open[place] = item
+            return item
+        return None
 
     async def _enqueue(self, items: list[_Item]) -> None:
         serialized = [item.data for item in items]
@@ -173,15 +196,36 @@ class BatchSender:
             encoded = self._encoder.encode_serialized(serialized)
         else:
             encoded = await asyncio.to_thread(self._encoder.encode_serialized, serialized)
-        batch_id = self._next_batch_id
-        self._next_batch_id += 1
-        self._unanswered[batch_id] = _Batch(
-            items, interchange_service_pb2.EmitStreamRequest(batch_id=batch_id, encoded=encoded)
+        request = interchange_service_pb2.EmitStreamRequest(
+            batch_id=self._next_batch_id, encoded=encoded
         )
-        self._unsent.append(batch_id)
+        if request.ByteSize() > MAX_SEND_BYTES:
+            await self._divide(items, request.ByteSize())
+            return
+        self._next_batch_id += 1
+        self._unanswered[request.batch_id] = _Batch(items, request)
+        self._unsent.append(request.batch_id)
+
+    async def _divide(self, items: list[_Item], size: int) -> None:
+        """Make two batches of one that does not fit into a message; refuse a packet that does not."""
+        if len(items) > 1:
+            half = len(items) // 2
+            await self._enqueue(items[:half])
+            await self._enqueue(items[half:])
+            return
+        (item,) = items
+        error = PacketTooLargeError(
+            f"the packet needs a message of {size} bytes; the most is {MAX_SEND_BYTES}",
+            reason=reason_name(error_pb2.ERROR_REASON_PACKET_TOO_LARGE),
+        )
+        self._answered(item, Receipt(item.packet_id, EmitStatus.REFUSED, error=error))
+
+    def _answered(self, item: _Item, receipt: Receipt) -> None:
+        self._receipts[item.place] = receipt
+        self._open.pop(item.place, None)
 
     async def _connect(self, stream: _EmitStreamCall) -> None:
-        with _translated():
+        with _translated(self._target):
             async with asyncio.timeout(self._caller.timeout_s):
                 await stream.wait_for_connection()
 
@@ -193,19 +237,21 @@ class BatchSender:
                 await stream.write(request)
         except asyncio.InvalidStateError:
             await self._answer(stream)  # the stream is over: raises what ended it
-            raise ConnectionFailedError("the server ended the stream") from None
+            raise ConnectionFailedError(f"{self._target}: the server ended the stream") from None
         except (grpc.aio.AioRpcError, TimeoutError):
             # Where a write meets the end of a stream, grpc.aio hides the server's status behind an
             # internal one. The next stream tells: its first answer is waited for.
-            raise ConnectionFailedError("the stream broke under a write") from None
+            raise ConnectionFailedError(f"{self._target}: the stream broke under a write") from None
 
     async def _answer(self, stream: _EmitStreamCall) -> interchange_service_pb2.EmitStreamResponse:
-        with _translated():
+        with _translated(self._target):
             async with asyncio.timeout(self._caller.timeout_s):
                 response = await stream.read()
         if isinstance(response, interchange_service_pb2.EmitStreamResponse):
             return response
-        raise ConnectionFailedError("the server ended the stream")
+        if response is grpc.aio.EOF:
+            raise ConnectionFailedError(f"{self._target}: the server ended the stream")
+        raise ProtocolError(f"{self._target}: an answer cannot be read")
 
     async def _settle(self, response: interchange_service_pb2.EmitStreamResponse) -> None:
         batch = self._unanswered.get(response.batch_id)
@@ -231,7 +277,7 @@ class BatchSender:
                 receipt = Receipt(item.packet_id, EmitStatus.ACCEPTED)
             else:
                 receipt = Receipt.from_result(result, item.packet_id)
-            self._receipts[item.place] = receipt
+            self._answered(item, receipt)
             if receipt.refused and receipt.error is not None and receipt.error.retryable:
                 again.append(item)
                 last = receipt.error
@@ -242,6 +288,9 @@ class BatchSender:
             await self._items.wait_or_raise(last)
         except FMIError:
             return  # the receipts keep the refusals
+        for item in again:  # no refusal is the last word on what is sent again
+            self._receipts[item.place] = None
+            self._open[item.place] = item
         await self._enqueue(again)
 
     async def _settle_refused(self, batch_id: int, error: FMIError) -> None:
@@ -253,13 +302,13 @@ class BatchSender:
 
 
 @contextlib.contextmanager
-def _translated() -> Iterator[None]:
+def _translated(target: str) -> Iterator[None]:
     try:
         yield
     except TimeoutError:
-        raise ConnectionFailedError("the stream is silent: no answer in time") from None
+        raise ConnectionFailedError(f"{target}: no answer in time") from None
     except grpc.aio.AioRpcError as failure:
-        raise error_from_rpc(failure) from None
+        raise error_from_rpc(failure, target) from None
 
 
 class _FinalError(Exception):

@@ -29,7 +29,7 @@ from fmi_client.emitter import (
     provenance_from_plain,
 )
 from fmi_client.encoder import FMIEncoder
-from fmi_client.errors import ConfigurationError, ProtocolError
+from fmi_client.errors import ConfigurationError, ContractError, FMIError, ProtocolError
 from fmi_client.kinds import KindLike, update_kind
 from fmi_client.receipts import Receipt, ValidationReport
 from fmi_client.retry import RetryPolicy
@@ -143,7 +143,9 @@ class AsyncFMIClient:
     async def emit(self, packet: PacketLike) -> Receipt:
         """Send one packet; return when it is durable.
 
-        Attempts that fail are repeated with the same packet id, so that it counts once.
+        Attempts that fail, or get no answer in time, are repeated with the same packet id, so that it
+        counts once. Where they are used up the error has the packet: ``emit(error.packet)`` later is
+        safe too, while the same plain data, or `emit_pop` again, is another packet and counts twice.
 
         Args:
             packet: A typed packet, which is sent as it is, or plain data, whose header is completed
@@ -154,11 +156,20 @@ class AsyncFMIClient:
             FMIError: The server could not be reached, or refuses for another reason.
         """
         typed = self._typed(packet)
+        try:
+            return await self._emit(typed)
+        except FMIError as error:
+            error.packet = typed
+            raise
+
+    async def _emit(self, typed: packet_pb2.Packet) -> Receipt:
         if self._encoder.dictionary_id:
             request = interchange_service_pb2.EmitRequest(encoded=self._encoder.encode([typed]))
         else:
             request = interchange_service_pb2.EmitRequest(packet=typed)
-        response = await self._caller.call(self._caller.stubs().interchange.Emit, request)
+        response = await self._caller.call(
+            self._caller.stubs().interchange.Emit, request, retry_late=True
+        )
         if len(response.results) != 1:
             raise ProtocolError(f"the server gave {len(response.results)} results for one packet")
         return Receipt.from_result(response.results[0], typed.header.packet_id).raise_for_refused()
@@ -225,10 +236,13 @@ class AsyncFMIClient:
 
         Returns:
             One receipt per packet, in their order. A refused packet does not harm the others: its
-            receipt has the error; `Receipt.raise_for_refused` raises it.
+            receipt has the error; `Receipt.raise_for_refused` raises it. So it is with plain data that
+            is no packet (its receipt has no id) and with a packet that does not fit into a message.
 
         Raises:
-            FMIError: A whole batch was refused, or the server could not be reached any more.
+            FMIError: A whole batch was refused, or the server could not be reached any more. Its
+                `receipts` are the answers up to then, None where there is none, and its `unanswered`
+                the packets without one: to send these again is safe.
         """
         if batch_packets < 1 or batch_bytes < 1:
             raise ConfigurationError("batch_packets and batch_bytes must be at least 1")
@@ -420,13 +434,19 @@ class AsyncFMIClient:
 
     async def _typed_all(
         self, packets: Iterable[PacketLike] | AsyncIterable[PacketLike]
-    ) -> AsyncIterator[packet_pb2.Packet]:
+    ) -> AsyncIterator[packet_pb2.Packet | ContractError]:
         if isinstance(packets, AsyncIterable):
             async for packet in packets:
-                yield self._typed(packet)
+                yield self._typed_or_error(packet)
         else:
             for packet in packets:
-                yield self._typed(packet)
+                yield self._typed_or_error(packet)
+
+    def _typed_or_error(self, packet: PacketLike) -> packet_pb2.Packet | ContractError:
+        try:
+            return self._typed(packet)
+        except ContractError as error:
+            return error
 
 
 def _start_revisions(start: Start | None) -> list[interchange_service_pb2.StartRevision]:

@@ -7,11 +7,9 @@ of retries and of resuming.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import itertools
 import threading
 import time
-import weakref
 from collections.abc import (
     AsyncIterator,
     Callable,
@@ -57,22 +55,12 @@ _T = TypeVar("_T")
 _DEFAULT_RETRY: Final = RetryPolicy()
 
 
-_open_clients: weakref.WeakSet[FMIClient] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_open_clients() -> None:
-    # gRPC's threads must not outlive the interpreter.
-    for client in list(_open_clients):
-        with suppress(Exception):
-            client.close()
-
-
 class FMIClient:
     """A connection to an FMI server, for any thread of a program without asyncio.
 
-    Use it as a context manager, or call `close`. After a fork, the child makes its own. Every method
-    raises `FMIError`s and nothing of gRPC; an interrupt (Ctrl-C) ends a wait at once.
+    Use it as a context manager, or call `close`; one that is dropped open is closed with a
+    `ResourceWarning`, as files are. After a fork, the child makes its own. Every method raises
+    `FMIError`s and nothing of gRPC; an interrupt (Ctrl-C) ends a wait at once.
 
     The arguments are those of `AsyncFMIClient`.
 
@@ -112,9 +100,8 @@ class FMIClient:
             encoder=encoder,
             clock=clock,
         )
-        self._thread = LoopThread()
+        self._thread = LoopThread(f"FMIClient to {target}", self._aio.aclose)
         self.admin = Admin(self._aio, self._thread)
-        _open_clients.add(self)
 
     @property
     def target(self) -> str:
@@ -263,12 +250,7 @@ class FMIClient:
 
     def close(self) -> None:
         """End the subscriptions and calls, and close the connection. Closing twice does nothing."""
-        _open_clients.discard(self)
-        try:
-            with suppress(ClientClosedError):
-                self._thread.run(self._aio.aclose())
-        finally:
-            self._thread.stop()
+        self._thread.close()
 
     def __enter__(self) -> Self:
         self._thread.check_open()

@@ -43,7 +43,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import ClassVar, Final, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Final, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -51,6 +51,10 @@ from google.rpc import error_details_pb2, status_pb2
 
 from fmi.plain import PlainDataError
 from fmi.v1 import error_pb2
+
+if TYPE_CHECKING:
+    from fmi.v1 import packet_pb2
+    from fmi_client.receipts import Receipt
 
 __all__ = [
     "REASON_CLASSES",
@@ -130,6 +134,10 @@ class FMIError(Exception):
         request_id: Finds the call in the server's log, if the server was reached.
         code: The gRPC status, where a call failed; None where it is local or of one item of a batch.
         metadata: What a program needs to act on the error, as texts by name.
+        packet: What `emit` tried to send; None elsewhere. ``client.emit(error.packet)`` counts once.
+        receipts: Of an `emit_many` that ended early: of each packet taken from the source its receipt,
+            None where there is no answer.
+        unanswered: The packets of these None; ``client.emit_many(error.unanswered)`` counts once.
     """
 
     retryable_by_nature: ClassVar[bool] = False
@@ -155,6 +163,14 @@ class FMIError(Exception):
         self.request_id = request_id
         self.code = code
         self.metadata: Mapping[str, str] = MappingProxyType(dict(metadata or {}))
+        self.packet: packet_pb2.Packet | None = None
+        self.receipts: tuple[Receipt | None, ...] = ()
+        self.unanswered: tuple[packet_pb2.Packet, ...] = ()
+
+    @property
+    def packet_id(self) -> str:
+        """The id of `packet`; empty where there is none."""
+        return "" if self.packet is None else self.packet.header.packet_id
 
     def __str__(self) -> str:
         name = f"{self.reason}: " if self.reason else ""
@@ -355,8 +371,8 @@ _RESET_CODES: Final = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 _RESET_MARKS: Final = ("RST_STREAM", "Stream removed", "Connection reset")
 
 
-def error_from_rpc(error: grpc.aio.AioRpcError) -> FMIError:
-    """Translate the failure of a call to a typed error.
+def error_from_rpc(error: grpc.aio.AioRpcError, target: str = "") -> FMIError:
+    """Translate the failure of a call to `target` to a typed error.
 
     Details that are missing or cannot be read are left out: the status code then decides.
     """
@@ -374,6 +390,8 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> FMIError:
             kind = PacketTooLargeError  # gRPC's own limit on messages
         elif code in _RESET_CODES and any(mark in text for mark in _RESET_MARKS):
             kind = ConnectionFailedError
+    if target and kind in (ConnectionFailedError, DeadlineError):
+        text = f"{target}: {text}"
     return kind(
         text,
         reason=details.reason,

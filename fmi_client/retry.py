@@ -19,8 +19,9 @@ class RetryPolicy:
     """Exponential backoff with full jitter: uniform in [0, min(max_s, initial_s * multiplier^n)].
 
     Only what can succeed later is tried again, and every attempt sends the same packet ids, so that a
-    packet counts once however often it is sent. Where the server says how long to wait, that time comes
-    on top of the jitter.
+    packet counts once however often it is sent. So a packet without an answer in time is sent again;
+    other calls end with `DeadlineError` at once. Where the server says how long to wait, that time
+    comes on top of the jitter.
 
     Source: M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
 

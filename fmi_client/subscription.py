@@ -19,6 +19,7 @@ from fmi_client.errors import (
     ConfigurationError,
     ConnectionFailedError,
     FMIError,
+    ProtocolError,
     error_from_rpc,
 )
 from fmi_client.retry import Backoff
@@ -229,7 +230,9 @@ class Subscription:
             self._call = subscribe(self._request, metadata=self._caller.metadata)
             self._opened += 1
         if self._read is None:
-            self._read = loop.create_task(_read(self._call), name="fmi-subscription-read")
+            self._read = loop.create_task(
+                _read(self._call, self._caller.target), name="fmi-subscription-read"
+            )
             self._read_since = loop.time()
         patience_s = self._read_since + self._silence_s - loop.time()
         await asyncio.wait({self._read}, timeout=max(0.0, patience_s))
@@ -243,7 +246,7 @@ class Subscription:
         self._read = None
         if read.cancelled():
             self._caller.check_open()
-            raise ConnectionFailedError("the stream was cancelled")
+            raise ConnectionFailedError(f"{self._caller.target}: the stream was cancelled")
         return read.result()
 
     def _takes(self, event: interchange_service_pb2.SubscribeResponse) -> bool:
@@ -298,11 +301,13 @@ class Subscription:
                 read.exception()  # seen: what it says is of a stream that is gone
 
 
-async def _read(call: _SubscribeCall) -> interchange_service_pb2.SubscribeResponse:
+async def _read(call: _SubscribeCall, target: str) -> interchange_service_pb2.SubscribeResponse:
     try:
         event = await call.read()
     except grpc.aio.AioRpcError as failure:
-        raise error_from_rpc(failure) from None
+        raise error_from_rpc(failure, target) from None
     if isinstance(event, interchange_service_pb2.SubscribeResponse):
         return event
-    raise ConnectionFailedError("the server ended the stream")
+    if event is grpc.aio.EOF:
+        raise ConnectionFailedError(f"{target}: the server ended the stream")
+    raise ProtocolError(f"{target}: an event cannot be read")

@@ -208,7 +208,7 @@ def show_error(error: FMIError, settings: Settings) -> ExitCode:
         start = message.find(str(error.violations[0]))
         message = message[:start].rstrip(": ") if start > 0 else message
     if isinstance(error, ConnectionFailedError):
-        message = f"cannot reach {settings.target}: {_cause(message)}"
+        message = f"cannot reach {settings.target}: {_cause(message, settings.target)}"
     print_text(text(f"fmi: {name}{message}", "bold red"), to_stderr=True)
     if error.violations:
         print_text(violations_table(error.violations), to_stderr=True, indent=2)
@@ -223,8 +223,9 @@ def show_error(error: FMIError, settings: Settings) -> ExitCode:
     return code
 
 
-def _cause(message: str) -> str:
+def _cause(message: str, target: str) -> str:
     """Return what gRPC says last when it tells of every address and layer that failed."""
+    message = message.removeprefix(f"{target}: ")
     return message.rpartition(": ")[2] if message.startswith("failed to connect") else message
 
 

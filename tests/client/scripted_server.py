@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import deque
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from fmi.v1 import (
     admin_service_pb2_grpc,
     interchange_service_pb2,
     interchange_service_pb2_grpc,
+    packet_pb2,
     registry_service_pb2_grpc,
     update_pb2,
 )
@@ -27,6 +29,7 @@ __all__ = [
     "ScriptedServer",
     "aborts",
     "answers",
+    "packet_of_bytes",
     "snapshot_end",
     "status",
     "streams",
@@ -79,6 +82,17 @@ def status(
     )
 
 
+def packet_of_bytes(size, packet=None):
+    """Add a field of a newer contract: `size` bytes that no compression makes smaller."""
+    filler = random.Random(size).randbytes(size)
+    head = b"" if packet is None else packet.SerializeToString()
+    length = bytearray()
+    while size > 0x7F:
+        length.append(size & 0x7F | 0x80)
+        size >>= 7
+    return packet_pb2.Packet.FromString(head + b"\x7a" + bytes([*length, size]) + filler)
+
+
 def update(revision, *, cohort="care", kind=update_pb2.UPDATE_KIND_PRIOR, epoch="e1", tau=None):
     return update_pb2.Update(
         cohort=cohort,
@@ -126,7 +140,7 @@ class ScriptedServer(
         self._server: grpc.aio.Server | None = None
 
     async def start(self, port=0):
-        self._server = grpc.aio.server()
+        self._server = grpc.aio.server(options=[("grpc.max_receive_message_length", 8 * 2**20)])
         for add in (
             interchange_service_pb2_grpc.add_InterchangeServiceServicer_to_server,
             registry_service_pb2_grpc.add_RegistryServiceServicer_to_server,

@@ -15,23 +15,23 @@ from fmi_client._channel import is_loopback
 @pytest.mark.parametrize(
     ("target", "loopback"),
     [
-        ("localhost:7400", True),
-        ("LOCALHOST.:7400", True),
-        ("127.0.0.1:7400", True),
+        ("localhost:50061", True),
+        ("LOCALHOST.:50061", True),
+        ("127.0.0.1:50061", True),
         ("127.8.8.8:1", True),
-        ("[::1]:7400", True),
+        ("[::1]:50061", True),
         ("::1", True),
-        ("dns:///localhost:7400", True),
-        ("ipv4:127.0.0.1:7400", True),
-        ("ipv6:[::1]:7400", True),
+        ("dns:///localhost:50061", True),
+        ("ipv4:127.0.0.1:50061", True),
+        ("ipv6:[::1]:50061", True),
         ("unix:/run/fmi.sock", True),
         ("unix-abstract:fmi", True),
-        ("fmi.example.org:7400", False),
-        ("10.0.0.1:7400", False),
-        ("[2001:db8::1]:7400", False),
-        ("dns:///fmi.example.org:7400", False),
-        ("localhost.example.org:7400", False),
-        ("ipv4:127.0.0.1:7400,10.0.0.1:7400", False),
+        ("fmi.example.org:50061", False),
+        ("10.0.0.1:50061", False),
+        ("[2001:db8::1]:50061", False),
+        ("dns:///fmi.example.org:50061", False),
+        ("localhost.example.org:50061", False),
+        ("ipv4:127.0.0.1:50061,10.0.0.1:50061", False),
     ],
 )
 def test_is_loopback(target, loopback):
@@ -40,16 +40,16 @@ def test_is_loopback(target, loopback):
 
 def test_token_does_not_leave_the_machine_in_plain_text():
     with pytest.raises(ConfigurationError, match="plain text"):
-        AsyncFMIClient("fmi.example.org:7400", token="t0ken")  # noqa: S106
-    AsyncFMIClient("fmi.example.org:7400", token="t0ken", insecure=True)  # noqa: S106
-    AsyncFMIClient("fmi.example.org:7400", token="t0ken", tls=TLSConfig())  # noqa: S106
-    AsyncFMIClient("fmi.example.org:7400")
+        AsyncFMIClient("fmi.example.org:50061", token="t0ken")  # noqa: S106
+    AsyncFMIClient("fmi.example.org:50061", token="t0ken", insecure=True)  # noqa: S106
+    AsyncFMIClient("fmi.example.org:50061", token="t0ken", tls=TLSConfig())  # noqa: S106
+    AsyncFMIClient("fmi.example.org:50061")
 
 
 @pytest.mark.parametrize("token", ["", "two words", "line\nbreak", "ümlaut"])
 def test_token_must_be_a_header(token):
     with pytest.raises(ConfigurationError, match="token"):
-        AsyncFMIClient("localhost:7400", token=token)
+        AsyncFMIClient("localhost:50061", token=token)
 
 
 def test_certificate_and_key_belong_together(tmp_path):

@@ -8,7 +8,7 @@ import datetime as dt
 import grpc
 import pytest
 from google.protobuf import duration_pb2, timestamp_pb2
-from scripted_server import FAST, aborts, answers, status, update
+from scripted_server import FAST, aborts, answers, packet_of_bytes, status, update
 
 from fmi.v1 import (
     admin_service_pb2,
@@ -31,12 +31,15 @@ from fmi_client import (
     NotFoundError,
     OverloadedError,
     PacketPolicyError,
+    PacketTooLargeError,
     ProtocolError,
     RetryPolicy,
     SpecError,
     StoreUnavailableError,
 )
+from fmi_client._channel import MAX_SEND_BYTES
 from fmi_client.receipts import EmitStatus
+from fmi_client.retry import NO_RETRY
 
 
 async def test_emit_msp_sends_what_the_emitter_builds(server, connect):
@@ -190,11 +193,110 @@ async def test_no_answer_in_time_is_a_deadline_error(server, connect):
     async def hangs(_request, _context):
         await asyncio.Event().wait()
 
-    server.script("Emit", hangs)
-    client = await connect(timeout_s=0.05)
+    server.script("Emit", *[hangs] * 9)
+    server.script("GetContract", hangs)
+    client = await connect(
+        timeout_s=0.05, retry=RetryPolicy(initial_s=0.001, max_s=0.001, max_attempts=3)
+    )
+    with pytest.raises(DeadlineError, match=server.target):
+        await client.emit_msp(controller={"tau": 0.9})
+    assert len(server.seen("Emit")) == 3
+    with pytest.raises(DeadlineError):
+        await client.contract()
+    assert len(server.seen("GetContract")) == 1
+
+
+async def test_deadlines_are_tried_again_within_the_policys(server, connect):
+    async def hangs(_request, _context):
+        await asyncio.Event().wait()
+
+    server.script("Emit", *[hangs] * 9)
+    client = await connect(
+        timeout_s=0.1, retry=RetryPolicy(initial_s=0.001, max_s=0.001, deadline_s=0.05)
+    )
     with pytest.raises(DeadlineError):
         await client.emit_msp(controller={"tau": 0.9})
     assert len(server.seen("Emit")) == 1
+
+
+async def test_packet_that_was_taken_too_late_counts_once(server, connect):
+    async def takes_and_hangs(request, _context):
+        server.take(request.packet.header.packet_id)
+        await asyncio.Event().wait()
+
+    server.script("Emit", takes_and_hangs)
+    client = await connect(timeout_s=0.1)
+    receipt = await client.emit_pop({"tau": 1}, {"loss": 1}, {"loss": 0.5})
+    assert receipt.status is EmitStatus.DUPLICATE
+    first, second = server.seen("Emit")
+    assert first == second
+    assert len(server.taken) == 1
+
+
+async def test_error_has_the_packet_so_that_it_can_be_sent_again(server, connect):
+    async def takes_and_breaks(request, context):
+        server.take(request.packet.header.packet_id)
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "")
+
+    server.script("Emit", takes_and_breaks)
+    client = await connect(retry=NO_RETRY)
+    with pytest.raises(ConnectionFailedError) as caught:
+        await client.emit({"type": "pop", "bundle": {"tau": 1}, "before": {}, "after": {}})
+    error = caught.value
+    assert error.packet is not None
+    assert error.packet_id == server.seen("Emit")[0].packet.header.packet_id
+    receipt = await client.emit(error.packet)
+    assert (receipt.packet_id, receipt.status) == (error.packet_id, EmitStatus.DUPLICATE)
+    assert len(server.taken) == 1
+
+
+async def test_error_of_what_is_no_packet_has_none(connect):
+    client = await connect()
+    with pytest.raises(ContractError) as caught:
+        await client.emit({"type": "msp", "wrong_field": 1})
+    assert caught.value.packet is None
+    assert caught.value.packet_id == ""
+
+
+async def test_packet_above_the_servers_limit_is_refused_in_the_client(server, connect):
+    client = await connect()
+    with pytest.raises(PacketTooLargeError, match=str(8 * 2**20)) as caught:
+        await client.emit(packet_of_bytes(MAX_SEND_BYTES))
+    assert not caught.value.retryable
+    assert server.seen("Emit") == []
+
+
+async def test_answer_that_cannot_be_read_breaks_the_contract():
+    def garbles(kind):
+        async def step(_request, _context):
+            return b"\xff\xff"
+
+        async def stream(_request, _context):
+            yield b"\xff\xff"
+
+        if kind == "Emit":
+            return grpc.unary_unary_rpc_method_handler(step)
+        if kind == "Subscribe":
+            return grpc.unary_stream_rpc_method_handler(stream)
+        return grpc.stream_stream_rpc_method_handler(stream)
+
+    server = grpc.aio.server()
+    methods = {name: garbles(name) for name in ("Emit", "EmitStream", "Subscribe")}
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler("fmi.v1.InterchangeService", methods)]
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with AsyncFMIClient(f"127.0.0.1:{port}", domain_id="s", retry=FAST) as client:
+            with pytest.raises(ProtocolError, match="cannot be read"):
+                await client.emit_msp(controller={"tau": 0.9})
+            with pytest.raises(ProtocolError, match="cannot be read"):
+                await client.emit_many([client.emitter.emit_msp(controller={"tau": 0.9})])
+            with pytest.raises(ProtocolError, match="cannot be read"):
+                await anext(client.subscribe("care"))
+    finally:
+        await server.stop(None)
 
 
 async def test_nobody_listens():
@@ -202,6 +304,7 @@ async def test_nobody_listens():
         with pytest.raises(ConnectionFailedError) as caught:
             await client.emit_msp(controller={"tau": 0.9})
     assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+    assert "127.0.0.1:9" in caught.value.message
 
 
 async def test_server_that_comes_back_is_found_again(server, connect):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import threading
+from pathlib import Path
 
 import grpc
 import pytest
@@ -207,6 +209,54 @@ def test_closed_client_says_so(served):
         client.subscribe("care")
     with pytest.raises(ClientClosedError), client:
         pass
+
+
+def threads_of_clients():
+    return [thread for thread in threading.enumerate() if thread.name == "fmi-client"]
+
+
+def test_dropped_client_closes_with_a_warning(served):
+    before = set(threads_of_clients())
+    client = FMIClient(served.target, domain_id="s")
+    assert client.emit_msp(controller={"tau": 1}).ok
+    (thread,) = set(threads_of_clients()) - before
+    loop = client._thread.loop
+    with pytest.warns(ResourceWarning, match=f"unclosed FMIClient to {served.target}"):
+        del client
+    thread.join(10)
+    assert not thread.is_alive()
+    assert loop.is_closed()
+
+
+@pytest.mark.filterwarnings("ignore:unclosed FMIClient:ResourceWarning")
+def test_dropped_clients_leave_no_descriptors():
+    def drop(count):
+        before = set(threads_of_clients())
+        for _ in range(count):
+            FMIClient("127.0.0.1:9")
+        for thread in set(threads_of_clients()) - before:
+            thread.join(10)
+        return len(list(Path("/dev/fd").iterdir()))
+
+    assert drop(20) == drop(1)
+
+
+def test_closed_client_is_dropped_in_silence(served, recwarn):
+    client = FMIClient(served.target)
+    client.close()
+    del client
+    gc.collect()
+    assert [w for w in recwarn if w.category is ResourceWarning] == []
+
+
+def test_subscription_keeps_the_connection_of_a_dropped_client(served):
+    served.script("Subscribe", streams(update_event(1), update_event(2), hold=True))
+    subscription = FMIClient(served.target).subscribe("care")
+    gc.collect()
+    assert [next(subscription).revision, next(subscription).revision] == [1, 2]
+    subscription.close()
+    with pytest.warns(ResourceWarning, match="unclosed"):
+        del subscription
 
 
 def test_closing_ends_a_call_in_another_thread(served):
