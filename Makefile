@@ -22,7 +22,7 @@ test: $(VENV)/ready ## Run all tests
 test-lowest: .venv-lowest/ready ## Run all tests with the lowest versions that we declare
 	.venv-lowest/bin/python -m pytest
 
-check: $(VENV)/ready .venv-proto/ready ## Format, lint, types, imports, contract, generated code
+check: $(VENV)/ready .venv-proto/ready ## Check format, lint, types, imports, contract, generated code
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

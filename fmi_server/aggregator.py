@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from fmi.plain import DEFAULT_PROFILE_CLASS
 from fmi.v1 import packet_pb2, update_pb2
 from fmi_server.aggregation import Estimate, ParamValue, WarmStart
 from fmi_server.cohort_state import CohortState, ReleasedStatistics
@@ -25,6 +25,14 @@ SETTINGS_SECTIONS: Final = frozenset({"controller", "evaluator", "operators"})
 MAX_REPUTATIONS_TOLD: Final = 1000
 """Sites up to which a prior tells the reputation of each."""
 
+MAX_EDGES_TOLD: Final = 2000
+"""Causal edges that a consensus tells, strongest support first; the others are counted."""
+
+MAX_VALUES_TOLD: Final = 32_768
+"""Values that all warm starts of an update hold together, and all regimes of another. Those of most sites
+are told first. A value and its origin take up to 0.4 kB, so that an update stays below the 16 MiB that a
+client takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class AggregationResult:
@@ -33,7 +41,8 @@ class AggregationResult:
     Attributes:
         prior_update: Prior knowledge; `prior_update.prior` is flat, for example `{"tau": 0.91}`.
         warm_start: Where a new site should begin: the profile of the class with most sites.
-        warm_starts: The profiles of all classes.
+        warm_starts: The profiles of the classes that have one, largest classes first where all would
+            not fit into one update.
         policy_hint: Which policy change to try. Where there is none, `hint_id` is empty and `reason`
             says why.
         causal_consensus: Which causes the sites agree on.
@@ -132,10 +141,17 @@ class FMIAggregator:
         }
         for profile in profiles.values():
             profile.lineage.CopyFrom(_signals_lineage(statistics, rules))
+        told = _within_budget(
+            {statistics.main_class, DEFAULT_PROFILE_CLASS},
+            {name: len(profile.init) for name, profile in profiles.items()},
+            statistics.class_sites,
+        )
         return AggregationResult(
             prior_update=_prior_message(statistics, rules),
             warm_start=profiles[statistics.main_class],
-            warm_starts=update_pb2.WarmStartSet(profiles=profiles.values()),
+            warm_starts=update_pb2.WarmStartSet(
+                profiles=[profile for name, profile in profiles.items() if name in told]
+            ),
             policy_hint=_hint_message(statistics, rules),
             causal_consensus=_causes_message(statistics, rules),
         )
@@ -200,7 +216,18 @@ def _prior_message(
             confidences.append(found.confidence)
     if confidences:
         update.confidence = math.fsum(confidences) / len(confidences)
-    for regime in statistics.contexts.regimes:
+    # A regime below the quorum is not named: its name may be the doing of a single site.
+    regimes = {
+        regime.name: regime for regime in statistics.contexts.regimes if regime.withheld is None
+    }
+    told = _within_budget(
+        (),
+        {name: len(r.settings) + len(r.concepts) for name, r in regimes.items()},
+        {name: regime.sites for name, regime in regimes.items()},
+    )
+    for regime in regimes.values():
+        if regime.name not in told:
+            continue
         update.contexts.add(
             regime=regime.name,
             sites=regime.sites,
@@ -212,6 +239,19 @@ def _prior_message(
             },
         )
     return update
+
+
+def _within_budget(
+    first: Collection[str], values: Mapping[str, int], sites: Mapping[str, int]
+) -> set[str]:
+    """Choose what is told: `first`, then by number of sites while the values fit together."""
+    told: set[str] = set()
+    left = MAX_VALUES_TOLD
+    for name in sorted(values, key=lambda name: (name not in first, -sites.get(name, 0), name)):
+        if values[name] <= left:
+            left -= values[name]
+            told.add(name)
+    return told
 
 
 def _estimate_message(found: Estimate, section: str) -> update_pb2.SignalEstimate:
@@ -270,14 +310,17 @@ def _causes_message(
 ) -> update_pb2.CausalConsensus:
     causes = statistics.causes
     message = update_pb2.CausalConsensus(
-        unpooled=Counter(edge.reason for edge in causes.unpooled),
+        unpooled=causes.left_out,
         lineage=update_pb2.Lineage(
             packets=statistics.packets["ccs"],
             sites=causes.sites,
             estimator=rules.aggregation.metrics_aggregation,
         ),
     )
-    for edge in sorted(causes.edges, key=lambda edge: (-edge.support, edge.key)):
+    if len(causes.edges) > MAX_EDGES_TOLD:
+        message.unpooled["not_told"] = len(causes.edges) - MAX_EDGES_TOLD
+    strongest = sorted(causes.edges, key=lambda edge: (-edge.support, edge.key))
+    for edge in strongest[:MAX_EDGES_TOLD]:
         message.edges.add(
             source=edge.source,
             target=edge.target,

@@ -8,8 +8,10 @@ import ipaddress
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import grpc
@@ -34,7 +36,7 @@ from fmi_server.transport.interchange import InterchangeServicer
 from fmi_server.transport.registry import RegistryServicer
 from fmi_server.version import VERSION
 
-__all__ = ["RunningServer", "running", "serve", "server_arguments"]
+__all__ = ["RunningServer", "check_settings", "running", "serve", "server_arguments"]
 
 STORE_FILE: Final = "fmi.sqlite3"
 
@@ -85,6 +87,26 @@ def server_arguments(settings: ServerSettings) -> Sequence[tuple[str, int]]:
     )
 
 
+def check_settings(settings: ServerSettings, *, own_store: bool = True) -> None:
+    """Check what can be known of settings before a server starts. Nothing that it makes stays.
+
+    Args:
+        settings: How the server shall run.
+        own_store: Whether the store is the one that the settings name.
+
+    Raises:
+        SettingsError: The server may not listen there, or cannot write to its folder.
+    """
+    if not settings.insecure:
+        for name, address in _beyond_loopback(settings):
+            raise SettingsError(
+                f"{name}: {address} is reachable from other machines, and this version has no TLS; "
+                "listen on 127.0.0.1, or say --insecure if the network itself is protected"
+            )
+    if own_store and settings.store == "sqlite":
+        _check_folder(settings.data_dir)
+
+
 @contextlib.asynccontextmanager
 async def running(
     settings: ServerSettings, *, store: Store | None = None
@@ -100,7 +122,8 @@ async def running(
         SpecInvalidError: A cohort file is wrong.
         StoreError: The store cannot be opened.
     """
-    _refuse_open_listening(settings)
+    check_settings(settings, own_store=store is None)
+    _warn_of_open_listening(settings)
     registry = FMIContractRegistry()
     telemetry = FMITelemetry()
     cohorts = CohortRegistry(
@@ -158,6 +181,18 @@ async def serve(settings: ServerSettings) -> None:
         await server.stop.wait()
         _log.info("draining: no new packets, subscriptions end, calls have %g s", settings.drain_s)
     _log.info("stopped in good order")
+
+
+def _check_folder(folder: Path) -> None:
+    absolute = present = folder.absolute()
+    try:
+        present = next(path for path in (absolute, *absolute.parents) if path.exists())
+        # Rights alone do not tell: the file system may be read-only or may not take folders.
+        with tempfile.TemporaryDirectory(dir=present, prefix=".fmi-check-"):
+            return
+    except OSError as error:
+        said = "written to" if present == absolute else "made"
+        raise SettingsError(f"data_dir: {folder} cannot be {said}: {error.strerror}") from None
 
 
 def _store(settings: ServerSettings) -> Store:
@@ -234,19 +269,23 @@ def _serve_metrics(settings: ServerSettings, telemetry: FMITelemetry) -> Callabl
     return stop
 
 
-def _refuse_open_listening(settings: ServerSettings) -> None:
-    host = settings.listen.rpartition(":")[0].strip("[]")
-    if _loopback(host):
-        return
-    if not settings.insecure:
-        raise SettingsError(
-            f"listen: {settings.listen} is reachable from other machines, and this version has no TLS; "
-            "listen on 127.0.0.1, or say --insecure if the network itself is protected"
+def _beyond_loopback(settings: ServerSettings) -> Iterator[tuple[str, str]]:
+    for name, address in (
+        ("listen", settings.listen),
+        ("metrics_listen", settings.metrics_listen),
+    ):
+        if address is not None and not _loopback(address.rpartition(":")[0].strip("[]")):
+            yield name, address
+
+
+def _warn_of_open_listening(settings: ServerSettings) -> None:
+    for name, address in _beyond_loopback(settings):
+        what = (
+            "anybody who reaches it may emit in any site's name"
+            if name == "listen"
+            else "anybody who reaches it may read the metrics"
         )
-    _log.warning(
-        "INSECURE: listening on %s without TLS; anybody who reaches it may emit in any site's name",
-        settings.listen,
-    )
+        _log.warning("INSECURE: listening on %s without TLS; %s", address, what)
 
 
 def _loopback(host: str) -> bool:

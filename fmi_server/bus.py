@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
@@ -51,6 +52,7 @@ class InProcessBus:
 
     def __init__(self) -> None:
         self._handlers: defaultdict[str, list[Handler]] = defaultdict(list)
+        self._counting = threading.Lock()
         self.failures = 0
 
     def subscribe(self, topic: str, handler: Handler) -> Callable[[], None]:
@@ -87,7 +89,8 @@ class InProcessBus:
             try:
                 handler(topic, plain)
             except Exception:
-                self.failures += 1
+                with self._counting:
+                    self.failures += 1
                 _log.exception("a handler of topic %s failed", topic)
             else:
                 taken += 1
@@ -113,6 +116,8 @@ class _Ingest(Protocol):
 class FederationBusAdapter:
     """Feeds the packets of a bus to the service, and the service's priors to the bus.
 
+    Packets may be published from any thread; they are handed to the event loop of `run`.
+
     Args:
         bus: The bus.
         service: Takes the packets.
@@ -127,16 +132,23 @@ class FederationBusAdapter:
     def __init__(self, bus: Bus, service: _Ingest, *, queue_packets: int = 1024) -> None:
         self._bus = bus
         self._service = service
-        self._queue: asyncio.Queue[Mapping[str, Any]] = asyncio.Queue(queue_packets)
+        # It has no bound of its own: a packet on its way from another thread needs its room already.
+        self._queue: asyncio.Queue[Mapping[str, Any]] = asyncio.Queue()
+        self._room = queue_packets
+        self._counting = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.refused = 0
         self.dropped = 0
 
     async def run(self) -> None:
         """Take packets from the bus until cancelled. Run it as a task of the service's task group."""
+        self._loop = asyncio.get_running_loop()
         unsubscribe = self._bus.subscribe(PACKET_TOPIC, self._take)
         try:
             while True:
                 payload = await self._queue.get()
+                with self._counting:
+                    self._room += 1
                 try:
                     await self._service.emit(payload)
                 except FMIError as error:
@@ -153,6 +165,7 @@ class FederationBusAdapter:
 
     async def drained(self) -> None:
         """Wait until every packet taken from the bus so far has been emitted or refused."""
+        await asyncio.sleep(0)  # what other threads have handed over is put into the queue first
         await self._queue.join()
 
     def publish(self, update: update_pb2.Update) -> None:
@@ -161,8 +174,20 @@ class FederationBusAdapter:
             self._bus.publish(UPDATE_TOPIC, update.prior_update)
 
     def _take(self, topic: str, payload: Mapping[str, Any]) -> None:
-        try:
+        loop = self._loop
+        with self._counting:
+            if self._room <= 0 or loop is None or loop.is_closed():
+                self.dropped += 1
+                raise OverloadedError(f"packets waiting on topic {topic}")
+            self._room -= 1
+        if _running_loop() is loop:
             self._queue.put_nowait(payload)
-        except asyncio.QueueFull:
-            self.dropped += 1
-            raise OverloadedError(f"packets waiting on topic {topic}") from None
+        else:
+            loop.call_soon_threadsafe(self._queue.put_nowait, payload)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

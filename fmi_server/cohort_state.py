@@ -9,9 +9,9 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeVar, cast
+from typing import Final, cast
 
 from fmi.plain import DEFAULT_PROFILE_CLASS
 from fmi.rules import SECTIONS
@@ -42,8 +42,6 @@ from fmi_server.aggregation import (
 )
 from fmi_server.cohorts import CohortRules
 
-_Kept = TypeVar("_Kept", PolicyOutcome, CausalSummary)
-
 __all__ = ["CohortState", "ReleasedStatistics", "SiteRecord"]
 
 MAX_OUTCOMES_PER_SITE: Final = 256
@@ -51,6 +49,13 @@ MAX_OUTCOMES_PER_SITE: Final = 256
 
 MAX_SUMMARIES_PER_SITE: Final = 64
 """Causal summaries kept of one site; past it the oldest goes."""
+
+MAX_CAUSAL_ITEMS_PER_SITE: Final = 5120
+"""Causal pairs and tested nodes kept of one site, as many as the largest summary has; past it the oldest
+summary goes."""
+
+MAX_CLASSES_TOLD: Final = 256
+"""Profile classes that get a warm start, those of most sites first."""
 
 MAX_SIGNALS: Final = 4096
 """Signals that an open vocabulary may grow to."""
@@ -67,6 +72,9 @@ class SiteRecord:
         heard_at: Emission time of its newest packet, Unix seconds.
         outcomes: Its policy outcomes as a heap, oldest first.
         summaries: Its causal summaries as a heap, oldest first.
+        causal_items: Pairs and tested nodes in them.
+        causes_after: Emission time and packet of the newest summary that had to go; what is not newer
+            stays out, so that the order of packets does not matter.
     """
 
     profile_class: str = DEFAULT_PROFILE_CLASS
@@ -77,6 +85,40 @@ class SiteRecord:
     concepts_at: float = float("-inf")
     outcomes: list[tuple[float, str, PolicyOutcome]] = field(default_factory=list)
     summaries: list[tuple[float, str, CausalSummary]] = field(default_factory=list)
+    causal_items: int = 0
+    causes_after: tuple[float, str] = (float("-inf"), "")
+
+    def keep_outcome(self, entry: tuple[float, str, PolicyOutcome]) -> None:
+        """Keep an outcome, and let the oldest go where there are too many. An outcome counts once."""
+        if any(held[:2] == entry[:2] for held in self.outcomes):
+            return
+        if len(self.outcomes) < MAX_OUTCOMES_PER_SITE:
+            heapq.heappush(self.outcomes, entry)
+        else:
+            heapq.heappushpop(self.outcomes, entry)
+
+    def keep_summary(self, entry: tuple[float, str, CausalSummary]) -> None:
+        """Keep a summary, and let the oldest go where they hold too much. A summary counts once."""
+        if entry[:2] <= self.causes_after or any(held[:2] == entry[:2] for held in self.summaries):
+            return
+        heapq.heappush(self.summaries, entry)
+        self.causal_items += _causal_items(entry[2])
+        while (
+            len(self.summaries) > MAX_SUMMARIES_PER_SITE
+            or self.causal_items > MAX_CAUSAL_ITEMS_PER_SITE
+        ):
+            gone = heapq.heappop(self.summaries)
+            self.causal_items -= _causal_items(gone[2])
+            self.causes_after = gone[:2]
+
+    def drop_before(self, outcomes_from: float, summaries_from: float) -> bool:
+        """Drop what is older; return whether anything was."""
+        before = len(self.outcomes) + len(self.summaries)
+        while self.outcomes and self.outcomes[0][0] < outcomes_from:
+            heapq.heappop(self.outcomes)
+        while self.summaries and self.summaries[0][0] < summaries_from:
+            self.causal_items -= _causal_items(heapq.heappop(self.summaries)[2])
+        return len(self.outcomes) + len(self.summaries) < before
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +129,7 @@ class ReleasedStatistics:
         prior: Estimates of all signals.
         contexts: The regimes.
         warm_starts: By profile class; always with the class of sites that named none.
+        class_sites: Sites by profile class.
         main_class: The profile class of most sites, among those with a warm start.
         policy: The hint, or why there is none.
         causes: The consensus.
@@ -98,6 +141,7 @@ class ReleasedStatistics:
     prior: PriorRelease
     contexts: ContextReport
     warm_starts: dict[str, WarmStart]
+    class_sites: Mapping[str, int]
     main_class: str
     policy: PolicyDecision
     causes: CausalConsensus
@@ -195,11 +239,8 @@ class CohortState:
         if kind == "msp":
             self._count_signals(header.domain_id, packet.msp, at)
         elif kind == "pop":
-            _keep(
-                site.outcomes,
-                (at, header.packet_id, _outcome(header.domain_id, packet.pop)),
-                MAX_OUTCOMES_PER_SITE,
-            )
+            outcome = _outcome(header.domain_id, packet.pop)
+            site.keep_outcome((at, header.packet_id, outcome))
         elif kind == "ccs":
             self._count_causes(site, packet, at)
         self.packets[kind or "unknown"] += 1
@@ -226,9 +267,9 @@ class CohortState:
             else:
                 seen |= signals
         for packet in packets:
-            # The first packet with a signal decides on its section, whether it is overtaken or not.
+            # A signal that is new may need a row now, whether the value is overtaken or not.
             if id(packet) in overtaken and all(
-                self._matrix.section_of(name) == section for section, name in _signals(packet.msp)
+                self._matrix.holds(section, name) for section, name in _signals(packet.msp)
             ):
                 self._hear(packet)
                 self.packets["msp"] += 1
@@ -255,8 +296,7 @@ class CohortState:
         from_s = now - self._rules.site_ttl_s
         for domain_id in list(self._sites):
             site = self._sites[domain_id]
-            changed |= _drop_before(site.outcomes, outcomes_from)
-            changed |= _drop_before(site.summaries, from_s)
+            changed |= site.drop_before(outcomes_from, from_s)
             if site.heard_at < from_s and not site.outcomes:
                 del self._sites[domain_id]
                 self._matrix.drop(domain_id)
@@ -279,8 +319,9 @@ class CohortState:
         quorum = self.min_sites
         # A class below the quorum gets no profile: it could say nothing of its own, and its name may be
         # the doing of a single site.
-        told = {name for name, sites in classes.items() if sites >= quorum}
-        told.add(DEFAULT_PROFILE_CLASS)
+        large = (name for name, sites in classes.items() if sites >= quorum)
+        largest = heapq.nsmallest(MAX_CLASSES_TOLD, large, key=lambda name: (-classes[name], name))
+        told = {DEFAULT_PROFILE_CLASS, *largest}
         outcomes = [entry[2] for site in self._sites.values() for entry in site.outcomes]
         return ReleasedStatistics(
             prior=prior,
@@ -295,13 +336,19 @@ class CohortState:
                 )
                 for name in sorted(told)
             },
+            class_sites=classes,
             main_class=max(sorted(told), key=lambda name: classes[name]),
             policy=decide_policy(
                 outcomes,
                 self._rules.signals.values(),
                 PolicySettings(
                     estimator=self._estimator,
-                    steps=self._rules.quantum,
+                    # A step without end puts every number into one class: as good as no step.
+                    steps={
+                        name: step
+                        for name, step in self._rules.quantum.items()
+                        if math.isfinite(step)
+                    },
                     guardrails=self._rules.guardrails,
                 ),
                 cohort=self._rules.name,
@@ -365,7 +412,7 @@ class CohortState:
         if ccs.causal_pairs or ccs.tested_nodes:
             header = packet.header
             summary = _summary(header.domain_id, ccs, at)
-            _keep(site.summaries, (at, header.packet_id, summary), MAX_SUMMARIES_PER_SITE)
+            site.keep_summary((at, header.packet_id, summary))
 
     def _judge(self) -> None:
         """Move the reputation of the sites that sent something new, one step each."""
@@ -393,24 +440,8 @@ def _signals(msp: packet_pb2.MetaSignalPack) -> Iterator[tuple[str, str]]:
             yield section, name
 
 
-def _keep(
-    heap: list[tuple[float, str, _Kept]], entry: tuple[float, str, _Kept], limit: int
-) -> None:
-    """Add an entry, and let the oldest go where there are too many. An entry counts once."""
-    if any(held[:2] == entry[:2] for held in heap):
-        return
-    if len(heap) < limit:
-        heapq.heappush(heap, entry)
-    else:
-        heapq.heappushpop(heap, entry)
-
-
-def _drop_before(heap: list[tuple[float, str, _Kept]], at: float) -> bool:
-    dropped = False
-    while heap and heap[0][0] < at:
-        heapq.heappop(heap)
-        dropped = True
-    return dropped
+def _causal_items(summary: CausalSummary) -> int:
+    return len(summary.pairs) + len(summary.tested_nodes)
 
 
 def _outcome(domain_id: str, pop: packet_pb2.PolicyOutcomePack) -> PolicyOutcome:

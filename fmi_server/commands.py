@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -15,11 +16,19 @@ import structlog
 from fmi_server import app
 from fmi_server.cohort_files import read_cohort_folder
 from fmi_server.cohorts import CohortRegistry
-from fmi_server.config import ServerSettings, SettingsError, load_settings
+from fmi_server.config import (
+    PRIVACY_SETTINGS,
+    ServerSettings,
+    SettingsError,
+    load_settings,
+    unknown_variables,
+)
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.errors import FMIError
 
 __all__ = ["cli"]
+
+_log = logging.getLogger(__name__)
 
 EXIT_SETTINGS: Final = 2
 """A setting, a cohort file or the store is wrong: starting again will not help."""
@@ -37,35 +46,25 @@ def cli() -> None:
 
 def _setting_options(command: Any) -> Any:  # click's decorators carry no useful types
     options = [
-        click.option("--config", type=click.Path(path_type=Path), help="YAML file with settings."),
-        click.option("--listen", help="Address and port [127.0.0.1:50061]; port 0 picks one."),
-        click.option("--data-dir", type=click.Path(path_type=Path), help="Where the store lives."),
-        click.option("--store", help="sqlite (default) or memory."),
-        click.option(
-            "--cohorts", type=click.Path(path_type=Path), help="Folder of cohort files (*.yaml)."
-        ),
-        click.option(
-            "--open-cohorts/--no-open-cohorts",
-            default=None,
-            help="Open undeclared cohorts on demand [yes].",
-        ),
-        click.option(
-            "--force-cohorts",
-            is_flag=True,
-            default=None,
-            help="Put cohort files in force that would break sites.",
-        ),
-        click.option("--metrics-listen", help="Address and port of the Prometheus page."),
-        click.option(
-            "--insecure", is_flag=True, default=None, help="Listen beyond loopback without TLS."
-        ),
-        click.option(
-            "--reflection/--no-reflection",
-            default=None,
-            help="Serve reflection and channelz [yes].",
-        ),
-        click.option("--log-level", help="debug, info (default), warning or error."),
-        click.option("--log-format", help="text (default) or json."),
+        click.option("--config", type=click.Path(path_type=Path), help="YAML file with settings.")
+    ]
+    for name, setting in ServerSettings.model_fields.items():
+        description = setting.description or ""
+        text = f"{description[:1].upper()}{description[1:]}"
+        flag = f"--{name.replace('_', '-')}"
+        default = setting.default
+        if default is True:
+            both = f"{flag}/--no-{flag[2:]}"
+            options.append(click.option(both, default=None, help=f"{text} [yes]."))
+        elif default is False:
+            options.append(click.option(flag, is_flag=True, default=None, help=f"{text}."))
+        else:
+            shown = "" if default is None else f" [{default}]"
+            kind = click.Path(path_type=Path) if name in ("data_dir", "cohorts") else None
+            options.append(click.option(flag, type=kind, help=f"{text}{shown}."))
+    # They are taken to be refused with a reason.
+    options += [
+        click.option(f"--{name.replace('_', '-')}", hidden=True) for name in PRIVACY_SETTINGS
     ]
     for option in reversed(options):
         command = option(command)
@@ -78,6 +77,8 @@ def serve(config: Path | None, **flags: Any) -> None:
     """Serve until SIGTERM, then drain."""
     settings = _settings(config, flags)
     _configure_logging(settings)
+    for line in unknown_variables(os.environ):
+        _log.warning("%s", line)
     try:
         asyncio.run(app.serve(settings))
     except (FMIError, SettingsError) as error:
@@ -89,10 +90,13 @@ def serve(config: Path | None, **flags: Any) -> None:
 def check_config(config: Path | None, **flags: Any) -> None:
     """Check the settings and the cohort files, and start nothing."""
     settings = _settings(config, flags)
+    for line in unknown_variables(os.environ):
+        click.echo(f"warning: {line}", err=True)
     registry = CohortRegistry(FMIContractRegistry())
     try:
+        app.check_settings(settings)
         specs = read_cohort_folder(settings.cohorts, registry) if settings.cohorts else []
-    except FMIError as error:
+    except (FMIError, SettingsError) as error:
         _fail(error)
     for name, value in settings.model_dump(mode="json").items():
         click.echo(f"{name}: {value}")

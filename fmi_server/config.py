@@ -6,7 +6,11 @@ them all before it starts.
 
 from __future__ import annotations
 
+import difflib
 import math
+import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -24,11 +28,13 @@ from fmi_server.errors import SettingUnsupportedError
 
 __all__ = [
     "ESTIMATORS",
+    "PRIVACY_SETTINGS",
     "AggregationConfig",
     "RouterConfig",
     "ServerSettings",
     "SettingsError",
     "load_settings",
+    "unknown_variables",
 ]
 
 ESTIMATORS: Final = ("trimmed_mean", "weighted_mean", "mean", "median", "mean_of_median")
@@ -133,6 +139,23 @@ class RouterConfig:
             raise ValueError(f"progress_interval_s must be above 0, not {self.progress_interval_s}")
 
 
+PRIVACY_SETTINGS: Final = (
+    "dp_noise_sigma",
+    "dp_epsilon",
+    "dp_delta",
+    "dp_sensitivity",
+    "dp_epochs",
+)
+"""Names that ask for privacy, which the server says that it does not have."""
+
+_NO_PRIVACY: Final = (
+    "is not supported: this version has no differential privacy; leave it out and do not rely on noise, "
+    "or use a version that has it"
+)
+_CLIENT_VARIABLES: Final = frozenset({"FMI_TARGET", "FMI_TOKEN", "FMI_DOMAIN_ID", "FMI_DEBUG"})
+_PLATFORM_VARIABLE: Final = re.compile(r"_SERVICE_HOST$|_PORT(_|$)")
+
+
 class SettingsError(Exception):
     """A setting is wrong. The message is one line that names it and says what to do."""
 
@@ -225,6 +248,10 @@ def load_settings(flags: dict[str, Any], *, config_file: Path | None = None) -> 
     """
     if config_file is not None:
         _check_file(config_file)
+    for variable in sorted(os.environ):
+        name = variable.lower().removeprefix("fmi_")
+        if variable.upper().startswith("FMI_") and name in PRIVACY_SETTINGS:
+            raise SettingsError(f"{name}: {_NO_PRIVACY}")
 
     class FromFile(ServerSettings):
         model_config = SettingsConfigDict(yaml_file=config_file)
@@ -236,11 +263,44 @@ def load_settings(flags: dict[str, Any], *, config_file: Path | None = None) -> 
         for item in error.errors(include_url=False):
             name = ".".join(map(str, item["loc"])) or "settings"
             message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "extra_forbidden":
+                message = _NO_PRIVACY if name in PRIVACY_SETTINGS else _unknown(name)
             given = (
                 "" if item["type"] in ("missing", "extra_forbidden") else f", not {item['input']!r}"
             )
             lines.append(f"{name}: {message}{given}")
         raise SettingsError("; ".join(lines)) from None
+
+
+def unknown_variables(names: Iterable[str]) -> list[str]:
+    """Say of each environment variable that looks like a setting and is none what it may have meant.
+
+    Variables that the client reads, and those that container platforms set for each of their services,
+    are passed over.
+    """
+    told = []
+    for variable in sorted(names):
+        upper = variable.upper()
+        name = upper.removeprefix("FMI_").lower()
+        if (
+            upper.startswith("FMI_")
+            and upper not in _CLIENT_VARIABLES
+            and not _PLATFORM_VARIABLE.search(upper)
+            and name not in ServerSettings.model_fields
+        ):
+            likely = _likely(name)
+            meant = f"; did you mean FMI_{likely.upper()}?" if likely else ""
+            told.append(f"{variable} is set, but there is no such setting{meant}")
+    return told
+
+
+def _unknown(name: str) -> str:
+    likely = _likely(name)
+    return f"is no setting; did you mean {likely}?" if likely else "is no setting"
+
+
+def _likely(name: str) -> str | None:
+    return next(iter(difflib.get_close_matches(name, ServerSettings.model_fields, 1)), None)
 
 
 def _check_file(path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -16,17 +19,83 @@ from fmi_server.errors import (
     DictionaryUnknownError,
     EnvelopeMalformedError,
     EnvelopeTooLargeError,
+    OverloadedError,
 )
 
-__all__ = ["EnvelopeDecoder", "EnvelopeLimits"]
+__all__ = ["ByteBudget", "EnvelopeDecoder", "EnvelopeLimits"]
 
 
 @dataclass(frozen=True, slots=True)
 class EnvelopeLimits:
-    """What an envelope may hold: bytes when decoded, and packets."""
+    """What an envelope may hold: bytes when decoded, and packets.
+
+    `max_decoded_bytes` bounds the envelopes that are being taken at the same time, together: a small message
+    may decode to a large one, and a parsed packet takes about ten times its size in memory.
+    """
 
     max_bytes: int = 16 * 2**20
     max_packets: int = 10_000
+    max_decoded_bytes: int = 32 * 2**20
+
+
+class ByteBudget:
+    """Bytes that may be under way at once. Who finds no room waits, in order; past a bound, nobody may.
+
+    A single piece of work that is larger than the whole budget is let in alone.
+
+    Args:
+        limit_bytes: The budget.
+        max_waiting: How many may wait; past it `OverloadedError` is raised.
+    """
+
+    def __init__(self, limit_bytes: int, *, max_waiting: int = 256) -> None:
+        self._limit = limit_bytes
+        self._max_waiting = max_waiting
+        self._spent = 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @contextlib.asynccontextmanager
+    async def spending(self, size: int) -> AsyncIterator[None]:
+        """Hold so many bytes of the budget for as long as the context lasts.
+
+        Raises:
+            OverloadedError: Too many are waiting already.
+        """
+        if self._waiting or not self._fits(size):
+            await self._wait(size)
+        else:
+            self._spent += size
+        try:
+            yield
+        finally:
+            self._spent -= size
+            self._let_in()
+
+    def _fits(self, size: int) -> bool:
+        return not self._spent or self._spent + size <= self._limit
+
+    async def _wait(self, size: int) -> None:
+        if len(self._waiting) >= self._max_waiting:
+            raise OverloadedError("envelopes to decode")
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append((size, turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._spent -= size  # let in and cancelled at the same time
+            self._let_in()
+            raise
+
+    def _let_in(self) -> None:
+        while self._waiting:
+            size, turn = self._waiting[0]
+            if not turn.done():
+                if not self._fits(size):
+                    return
+                self._spent += size
+                turn.set_result(None)
+            self._waiting.popleft()
 
 
 @dataclass(slots=True)
@@ -60,6 +129,15 @@ class EnvelopeDecoder:
                 raise DictionaryUnknownError(error.number) from None
             raise EnvelopeMalformedError(str(error)) from None
         return self.split(data)
+
+    def refuse_too_large(self, envelope: wire_pb2.EncodedPackets) -> None:
+        """Refuse an envelope that says itself that it is too large, before anything is spent on it.
+
+        Raises:
+            EnvelopeTooLargeError: It would decode to too many bytes.
+        """
+        if envelope.uncompressed_size > self.limits.max_bytes:
+            raise EnvelopeTooLargeError(envelope.uncompressed_size, self.limits.max_bytes)
 
     def split(self, data: bytes) -> list[bytes]:
         """Split a serialised `PacketBatch` into serialised packets.

@@ -22,7 +22,7 @@ from typing import Final, Protocol
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi.v1 import update_pb2
 from fmi_server.errors import CompactedError, FMIError, InvalidFilterError
-from fmi_server.patterns import matches
+from fmi_server.feed_requests import FeedRequest, Key, kind_name
 
 __all__ = [
     "Feed",
@@ -34,18 +34,8 @@ __all__ = [
     "kind_name",
 ]
 
-Key = tuple[str, int]
-"""A cohort and a kind of update."""
-
-
 UNKNOWN: Final = -1
 """Stands for the revision that a subscriber had of a key where the history no longer tells."""
-
-
-def kind_name(kind: int) -> str:
-    """Return the short name of a kind of update: `prior`, `warm_start` ..."""
-    name = update_pb2.UpdateKind.Name(update_pb2.UpdateKind.ValueType(kind))
-    return name.removeprefix("UPDATE_KIND_").lower()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,84 +113,6 @@ class UpdateLog:
         return [self.recent[index] for index in range(skip, len(self.recent))]
 
 
-@dataclass(frozen=True, slots=True)
-class FeedRequest:
-    """What a subscriber asked for, checked.
-
-    Attributes:
-        patterns: Patterns of cohort names.
-        kinds: Kinds of update; empty means all.
-        every: Whether every update is wanted, and not only the newest.
-        start: First revision wanted, by cohort and kind.
-        resume_after: The sequence behind which to go on; None for a snapshot.
-        history_changed: Whether a start or token was left out because it is of another history.
-    """
-
-    patterns: tuple[str, ...]
-    kinds: frozenset[int] = frozenset()
-    every: bool = False
-    start: Mapping[Key, int] = field(default_factory=dict)
-    resume_after: int | None = None
-    history_changed: bool = False
-
-    @classmethod
-    def from_message(
-        cls, request: wire_pb2.SubscribeRequest, *, history_epoch: str, head: int
-    ) -> FeedRequest:
-        """Read a request that keeps the contract's rules.
-
-        Raises:
-            InvalidFilterError: The start or the resume token cannot be meant.
-        """
-        resume_after: int | None = None
-        changed = False
-        if request.resume_token:
-            if request.start_revisions:
-                raise InvalidFilterError("resume_token", "cannot be given with start_revisions")
-            epoch, _, sequence = request.resume_token.rpartition(":")
-            if not epoch or not sequence.isdecimal() or len(sequence) > 19:
-                raise InvalidFilterError("resume_token", "is not one that this server gave")
-            if epoch != history_epoch:
-                changed = True
-            elif int(sequence) > head:
-                raise InvalidFilterError("resume_token", "is ahead of the server's history")
-            else:
-                resume_after = int(sequence)
-        start: dict[Key, int] = {}
-        for index, item in enumerate(request.start_revisions):
-            if item.history_epoch and item.history_epoch != history_epoch:
-                changed = True
-                continue
-            key = (item.cohort, item.kind)
-            if key in start:
-                raise InvalidFilterError(
-                    f"start_revisions[{index}]", "names a cohort and kind a second time"
-                )
-            start[key] = item.revision
-        result = cls(
-            patterns=tuple(request.cohorts),
-            kinds=frozenset(request.kinds),
-            every=request.mode == wire_pb2.DELIVERY_MODE_EVERY,
-            start=start,
-            resume_after=resume_after,
-            history_changed=changed,
-        )
-        for cohort, kind in start:
-            if not result.wants((cohort, kind)):
-                raise InvalidFilterError(
-                    "start_revisions",
-                    f"names {kind_name(kind)} of cohort {cohort!r}, which the filter leaves out",
-                )
-        return result
-
-    def wants(self, key: Key) -> bool:
-        """Say whether a cohort and kind are asked for."""
-        cohort, kind = key
-        return (not self.kinds or kind in self.kinds) and any(
-            matches(pattern, cohort) for pattern in self.patterns
-        )
-
-
 class Feed:
     """The events of one subscription, as serialised `SubscribeResponse` messages.
 
@@ -218,7 +130,6 @@ class Feed:
         self._reader = reader
         self._page = page_updates
         self._given: dict[Key, int] = {}
-        self._wanted: dict[Key, bool] = {}
         self._pending: set[Key] = set()
         self._wake = asyncio.Event()
         self._progress_due = False
@@ -234,11 +145,15 @@ class Feed:
         return self._request
 
     def wants(self, key: Key) -> bool:
-        """Say whether updates of a cohort and kind belong to the feed. Each answer is kept."""
-        known = self._wanted.get(key)
-        if known is None:
-            known = self._wanted[key] = self._request.wants(key)
-        return known
+        """Say whether updates of a cohort and kind belong to the feed."""
+        return key in self._given or self._request.wants(key)
+
+    def _wants(self, key: Key, answers: Mapping[str, bool]) -> bool:
+        cohort, kind = key
+        answer = answers.get(cohort)
+        if answer is None:  # it came into being while the others were matched
+            return self.wants(key)
+        return answer and self._request.wants_kind(kind)
 
     def offer(self, key: Key) -> None:
         """Tell the feed that there is a new update of a key that it wants."""
@@ -266,8 +181,7 @@ class Feed:
             InvalidFilterError: A start revision is ahead of the history.
             FMIError: The reason given to `stop`.
         """
-        head = self._log.head
-        start = self._every_start(head) if self._request.every else self._latest_start()
+        start = self._every_start() if self._request.every else self._latest_start()
         async for event in start:
             yield event
             if self._end is not None:
@@ -303,11 +217,13 @@ class Feed:
             if revision > newest + 1:
                 raise _ahead(key, revision, newest)
             self._given[key] = revision - 1
+        answers = await request.answers(cohort for cohort, _ in log.latest)
         missed_after = request.resume_after
         if missed_after is not None:
             self._position = missed_after
             await self._remember_given(missed_after)
-        keys = [key for key in log.latest if self.wants(key)]
+        # From here to the head nothing is waited for: the token of the snapshot's end covers all of it.
+        keys = [key for key in log.latest if self._wants(key, answers)]
         head = log.head
         for event in self._newest(keys, missed_after or 0):
             yield event
@@ -322,10 +238,11 @@ class Feed:
                 page = list(await self._reader.since(position, self._page))
             if not page:
                 return
+            answers = await self._request.answers(update.key[0] for update in page)
             for update in page:
                 self._holes |= update.sequence != position + 1
                 position = update.sequence
-                if self.wants(update.key) and update.key not in self._given:
+                if update.key not in self._given and self._wants(update.key, answers):
                     unknown = await self._given_is_unknown(update)
                     self._given[update.key] = UNKNOWN if unknown else update.revision - 1
 
@@ -373,7 +290,7 @@ class Feed:
         )
         return self._control(position, lagged=lagged)
 
-    async def _every_start(self, head: int) -> AsyncIterator[bytes]:
+    async def _every_start(self) -> AsyncIterator[bytes]:
         """Give every update from the start revisions or the token on, and a snapshot of the rest."""
         request, log = self._request, self._log
         if request.resume_after is not None:
@@ -381,8 +298,9 @@ class Feed:
             async for event in self._every_from(request.resume_after):
                 yield event
             return
+        answers = await request.answers(cohort for cohort, _ in log.latest)
         floor: dict[Key, int] = {}
-        positions = [head]
+        positions = []
         for key, revision in request.start.items():
             latest = log.latest.get(key)
             newest = latest.revision if latest else 0
@@ -395,8 +313,10 @@ class Feed:
                 if first is None:
                     raise await self._compacted(key, revision)
                 positions.append(first.sequence - 1)
-        for key, update in list(log.latest.items()):
-            if key not in floor and update.sequence <= head and self.wants(key):
+        # Nothing is waited for from here on, so that every key has its floor from one moment.
+        positions.append(log.head)
+        for key, update in log.latest.items():
+            if key not in floor and self._wants(key, answers):
                 floor[key] = update.revision
                 positions.append(update.sequence - 1)
         self._position = min(positions)
@@ -417,11 +337,12 @@ class Feed:
                 page = list(await self._reader.since(position, self._page))
             if not page:
                 return
+            answers = await self._request.answers(update.key[0] for update in page)
             for update in page:
                 self._holes |= update.sequence != position + 1
                 position = update.sequence
                 self._pending.discard(update.key)
-                if not self.wants(update.key):
+                if not self._wants(update.key, answers):
                     continue
                 if floor is not None and update.revision < floor.get(update.key, 0):
                     continue

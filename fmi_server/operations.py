@@ -60,6 +60,9 @@ class Operations:
     async def cohorts(self) -> list[CohortOverview]:
         """List the cohorts, in order of name."""
         service = self._service
+        subscribers = await service.router.count_subscribers(
+            rules.name for rules in service.cohorts
+        )
         overviews = {
             rules.name: CohortOverview(
                 rules.name,
@@ -67,11 +70,11 @@ class Operations:
                 schema_hash=rules.schema_hash,
                 dirty=service.releaser.dirty(rules.name),
                 released_at=service.releaser.released_at(rules.name),
-                subscribers=service.router.subscribers_of(rules.name),
+                subscribers=subscribers.get(rules.name, 0),
             )
             for rules in service.cohorts
         }
-        for (cohort, kind), update in service.releaser.log.latest.items():
+        for (cohort, kind), update in service.releaser.publisher.log.latest.items():
             if cohort in overviews:
                 overviews[cohort].revisions[kind_name(kind)] = update.revision
         for site in await service.store.sites():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Final
 
 from fmi.v1 import packet_pb2
 from fmi_server.config import RouterConfig
 from fmi_server.errors import FMIError, OverloadedError, ServerDrainingError, ThingNotFoundError
-from fmi_server.feeds import Feed, FeedRequest, Key, PublishedUpdate, UpdateLog, UpdateReader
+from fmi_server.feed_requests import PAUSE_S, FeedRequest
+from fmi_server.feeds import Feed, PublishedUpdate, UpdateLog, UpdateReader
 from fmi_server.telemetry import FMITelemetry
 
 __all__ = ["AGGREGATOR", "FMIRouter"]
@@ -49,8 +51,9 @@ class FMIRouter:
         self._queues: dict[str, asyncio.Queue[packet_pb2.Packet]] = {}
         self._consumers: dict[str, Consumer] = {}
         self._feeds: set[Feed] = set()
-        # The feeds that want a key, found once per key and kept while feeds come and go.
-        self._interested: dict[Key, set[Feed]] = {}
+        # The feeds that want something of a cohort, found at its first update and kept while feeds come
+        # and go.
+        self._interested: dict[str, set[Feed]] = {}
         self._draining: FMIError | None = None
         self.add_destination(AGGREGATOR)
 
@@ -106,10 +109,31 @@ class FMIRouter:
 
     def subscribers_of(self, cohort: str) -> int:
         """Return how many open subscriptions want something of a cohort."""
-        return sum(
-            any(feed.wants((cohort, kind)) for kind in feed.request.kinds or (1,))
-            for feed in self._feeds
-        )
+        interested = self._interested.get(cohort)
+        if interested is not None:
+            return len(interested)
+        return sum(feed.request.wants_cohort(cohort) for feed in self._feeds)
+
+    async def count_subscribers(self, cohorts: Iterable[str]) -> dict[str, int]:
+        """Return `subscribers_of` of each cohort, and let others run in between."""
+        counts: dict[str, int] = {}
+        alike: defaultdict[tuple[str, ...], list[FeedRequest]] = defaultdict(list)
+        for feed in self._feeds:
+            alike[feed.request.patterns].append(feed.request)
+        pause = time.monotonic() + PAUSE_S
+        for cohort in list(cohorts):
+            interested = self._interested.get(cohort)
+            if interested is not None:
+                counts[cohort] = len(interested)
+                continue
+            counts[cohort] = 0
+            for requests in alike.values():
+                if requests[0].wants_cohort(cohort):
+                    counts[cohort] += len(requests)
+                if time.monotonic() > pause:
+                    await asyncio.sleep(0)
+                    pause = time.monotonic() + PAUSE_S
+        return counts
 
     async def subscribe(
         self, request: FeedRequest, log: UpdateLog, reader: UpdateReader
@@ -134,12 +158,12 @@ class FMIRouter:
         feed = Feed(request, log, reader, page_updates=self.config.page_updates)
         # It is known before its snapshot is read, so that no update falls between the two.
         self._feeds.add(feed)
-        for key, feeds in self._interested.items():
-            if feed.wants(key):
-                feeds.add(feed)
         self._telemetry.subscribers(len(self._feeds))
         conflated = 0
         try:
+            for cohort, wanted in (await request.answers(self._interested)).items():
+                if wanted:
+                    self._interested[cohort].add(feed)
             async for event in feed.events(self._clock_ns):
                 if feed.conflated > conflated:
                     self._telemetry.conflated(feed.conflated - conflated)
@@ -153,12 +177,14 @@ class FMIRouter:
 
     def publish(self, update: PublishedUpdate) -> None:
         """Tell every subscriber that wants it of an update, which is in the log already."""
-        interested = self._interested.get(update.key)
+        cohort, kind = update.key
+        interested = self._interested.get(cohort)
         if interested is None:
-            interested = {feed for feed in self._feeds if feed.wants(update.key)}
-            self._interested[update.key] = interested
+            interested = {feed for feed in self._feeds if feed.request.wants_cohort(cohort)}
+            self._interested[cohort] = interested
         for feed in interested:
-            feed.offer(update.key)
+            if feed.request.wants_kind(kind):
+                feed.offer(update.key)
 
     async def give_signs_of_life(self) -> None:
         """Send progress on every subscription at each interval, until cancelled.

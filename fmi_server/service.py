@@ -18,11 +18,17 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
-
-import zstandard
 
 from fmi.v1 import cohort_pb2, packet_pb2, update_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
@@ -31,24 +37,23 @@ from fmi_server.aggregator import FMIAggregator, warm_start_message
 from fmi_server.bus import Bus, FederationBusAdapter
 from fmi_server.cohorts import CohortRegistry, CohortRules
 from fmi_server.contracts import FMIContractRegistry
+from fmi_server.dictionaries import DictionaryShelf
 from fmi_server.emission import Answer, Candidate, Intake, settle
-from fmi_server.envelope import EnvelopeDecoder, EnvelopeLimits
+from fmi_server.envelope import ByteBudget, EnvelopeDecoder, EnvelopeLimits
 from fmi_server.errors import (
     CohortUnknownError,
     EnvelopeTooLargeError,
     FMIError,
     OverloadedError,
     ServerDrainingError,
-    SpecInvalidError,
-    ThingNotFoundError,
     UpdateNotFoundError,
-    Violation,
     reason_name,
 )
 from fmi_server.feeds import FeedRequest, kind_name
 from fmi_server.releases import Releaser
 from fmi_server.router import AGGREGATOR, FMIRouter
-from fmi_server.storage import MemoryStore, Store
+from fmi_server.storage import MemoryStore, Store, StoreError
+from fmi_server.storage.base import StoreUnavailableError
 from fmi_server.storage.records import AppendOutcome
 from fmi_server.telemetry import FMITelemetry
 from fmi_server.validator import FMIValidator, Inspection
@@ -58,9 +63,8 @@ __all__ = ["FMIService"]
 THREAD_FROM_PACKETS: Final = 32
 """Batches of this size and larger are checked in a thread, so that single Emits do not wait for them."""
 
-CLOSE_S: Final = (
-    5.0  # for work under way when the service closes: a write that hangs must not hold it
-)
+CLOSE_S: Final = 5.0
+"""Seconds for work under way when the service closes: a write that hangs must not hold it."""
 
 _log = logging.getLogger(__name__)
 
@@ -121,6 +125,9 @@ class FMIService:
         )
         self._intake = Intake(self.registry, self.validator)
         self._decoder = EnvelopeDecoder(limits or EnvelopeLimits())
+        self._decoding = ByteBudget(self._decoder.limits.max_decoded_bytes)
+        self._dictionaries = DictionaryShelf(self.store, self._decoder, clock=clock)
+        self._specs_lock = asyncio.Lock()
         self._bus = None if bus is None else FederationBusAdapter(bus, self)
         self._clock = clock
         self._max_inflight = max_inflight
@@ -144,10 +151,11 @@ class FMIService:
         self._tasks = await asyncio.TaskGroup().__aenter__()
         self._running = [
             self._tasks.create_task(self.releaser.run(), name="release"),
+            self._tasks.create_task(self.releaser.sweep(), name="sweep"),
             self._tasks.create_task(self.router.give_signs_of_life(), name="signs of life"),
         ]
         if self._bus is not None:
-            self.releaser.on_update(self._bus.publish)
+            self.releaser.publisher.on_update(self._bus.publish)
             self._running.append(self._tasks.create_task(self._bus.run(), name="bus"))
             await asyncio.sleep(0)  # the adapter subscribes before anybody can publish
         return self
@@ -159,7 +167,9 @@ class FMIService:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            await self.drain()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_S):
+                    await self.drain()
             for task in self._running:
                 task.cancel()
             if self._tasks is None:
@@ -182,10 +192,7 @@ class FMIService:
         for record in await self.store.cohorts():
             if record.name not in self.cohorts:
                 self.cohorts.declare(cohort_pb2.CohortSpec.FromString(record.spec), force=True)
-        self._decoder.dictionaries = {
-            record.dictionary_id: zstandard.ZstdCompressionDict(record.data)
-            for record in await self.store.dictionaries()
-        }
+        await self._dictionaries.load()
         await self.releaser.load()
         self.telemetry.cohorts(len(self.cohorts))
 
@@ -235,19 +242,26 @@ class FMIService:
             StoreUnavailableError: They could not be stored now; nothing was stored.
         """
         with self._admitted():
-            now_us = int(self._clock() * 1e6)
-            if len(items) < THREAD_FROM_PACKETS:
-                inspected = self._intake.inspect_many(items, received_at_us=now_us)
-            else:
-                inspected = await asyncio.to_thread(
-                    self._intake.inspect_many, items, received_at_us=now_us
-                )
-            return await self.uninterrupted(self._keep_batch(inspected))
+            return await self._emit_items(items)
+
+    async def _emit_items(self, items: Sequence[bytes | packet_pb2.Packet]) -> list[Answer]:
+        now_us = int(self._clock() * 1e6)
+        if len(items) < THREAD_FROM_PACKETS:
+            inspected = self._intake.inspect_many(items, received_at_us=now_us)
+        else:
+            inspected = await asyncio.to_thread(
+                self._intake.inspect_many, items, received_at_us=now_us
+            )
+        return await self.uninterrupted(self._keep_batch(inspected))
 
     async def _keep_batch(self, inspected: Sequence[Candidate | Answer]) -> list[Answer]:
         items = [self._opened(item) for item in inspected]
         records = [item.record for item in items if isinstance(item, Candidate)]
-        outcomes = iter(await self.store.append(records) if records else ())
+        try:
+            outcomes = iter(await self.store.append(records) if records else ())
+        except StoreError as error:
+            self._doubt(error, {record.cohort for record in records})
+            raise
         answers = []
         counts: Counter[tuple[str, str]] = Counter()
         for item in items:
@@ -270,7 +284,12 @@ class FMIService:
             EnvelopeTooLargeError: It would decode to too much; nothing was stored.
             DictionaryUnknownError: It names a dictionary that is not registered.
         """
-        return await self.emit_batch(await asyncio.to_thread(self._decoder.decode, envelope))
+        with self._admitted():
+            self._decoder.refuse_too_large(envelope)
+            async with self._decoding.spending(envelope.uncompressed_size):
+                return await self._emit_items(
+                    await asyncio.to_thread(self._decoder.decode, envelope)
+                )
 
     def check_batch_size(self, packets: int) -> None:
         """Refuse a batch with more packets than an envelope may hold.
@@ -306,11 +325,24 @@ class FMIService:
         try:
             (outcome,) = await self.store.append([candidate.record])
             return outcome
+        except StoreError as error:
+            self._doubt(error, {candidate.record.cohort})
+            raise
         except asyncio.CancelledError:
             # The caller gave up, the store does not: what it keeps counts, at the latest after a restart.
             if self._tasks is not None and not self.closing.is_set():
                 self._tasks.create_task(self._count_abandoned(candidate), name="abandoned")
             raise
+
+    def _doubt(self, error: StoreError, cohorts: Iterable[str]) -> None:
+        """Note that packets may have got into the store although their write failed.
+
+        Sent again they would be duplicates, which do not count, so their cohorts are counted anew. Other
+        failures than those of the disk itself are rolled back and leave no doubt.
+        """
+        if isinstance(error, StoreUnavailableError) and error.cause == "io_error":
+            for cohort in cohorts:
+                self.releaser.doubt(cohort)
 
     async def _count_abandoned(self, candidate: Candidate) -> None:
         """Count a packet that was stored for a caller who did not wait for the answer."""
@@ -371,9 +403,9 @@ class FMIService:
             OverloadedError: There are as many subscriptions as are allowed.
             ServerDrainingError: The server is going down.
         """
-        log = self.releaser.log
+        log = self.releaser.publisher.log
         wanted = FeedRequest.from_message(request, history_epoch=log.history_epoch, head=log.head)
-        return self.router.subscribe(wanted, log, self.releaser.updates)
+        return self.router.subscribe(wanted, log, self.releaser.publisher.updates)
 
     async def update(self, cohort: str, kind: int, revision: int = 0) -> update_pb2.Update:
         """Read one update; the newest where no revision is given.
@@ -383,7 +415,7 @@ class FMIService:
             UpdateNotFoundError: There is no such update yet.
             CompactedError: The revision is no longer kept.
         """
-        latest = self.releaser.log.latest.get((cohort, kind))
+        latest = self.releaser.publisher.log.latest.get((cohort, kind))
         if latest is None:
             if cohort not in self.cohorts:
                 raise CohortUnknownError(cohort)
@@ -392,7 +424,7 @@ class FMIService:
         if revision not in (0, latest.revision):
             if revision > latest.revision:
                 raise UpdateNotFoundError(cohort, kind_name(kind), revision)
-            found = await self.releaser.updates.kept((cohort, kind), revision)
+            found = await self.releaser.publisher.updates.kept((cohort, kind), revision)
         return update_pb2.Update.FromString(found.payload)
 
     async def warm_start(
@@ -418,7 +450,7 @@ class FMIService:
             raise CohortUnknownError(cohort)
         request = WarmStartRequest(profile_class or "default", regime_tag, concepts or {})
         found = await self.uninterrupted(self._find_warm_start(cohort, request))
-        latest = self.releaser.log.latest.get((cohort, update_pb2.UPDATE_KIND_PRIOR))
+        latest = self.releaser.publisher.log.latest.get((cohort, update_pb2.UPDATE_KIND_PRIOR))
         return warm_start_message(found), latest.revision if latest else 0
 
     async def _find_warm_start(self, cohort: str, request: WarmStartRequest) -> WarmStart:
@@ -449,52 +481,28 @@ class FMIService:
             SpecChangeUnsafeError: The change would break sites, and `force` was not said.
             SettingUnsupportedError: It asks for what this version does not have.
         """
-        rules, changed = self.cohorts.check(spec, force=force)
-        if dry_run or not changed:
-            return rules, changed
-        await self.uninterrupted(self._put_in_force(rules, spec, force=force))
-        return rules, changed
+        if dry_run:
+            return self.cohorts.check(spec, force=force)
+        return await self.uninterrupted(self._put_in_force(spec, force=force))
 
     async def _put_in_force(
-        self, rules: CohortRules, spec: cohort_pb2.CohortSpec, *, force: bool
-    ) -> None:
-        # Stored before it is in force: a crash in between changes nothing that anybody saw.
-        await self.store.put_cohort(rules.name, rules.spec.SerializeToString(), 1)
-        self.cohorts.declare(spec, force=force)
-        self.telemetry.cohorts(len(self.cohorts))
+        self, spec: cohort_pb2.CohortSpec, *, force: bool
+    ) -> tuple[CohortRules, bool]:
+        async with self._specs_lock:  # what is checked is what is stored and declared
+            rules, changed = self.cohorts.check(spec, force=force)
+            if not changed:
+                return rules, changed
+            # Stored before it is in force: a crash in between changes nothing that anybody saw.
+            await self.store.put_cohort(rules.name, rules.spec.SerializeToString(), 1)
+            self.cohorts.declare(spec, force=force)
+            self.telemetry.cohorts(len(self.cohorts))
         await self.releaser.rebuild(rules.name)
+        return rules, changed
 
     async def register_dictionary(self, data: bytes) -> int:
-        """Register a compression dictionary; return its id, as it stands in the dictionary.
-
-        Raises:
-            SpecInvalidError: It is no trained zstd dictionary.
-            DictionaryConflictError: The id is taken by other data.
-        """
-        dictionary = zstandard.ZstdCompressionDict(data)
-        dictionary_id: int = dictionary.dict_id()
-        usable = False
-        with contextlib.suppress(zstandard.ZstdError):
-            dictionary.precompute_compress(level=3)  # reads its tables
-            usable = dictionary_id != 0
-        if not usable:
-            detail = "is no trained zstd dictionary; make one with `zstd --train`"
-            raise SpecInvalidError([Violation("data", "fmi.dictionary.trained", detail)])
-        await self.store.put_dictionary(dictionary_id, data, int(self._clock() * 1e6))
-        self._decoder.dictionaries = {**self._decoder.dictionaries, dictionary_id: dictionary}
-        return dictionary_id
+        """Register a compression dictionary; return its id; see `DictionaryShelf.register`."""
+        return await self.uninterrupted(self._dictionaries.register(data))
 
     async def dictionary(self, dictionary_id: int = 0) -> tuple[int, bytes]:
-        """Read a dictionary; the newest where no id is given.
-
-        Raises:
-            ThingNotFoundError: There is none.
-        """
-        records = await self.store.dictionaries()
-        if not dictionary_id and records:
-            newest = max(records, key=lambda record: record.created_at_us)
-            return newest.dictionary_id, newest.data
-        for record in records:
-            if record.dictionary_id == dictionary_id:
-                return record.dictionary_id, record.data
-        raise ThingNotFoundError("dictionary", str(dictionary_id or "(any)"))
+        """Read a dictionary; the newest where no id is given; see `DictionaryShelf.read`."""
+        return await self._dictionaries.read(dictionary_id)

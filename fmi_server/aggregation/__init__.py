@@ -9,7 +9,7 @@ Map, lowest first:
 - `estimators`: `estimate`, robust location of every row of a signals x sites matrix.
 - `transforms`: `SignalRule`, and the scale on which a signal is averaged.
 - `trust`, `weights`: reputation from leave-one-out distances; weight of a site.
-- `resident`, `prior`: `CohortMatrix`, the resident state of a cohort, and its releases.
+- `resident`, `vocabulary`, `prior`: `CohortMatrix`, the resident state of a cohort, and its releases.
 - `policy`: which bundle of changes helped, or why nothing can be said.
 - `pooling`, `graph`, `causal`: pooled causal edges, conflicts, cycles.
 - `warm_start`: contexts per regime, initial values for a site and where they came from.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fmi_server.aggregation.estimators import EstimatorSettings, estimate, trim_count
 from fmi_server.aggregation.graph import strong_components
 from fmi_server.aggregation.pooling import pool_random_effects
 from fmi_server.aggregation.quantiles import wilson_lower_bound
-from fmi_server.aggregation.weights import site_weights
+from fmi_server.aggregation.weights import site_reputations
 
 __all__ = [
     "CausalConsensus",
@@ -69,11 +70,14 @@ class CausalSettings:
         estimator: quorum (`min_sites`), trimming and interval level.
         support_level: one-sided confidence of the support.
         sign_agreement: below this share of one sign, the edge is in sign conflict.
+        max_edges: edges that are pooled, and edges left out that are named; those that most sites
+            report go first.
     """
 
     estimator: EstimatorSettings = field(default_factory=EstimatorSettings)
     support_level: float = 0.95
     sign_agreement: float = 2.0 / 3.0
+    max_edges: int = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +135,7 @@ class ConsensusEdge:
 
 @dataclass(frozen=True, slots=True)
 class UnpooledEdge:
-    """Name an edge that is not in the consensus: `below_quorum` or `self_loop`.
+    """Name an edge that is not in the consensus: `below_quorum`, `self_loop` or `over_limit`.
 
     It may come from a single site; whoever publishes it decides whether that may be said.
     """
@@ -157,19 +161,37 @@ class CausalCycle:
 
 @dataclass(frozen=True, slots=True)
 class CausalConsensus:
-    """Hold the consensus: pooled edges, edges left out with their reason, and cycles."""
+    """Hold the consensus.
+
+    Attributes:
+        edges: pooled edges.
+        unpooled: edges left out, with their reason; at most `max_edges`, those of most sites.
+        cycles: cycles among the pooled edges.
+        sites: sites with a summary.
+        left_out: how many edges were left out, by reason: all, also those not named.
+    """
 
     edges: tuple[ConsensusEdge, ...]
     unpooled: tuple[UnpooledEdge, ...]
     cycles: tuple[CausalCycle, ...]
     sites: int
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class _SiteView:
-    tested: set[str]
+    tested: Collection[str]
     pairs: dict[EdgeKey, CausalPair]
     trust: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Reported:
+    """An edge, and of each site that reports it the number, and the pair."""
+
+    key: EdgeKey
+    sites: list[int]
+    pairs: list[CausalPair]
 
 
 def pool_causes(
@@ -183,7 +205,8 @@ def pool_causes(
     report an edge any more takes it back. Edges reported by `min_sites` sites are pooled:
     with standard errors from `min_sites` sites that are at least half of the reporters by
     `pool_random_effects`, else by `settings.estimator` with weights
-    `min(trust, median trust) * reputation`.
+    `min(trust, median trust) * reputation`. No more than `max_edges` are pooled, those of most sites
+    first; the rest are counted.
 
     Raises:
         ValueError: a weight is not finite, a standard error is not positive, or a trust lies
@@ -191,105 +214,192 @@ def pool_causes(
     """
     settings = settings or CausalSettings()
     views = _site_views(summaries)
-    reporters: dict[EdgeKey, list[str]] = defaultdict(list)
-    for site in sorted(views):
-        for key in views[site].pairs:
-            reporters[key].append(site)
-    edges: list[ConsensusEdge] = []
-    unpooled: list[UnpooledEdge] = []
-    for key in sorted(reporters):
-        found = reporters[key]
-        ends = {key[0], key[1]}
-        testable = sum(1 for view in views.values() if ends <= view.tested)
-        if key[0] == key[1]:
-            unpooled.append(UnpooledEdge(key, len(found), testable, "self_loop"))
-        elif len(found) < settings.estimator.min_sites:
-            unpooled.append(UnpooledEdge(key, len(found), testable, "below_quorum"))
-        else:
-            edges.append(_pooled(key, found, testable, views, settings, reputation))
-    edges, cycles = _flagged(edges)
-    return CausalConsensus(tuple(edges), tuple(unpooled), cycles, len(views))
+    names = sorted(views)
+    reported: dict[EdgeKey, _Reported] = {}
+    for number, site in enumerate(names):
+        for key, pair in views[site].pairs.items():
+            edge = reported.get(key)
+            if edge is None:
+                reported[key] = _Reported(key, [number], [pair])
+            else:
+                edge.sites.append(number)
+                edge.pairs.append(pair)
+    pooled: list[_Reported] = []
+    others: list[tuple[_Reported, str]] = []
+    left_out: Counter[str] = Counter()
+    for edge in sorted(reported.values(), key=lambda edge: (-len(edge.sites), edge.key)):
+        reason = _why_not(edge, len(pooled), settings)
+        if reason is None:
+            pooled.append(edge)
+            continue
+        left_out[reason] += 1
+        if len(others) < settings.max_edges:
+            others.append((edge, reason))
+    testers = _Testers(views, names, [*pooled, *(edge for edge, _ in others)])
+    unpooled = [
+        UnpooledEdge(edge.key, len(edge.sites), testers.both(edge.key), reason)
+        for edge, reason in others
+    ]
+    trust = np.array([views[site].trust for site in names], dtype=np.float64)
+    if not ((trust >= 0.0) & (trust <= 1.0)).all():
+        raise ValueError("declared trust must lie in 0..1")
+    edges, cycles = _flagged(
+        _pooled(pooled, testers, trust, site_reputations(names, reputation), settings)
+    )
+    return CausalConsensus(
+        edges=tuple(edges),
+        unpooled=tuple(sorted(unpooled, key=lambda edge: edge.key)),
+        cycles=cycles,
+        sites=len(views),
+        left_out=left_out,
+    )
+
+
+def _why_not(edge: _Reported, pooled: int, settings: CausalSettings) -> str | None:
+    if edge.key[0] == edge.key[1]:
+        return "self_loop"
+    if len(edge.sites) < settings.estimator.min_sites:
+        return "below_quorum"
+    return "over_limit" if pooled >= settings.max_edges else None
 
 
 def _site_views(summaries: Iterable[CausalSummary]) -> dict[str, _SiteView]:
-    views: dict[str, _SiteView] = {}
+    """Return per site what stands after all its summaries, in time linear in what they hold."""
+    by_site: dict[str, list[CausalSummary]] = defaultdict(list)
     for summary in sorted(summaries, key=lambda s: s.at):
-        tested = set(summary.tested_nodes)
-        for pair in summary.pairs:
-            if not math.isfinite(pair.weight):
-                raise ValueError(f"site {summary.site_id!r}: edge weight must be finite")
-            if pair.stderr is not None and not (math.isfinite(pair.stderr) and pair.stderr > 0):
-                raise ValueError(f"site {summary.site_id!r}: stderr must be positive")
-            # Who reports a pair has tested it, whatever the list says.
-            tested |= {pair.source, pair.target}
-        view = views.setdefault(summary.site_id, _SiteView(set(), {}, summary.trust))
-        for key in [k for k in view.pairs if {k[0], k[1]} <= tested]:
-            del view.pairs[key]
-        view.pairs.update({(p.source, p.target, p.type): p for p in summary.pairs})
-        view.tested |= tested
-        view.trust = summary.trust
+        by_site[summary.site_id].append(summary)
+    views = {}
+    for site, held in by_site.items():
+        pairs: dict[EdgeKey, CausalPair] = {}
+        # Per node one bit for each newer summary that tested it.
+        tested_in: dict[str, int] = defaultdict(int)
+        for bit, summary in enumerate(reversed(held)):
+            tested, found = set(summary.tested_nodes), {}
+            for pair in summary.pairs:
+                _check(site, pair)
+                # Who reports a pair has tested it, whatever the list says.
+                tested |= {pair.source, pair.target}
+                if not tested_in.get(pair.source, 0) & tested_in.get(pair.target, 0):
+                    found[pair.source, pair.target, pair.type] = pair
+            pairs.update(found)
+            for node in tested:
+                tested_in[node] |= 1 << bit
+        views[site] = _SiteView(tested_in.keys(), pairs, held[-1].trust)
     return views
 
 
+def _check(site: str, pair: CausalPair) -> None:
+    if not math.isfinite(pair.weight):
+        raise ValueError(f"site {site!r}: edge weight must be finite")
+    if pair.stderr is not None and not (math.isfinite(pair.stderr) and pair.stderr > 0):
+        raise ValueError(f"site {site!r}: stderr must be positive")
+
+
+class _Testers:
+    """Count the sites that tested both ends of an edge, by one bit per node and site."""
+
+    def __init__(
+        self, views: Mapping[str, _SiteView], names: Sequence[str], edges: Iterable[_Reported]
+    ) -> None:
+        width = len(names) // 8 + 1
+        bits = {node: bytearray(width) for edge in edges for node in edge.key[:2]}
+        for number, site in enumerate(names):
+            for node in views[site].tested:
+                if node in bits:
+                    bits[node][number >> 3] |= 1 << (number & 7)
+        self._sites = {node: int.from_bytes(found) for node, found in bits.items()}
+
+    def both(self, key: EdgeKey) -> int:
+        return (self._sites[key[0]] & self._sites[key[1]]).bit_count()
+
+
 def _pooled(
-    key: EdgeKey,
-    found: Sequence[str],
-    testable: int,
-    views: Mapping[str, _SiteView],
+    reported: Sequence[_Reported],
+    testers: _Testers,
+    trust: NDArray[np.float64],
+    reputation: NDArray[np.float64],
     settings: CausalSettings,
-    reputation: Mapping[str, float] | None,
-) -> ConsensusEdge:
-    rules = settings.estimator
-    pairs = [views[site].pairs[key] for site in found]
-    weights = np.array([pair.weight for pair in pairs])
-    positive, negative = int((weights > 0.0).sum()), int((weights < 0.0).sum())
-    minority_limit = (1.0 - settings.sign_agreement) * len(found) + 1e-9
-    edge = ConsensusEdge(
-        source=key[0],
-        target=key[1],
-        type=key[2],
+) -> list[ConsensusEdge]:
+    edges: list[ConsensusEdge] = []
+    # By number of sites, so that those without standard errors are estimated all at once.
+    unmeasured: dict[int, list[tuple[_Reported, ConsensusEdge]]] = defaultdict(list)
+    for found in reported:
+        edge = _counted(found, testers.both(found.key), settings)
+        measured = _measured(found, edge, settings)
+        if measured is None:
+            unmeasured[edge.sites].append((found, edge))
+        else:
+            edges.append(measured)
+    for group in unmeasured.values():
+        numbers = np.array([found.sites for found, _ in group], dtype=np.int64)
+        values = np.array([[pair.weight for pair in found.pairs] for found, _ in group])
+        stated = trust[numbers]
+        capped = np.minimum(stated, np.median(stated, axis=1, keepdims=True))
+        table = estimate(values, capped * reputation[numbers], settings.estimator)
+        for row, (_, edge) in enumerate(group):
+            own = table.row(row)
+            edges.append(
+                replace(
+                    edge,
+                    weight=float(table.value[row]),
+                    stderr=own.stderr,
+                    lower=own.lower,
+                    upper=own.upper,
+                    method=str(own.used),
+                )
+            )
+    return sorted(edges, key=lambda edge: edge.key)
+
+
+def _counted(found: _Reported, testable: int, settings: CausalSettings) -> ConsensusEdge:
+    sites = len(found.sites)
+    positive = sum(1 for pair in found.pairs if pair.weight > 0.0)
+    negative = sum(1 for pair in found.pairs if pair.weight < 0.0)
+    minority_limit = (1.0 - settings.sign_agreement) * sites + 1e-9
+    return ConsensusEdge(
+        source=found.key[0],
+        target=found.key[1],
+        type=found.key[2],
         weight=0.0,
         stderr=None,
         lower=None,
         upper=None,
-        sites=len(found),
+        sites=sites,
         testable=testable,
-        support=wilson_lower_bound(len(found), testable, settings.support_level),
+        support=wilson_lower_bound(sites, testable, settings.support_level),
         positive=positive,
         negative=negative,
         method="",
-        pooled_sites=len(found),
+        pooled_sites=sites,
         i_squared=None,
         tau_squared=None,
         sign_conflict=min(positive, negative) > minority_limit,
     )
-    measured = [(pair.weight, pair.stderr) for pair in pairs if pair.stderr is not None]
+
+
+def _measured(
+    found: _Reported, edge: ConsensusEdge, settings: CausalSettings
+) -> ConsensusEdge | None:
+    """Pool by the standard errors, or return None where too few sites gave one."""
+    rules = settings.estimator
+    measured = [(pair.weight, pair.stderr) for pair in found.pairs if pair.stderr is not None]
+    if len(measured) < rules.min_sites or 2 * len(measured) < edge.sites:
+        return None
     cut = int(trim_count(np.array([len(measured)]), rules)[0])
-    enough = len(measured) >= rules.min_sites and 2 * len(measured) >= len(found)
-    if enough and len(measured) - 2 * cut >= 2:
-        effects, stderrs = np.array(measured, dtype=np.float64).T
-        pooled = pool_random_effects(effects, stderrs, cut, rules.interval_level)
-        return replace(
-            edge,
-            weight=pooled.value,
-            stderr=pooled.stderr,
-            lower=pooled.lower,
-            upper=pooled.upper,
-            method="dersimonian_laird_hksj",
-            pooled_sites=len(measured),
-            i_squared=pooled.i_squared,
-            tau_squared=pooled.tau_squared,
-        )
-    trust = site_weights(found, [views[site].trust for site in found], reputation)
-    table = estimate(weights[None, :], trust, rules)
-    row = table.row(0)
+    if len(measured) - 2 * cut < 2:
+        return None
+    effects, stderrs = np.array(measured, dtype=np.float64).T
+    pooled = pool_random_effects(effects, stderrs, cut, rules.interval_level)
     return replace(
         edge,
-        weight=float(table.value[0]),
-        stderr=row.stderr,
-        lower=row.lower,
-        upper=row.upper,
-        method=str(table.used[0]),
+        weight=pooled.value,
+        stderr=pooled.stderr,
+        lower=pooled.lower,
+        upper=pooled.upper,
+        method="dersimonian_laird_hksj",
+        pooled_sites=len(measured),
+        i_squared=pooled.i_squared,
+        tau_squared=pooled.tau_squared,
     )
 
 
@@ -300,16 +410,22 @@ def _flagged(
     successors: dict[str, list[str]] = defaultdict(list)
     for edge in edges:
         successors[edge.source].append(edge.target)
+    component: dict[str, int] = {}
+    components = [nodes for nodes in strong_components(successors) if len(nodes) > 1]
+    for number, nodes in enumerate(components):
+        component.update(dict.fromkeys(nodes, number))
+    inside: dict[int, list[ConsensusEdge]] = defaultdict(list)
+    for edge in edges:
+        number = component.get(edge.source, -1)
+        if number >= 0 and number == component.get(edge.target):
+            inside[number].append(edge)
     cycles = []
     cyclic: set[EdgeKey] = set()
-    for nodes in strong_components(successors):
-        if len(nodes) < 2:
-            continue
-        members = set(nodes)
-        inside = [e for e in edges if e.source in members and e.target in members]
-        weakest = min(inside, key=lambda e: (e.support, abs(e.weight), e.key))
-        cyclic |= {edge.key for edge in inside}
-        cycles.append(CausalCycle(nodes, tuple(e.key for e in inside), weakest.key))
+    for number, nodes in enumerate(components):
+        weakest = min(inside[number], key=lambda e: (e.support, abs(e.weight), e.key))
+        found = tuple(edge.key for edge in inside[number])
+        cyclic.update(found)
+        cycles.append(CausalCycle(nodes, found, weakest.key))
     flagged = [
         replace(
             edge,

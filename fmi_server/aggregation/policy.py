@@ -11,10 +11,16 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 
-from fmi_server.aggregation.estimators import EstimateTable, EstimatorSettings, estimate
+from fmi_server.aggregation.estimators import (
+    MAX_MAGNITUDE,
+    EstimateTable,
+    EstimatorSettings,
+    estimate,
+)
 from fmi_server.aggregation.transforms import SignalRule
 from fmi_server.aggregation.weights import site_weights
 
@@ -168,7 +174,7 @@ def bundle_key(bundle: Mapping[str, ParamValue], steps: Mapping[str, float]) -> 
             step = steps.get(name)
             # Adding 0.0 turns -0.0 into 0.0.
             plain = value + 0.0
-            number = f"{plain:.6g}" if step is None else f"{round(plain / step)}x{step:.6g}"
+            number = f"{plain:.6g}" if step is None else f"{_multiple(plain, step)}x{step:.6g}"
             parts.append((name, "number", number))
         else:
             raise ValueError(f"bundle parameter {name!r} must be finite, got {value}")
@@ -178,7 +184,9 @@ def bundle_key(bundle: Mapping[str, ParamValue], steps: Mapping[str, float]) -> 
 def outcome_deltas(outcome: PolicyOutcome, rules: Mapping[str, SignalRule]) -> dict[str, float]:
     """Return `direction * (after - before - control_delta) / scale` per directed metric.
 
-    A metric without a direction, or missing before or after, is not scored.
+    A metric without a direction, or missing before or after, is not scored. A delta beyond
+    `MAX_MAGNITUDE` is moved there: the numbers of an outcome may each be legal and their difference,
+    or its quotient by a small scale, larger than an estimator takes.
     """
     deltas = {}
     for name, after in outcome.after.items():
@@ -186,8 +194,17 @@ def outcome_deltas(outcome: PolicyOutcome, rules: Mapping[str, SignalRule]) -> d
         if rule is None or rule.direction is None or name not in outcome.before:
             continue
         change = after - outcome.before[name] - outcome.control_delta.get(name, 0.0)
-        deltas[name] = rule.direction * change / rule.scale
+        delta = rule.direction * change / rule.scale
+        if math.isfinite(change):
+            delta = min(max(delta, -MAX_MAGNITUDE), MAX_MAGNITUDE)
+        deltas[name] = delta
     return deltas
+
+
+def _multiple(value: float, step: float) -> int:
+    quotient = value / step
+    # Exact where a tiny step makes the quotient larger than the largest float.
+    return round(quotient) if math.isfinite(quotient) else round(Fraction(value) / Fraction(step))
 
 
 def decide_policy(

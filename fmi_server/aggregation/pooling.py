@@ -14,6 +14,9 @@ __all__ = ["PooledEffect", "pool_random_effects"]
 
 _STDERR_FLOOR = 0.5
 
+# Of the spread of the effects, and of the median error: what lies outside is nothing, or everything.
+_NEGLIGIBLE = 1e-70
+
 
 @dataclass(frozen=True, slots=True)
 class PooledEffect:
@@ -54,10 +57,11 @@ def pool_random_effects(
     tied at an edge survive in equal parts.
 
     A declared standard error below half the median of all is raised to that, so that nobody buys
-    the consensus with a claim of precision.
+    the consensus with a claim of precision. All sums are taken in units of the median standard error
+    (but at least 1e-70 of the spread of the effects), so that no number is too large or too small.
 
     Args:
-        effects: one per site, finite.
+        effects: one per site, finite, up to 1e150.
         stderrs: same length, positive.
         cut: sites left out per tail; at least two must survive.
         level: coverage of the interval.
@@ -73,20 +77,23 @@ def pool_random_effects(
         raise ValueError("effects must be finite and standard errors positive")
     ordered = np.sort(effects)
     low, high = ordered[cut], ordered[sites - cut - 1]
-    variance = np.maximum(stderrs, _STDERR_FLOOR * float(np.median(stderrs))) ** 2
-    moved = np.clip(effects, low, high)
+    unit = max(float(np.median(stderrs)), float(high - low) * _NEGLIGIBLE)
+    with np.errstate(over="ignore"):
+        errors = np.clip(stderrs / unit, _STDERR_FLOOR, 1.0 / _NEGLIGIBLE)
+    variance = errors * errors
+    moved = (np.clip(effects, low, high) - low) / unit
     precision = 1.0 / variance
     total = precision.sum()
     fixed = float(precision @ moved / total)
     cochran = float(precision @ (moved - fixed) ** 2)
-    spread = total - (precision @ precision) / total
+    spread = float(precision @ (total - precision)) / total
     tau_squared = max(0.0, float((cochran - (sites - 1)) / spread))
     weights = 1.0 / (variance + tau_squared)
     part = _survival(effects, low, high, cut)
-    value = float((part * weights) @ moved / (part @ weights))
+    value = float(low) + float((part * weights) @ moved / (part @ weights)) * unit
     centre = float(weights @ moved / weights.sum())
     hksj = float(weights @ (moved - centre) ** 2 / ((sites - 1) * weights.sum()))
-    stderr = math.sqrt(hksj) * sites / kept
+    stderr = math.sqrt(hksj) * unit * sites / kept
     margin = t_quantile(kept - 1, level) * stderr
     value = min(max(value, float(low)), float(high))
     return PooledEffect(
@@ -94,7 +101,7 @@ def pool_random_effects(
         stderr=stderr,
         lower=value - margin,
         upper=value + margin,
-        tau_squared=tau_squared,
+        tau_squared=tau_squared * unit * unit,
         i_squared=max(0.0, (cochran - (sites - 1)) / cochran) if cochran > 0.0 else 0.0,
     )
 

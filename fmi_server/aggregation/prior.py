@@ -19,6 +19,7 @@ from fmi_server.aggregation.estimators import (
 from fmi_server.aggregation.resident import ResidentMatrix
 from fmi_server.aggregation.transforms import SignalRule, TransformTable
 from fmi_server.aggregation.trust import START_REPUTATION
+from fmi_server.aggregation.vocabulary import Vocabulary
 
 __all__ = ["CohortMatrix", "IgnoredValue", "PriorRelease", "PutReport"]
 
@@ -33,9 +34,9 @@ class IgnoredValue:
     Attributes:
         section: section it came in.
         name: signal.
-        reason: `section_conflict` (the name stands in another section of this cohort),
-            `undeclared` (closed vocabulary), `vocabulary_full` or `outside_domain` (a log signal
-            that is not positive).
+        reason: `section_conflict` (the name is declared in another section of this cohort),
+            `undeclared` (closed vocabulary), `vocabulary_full`, `too_many_new_names` (of this site) or
+            `outside_domain` (a log signal that is not positive).
     """
 
     section: str
@@ -60,6 +61,8 @@ class PriorRelease:
         names: signals, in row order.
         sections: their sections.
         table: one estimate per signal.
+        outvoted: names in a section that are held and not told, because more sites have the name in
+            another section.
         recomputed: how many rows were computed anew; the others are as they were.
         sites: sites with at least one value.
         oldest: time of the oldest value counted, or None; never later than it really is.
@@ -72,6 +75,7 @@ class PriorRelease:
     names: tuple[str, ...]
     sections: tuple[str, ...]
     table: EstimateTable
+    outvoted: int
     recomputed: int
     sites: int
     oldest: float | None
@@ -96,7 +100,8 @@ class CohortMatrix:
     A packet touches one column; its cost does not depend on the number of sites. A signal that a
     newer packet does not carry keeps the newest value that the site sent for it, until `expire`.
     Values stand clipped and transformed, `+inf` where there is none. Both axes grow by doubling.
-    A signal name stands in one section per cohort; the first one wins.
+
+    Which names there are, and in which section a name is told, is `Vocabulary`'s to say.
 
     Not thread-safe: one owner at a time.
     """
@@ -107,6 +112,7 @@ class CohortMatrix:
         *,
         open_vocabulary: bool = True,
         max_signals: int = 4096,
+        max_new_per_site: int = 512,
     ) -> None:
         """Start empty.
 
@@ -114,14 +120,17 @@ class CohortMatrix:
             rules: declared signals; they take the first rows in this order.
             open_vocabulary: whether undeclared signals are taken, with default rules.
             max_signals: bound on the signals an open vocabulary may grow to.
+            max_new_per_site: bound on the names that one site may bring into it.
 
         Raises:
             ValueError: a signal is declared twice.
         """
-        self._open = open_vocabulary
-        self._max_signals = max_signals
-        self._rules: list[SignalRule] = []
-        self._row_of: dict[str, int] = {}
+        self._names = Vocabulary(
+            rules,
+            open_vocabulary=open_vocabulary,
+            max_signals=max_signals,
+            max_new_per_site=max_new_per_site,
+        )
         self._transforms = TransformTable()
         self._cells = ResidentMatrix()
         # Lower bound on every confidence held: says when all weights are alike.
@@ -129,10 +138,7 @@ class CohortMatrix:
         self._cached: EstimateTable | None = None
         self._cached_settings: EstimatorSettings | None = None
         self._cached_weights: tuple[float, NDArray[np.float64]] | None = None
-        for rule in rules:
-            if rule.name in self._row_of:
-                raise ValueError(f"signal {rule.name!r} is declared twice")
-            self._add_signal(rule)
+        self._add_rows()
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -141,23 +147,27 @@ class CohortMatrix:
 
     @property
     def signals(self) -> tuple[str, ...]:
-        """Return the signal names in row order."""
-        return tuple(self._row_of)
+        """Return the signal names that are told, in row order."""
+        return tuple(self._told_rows())
 
     @property
     def dirty(self) -> frozenset[str]:
         """Return the signals whose values changed since the last release."""
-        return frozenset(self._rules[row].name for row in np.flatnonzero(self._cells.dirty))
+        return frozenset(self._names.rules[row].name for row in np.flatnonzero(self._cells.dirty))
 
     def rule(self, name: str) -> SignalRule | None:
         """Return the rule of a signal, or None when the cohort does not know it."""
-        row = self._row_of.get(name)
-        return None if row is None else self._rules[row]
+        row = self._told_rows().get(name)
+        return None if row is None else self._names.rules[row]
 
     def section_of(self, name: str) -> str | None:
-        """Return the section a signal stands in, or None when the cohort does not know it."""
-        row = self._row_of.get(name)
-        return None if row is None else self._rules[row].section
+        """Return the section a signal is told in, or None when the cohort does not know it."""
+        rule = self.rule(name)
+        return None if rule is None else rule.section
+
+    def holds(self, section: str, name: str) -> bool:
+        """Return whether there is a row for a name in a section, told or not."""
+        return self._names.holds(section, name)
 
     def put(
         self,
@@ -194,26 +204,32 @@ class CohortMatrix:
             for name, value in values.items():
                 if not -MAX_MAGNITUDE <= value <= MAX_MAGNITUDE:
                     raise ValueError(f"{section}.{name}: {value} is not a usable number")
-        rows, incoming, weights, ignored = self._resolve(sections, confidence, own)
+        rows, incoming, weights, ignored = self._resolve(site_id, sections, confidence, own)
         fresh = self._transforms.forward(rows, incoming)
         outside = np.isnan(fresh)
         if outside.any():
             for row in rows[outside]:
-                rule = self._rules[row]
+                rule = self._names.rules[row]
                 ignored.append(IgnoredValue(rule.section, rule.name, "outside_domain"))
             rows, fresh, weights = rows[~outside], fresh[~outside], weights[~outside]
         if not rows.size:
             return PutReport(0, 0, tuple(ignored))
         self._lowest_confidence = min(self._lowest_confidence, float(weights.min()))
+        self._names.values_came()
         applied, changed = self._cells.write(site_id, rows, fresh, weights, now)
         return PutReport(applied, changed, tuple(ignored))
 
     def drop(self, site_id: str) -> bool:
         """Remove a site and all its values; return whether it was there."""
-        return self._cells.drop(site_id)
+        dropped = self._cells.drop(site_id)
+        if dropped:
+            self._names.values_went()
+        return dropped
 
     def expire(self, now: float, ttl_s: float) -> tuple[str, ...]:
         """Remove values older than `now - ttl_s`; return the sites that lost their last one."""
+        if self._cells.holds_older(now - ttl_s):
+            self._names.values_went()
         return self._cells.expire(now - ttl_s)
 
     def release(
@@ -236,7 +252,7 @@ class CohortMatrix:
                 counts all sites alike.
             now: time of the release, passed on.
         """
-        count, cells = len(self._rules), self._cells
+        count, cells = len(self._names.rules), self._cells
         cap, trust = self._site_weights(reputation)
         self._mark_reweighted(settings, cap, trust)
         rows = np.flatnonzero(cells.dirty)
@@ -249,13 +265,17 @@ class CohortMatrix:
         cells.dirty[:] = False
         self._cached_settings = settings
         self._cached_weights = (cap, trust)
+        told = self._told_rows()
         table = self._cached
+        if len(told) < count:
+            table = _selected(table, self._told_index())
         valued = np.isfinite(table.value)
         oldest, newest = cells.window()
         return PriorRelease(
-            names=self.signals,
-            sections=tuple(rule.section for rule in self._rules),
+            names=tuple(told),
+            sections=tuple(self._names.rules[row].section for row in told.values()),
             table=table,
+            outvoted=self._names.outvoted,
             recomputed=int(rows.size),
             sites=len(cells.column_of),
             oldest=oldest,
@@ -275,37 +295,42 @@ class CohortMatrix:
         held = self._cells.column_of
         columns = np.array([held[site] for site in site_ids if site in held], dtype=np.int64)
         cap, trust = self._site_weights(reputation)
-        return self._estimate(np.arange(len(self._rules)), columns, settings, cap, trust[columns])
+        return self._estimate(self._told_index(), columns, settings, cap, trust[columns])
 
     def transformed_values(self) -> tuple[tuple[str, ...], NDArray[np.float64]]:
         """Return site ids and their transformed values, signals x sites, `+inf` where missing."""
         columns = np.fromiter(self._cells.column_of.values(), dtype=np.int64)
-        return self.sites, self._cells.values[:, columns]
+        values = self._cells.values
+        if len(self._told_rows()) < len(values):
+            values = values[self._told_index()]
+        return self.sites, values[:, columns]
+
+    def _told_rows(self) -> dict[str, int]:
+        return self._names.told(self._cells.values)
+
+    def _told_index(self) -> NDArray[np.int64]:
+        return np.fromiter(self._told_rows().values(), dtype=np.int64)
 
     def _resolve(
         self,
+        site_id: str,
         sections: Mapping[str, Mapping[str, float]],
         confidence: float,
         own: Mapping[str, float],
     ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64], list[IgnoredValue]]:
         rows: list[int] = []
+        in_use: set[int] = set()
         values: list[float] = []
         weights: list[float] = []
         ignored: list[IgnoredValue] = []
         for section, signals in sections.items():
             for name, value in signals.items():
-                row = self._row_of.get(name)
-                if row is None:
-                    if not self._open:
-                        ignored.append(IgnoredValue(section, name, "undeclared"))
-                        continue
-                    if len(self._rules) >= self._max_signals:
-                        ignored.append(IgnoredValue(section, name, "vocabulary_full"))
-                        continue
-                    row = self._add_signal(SignalRule(name, section))
-                elif self._rules[row].section != section:
-                    ignored.append(IgnoredValue(section, name, "section_conflict"))
+                row = self._names.find(site_id, section, name, self._cells.values, in_use)
+                if isinstance(row, str):
+                    ignored.append(IgnoredValue(section, name, row))
                     continue
+                self._add_rows()
+                in_use.add(row)
                 rows.append(row)
                 values.append(value)
                 weights.append(own.get(name, confidence))
@@ -325,7 +350,7 @@ class CohortMatrix:
         trust: NDArray[np.float64],
     ) -> EstimateTable:
         cells = self._cells
-        everything = rows.size == len(self._rules)
+        everything = rows.size == len(self._names.rules)
         values = (cells.values if everything else cells.values[rows])[:, columns]
         weights = None
         if self._lowest_confidence < cap or np.unique(trust[cells.occupied[columns]]).size > 1:
@@ -364,13 +389,15 @@ class CohortMatrix:
         if moved.size:
             cells.dirty[:] |= (cells.values[:, moved] < np.inf).any(axis=1)
 
-    def _add_signal(self, rule: SignalRule) -> int:
-        row = len(self._rules)
-        self._rules.append(rule)
-        self._row_of[rule.name] = row
-        self._transforms.append(rule)
-        self._cells.add_row()
-        return row
+    def _add_rows(self) -> None:
+        """Add the rows that new names need. A row that is used again has the transform it needs."""
+        for rule in self._names.rules[len(self._transforms) :]:
+            self._transforms.append(rule)
+            self._cells.add_row()
+
+
+def _selected(table: EstimateTable, rows: NDArray[np.int64]) -> EstimateTable:
+    return EstimateTable(**{f.name: getattr(table, f.name)[rows] for f in fields(EstimateTable)})
 
 
 def _merged(

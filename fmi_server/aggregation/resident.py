@@ -110,6 +110,10 @@ class ResidentMatrix:
         self._free.append(column)
         return True
 
+    def holds_older(self, limit: float) -> bool:
+        """Return whether a value may be older than `limit`."""
+        return bool((self._site_oldest[: self._width] < limit).any())
+
     def expire(self, limit: float) -> tuple[str, ...]:
         """Empty the cells older than `limit`; return the sites that lost their last one."""
         gone = []

@@ -20,6 +20,7 @@ from fmi_server.aggregation.prior import CohortMatrix
 
 __all__ = [
     "INIT_SECTIONS",
+    "MAX_REGIMES",
     "ContextReport",
     "InitValue",
     "RegimeContext",
@@ -32,6 +33,9 @@ __all__ = [
 ]
 
 WarmStartSource = Literal["profile_and_regime", "regime", "profile_class", "cohort", "none"]
+
+MAX_REGIMES = 256
+"""Regimes that are described, those of most sites first."""
 
 INIT_SECTIONS = frozenset({"controller", "evaluator", "operators"})
 """Sections whose signals are parameters; `metrics` are outcomes and start nothing."""
@@ -65,7 +69,8 @@ class RegimeContext:
         sites: sites in it.
         concepts: median score per concept, where at least `min_sites` sites gave one.
         settings: robust median per signal, where at least `min_sites` sites sent one.
-        withheld: None, or `below_quorum` when the regime has too few sites to be described.
+        withheld: None, or why the regime is not described: `below_quorum` when it has too few sites,
+            `over_limit` when `MAX_REGIMES` others have more.
     """
 
     name: str
@@ -125,15 +130,19 @@ def describe_contexts(
     """Describe each tagged regime by the medians of its concepts and settings.
 
     A regime of fewer than `min_sites` sites is listed by its tag with its number of sites and
-    without values. Sites without a tag are counted only; their ids are not published.
+    without values; its name may be the doing of a single site, and whoever publishes the report
+    leaves it out. Sites without a tag are counted only; their ids are not published.
     """
     sites = list(contexts)
     by_tag = _by_tag(sites)
+    large = [tag for tag, members in by_tag.items() if len(members) >= settings.min_sites]
+    described = set(sorted(large, key=lambda tag: (-len(by_tag[tag]), tag))[:MAX_REGIMES])
     regimes = []
     for tag in sorted(by_tag):
         members = by_tag[tag]
-        if len(members) < settings.min_sites:
-            regimes.append(RegimeContext(tag, len(members), {}, {}, "below_quorum"))
+        if tag not in described:
+            withheld = "over_limit" if len(members) >= settings.min_sites else "below_quorum"
+            regimes.append(RegimeContext(tag, len(members), {}, {}, withheld))
             continue
         table = matrix.estimate_sites(
             [site.site_id for site in members], replace(settings, name="median")

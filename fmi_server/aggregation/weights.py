@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fmi_server.aggregation.trust import START_REPUTATION
 
-__all__ = ["site_weights"]
+__all__ = ["site_reputations", "site_weights"]
 
 
 def site_weights(
@@ -32,9 +32,13 @@ def site_weights(
     if not ((stated >= 0.0) & (stated <= 1.0)).all():
         raise ValueError("declared confidence must lie in 0..1")
     capped = np.minimum(stated, np.median(stated)) if stated.size else stated
+    return np.multiply(capped, site_reputations(site_ids, reputation))
+
+
+def site_reputations(
+    site_ids: Sequence[str], reputation: Mapping[str, float] | None
+) -> NDArray[np.float64]:
+    """Return the reputation per site; arguments as in `site_weights`."""
     if reputation is None:
-        return capped
-    trust = np.array(
-        [reputation.get(site, START_REPUTATION) for site in site_ids], dtype=np.float64
-    )
-    return np.multiply(capped, trust)
+        return np.ones(len(site_ids))
+    return np.array([reputation.get(site, START_REPUTATION) for site in site_ids], dtype=np.float64)

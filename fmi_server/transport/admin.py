@@ -41,6 +41,7 @@ class AdminServicer:
 
     async def ListSites(self, request: wire_pb2.ListSitesRequest) -> wire_pb2.ListSitesResponse:
         """List the sites of a cohort, or of all."""
+        self._service.registry.check_request(request)
         overviews = await self._operations.sites(request.cohort)
         return wire_pb2.ListSitesResponse(sites=[_site(overview) for overview in overviews])
 

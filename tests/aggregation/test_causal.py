@@ -169,6 +169,69 @@ def test_a_later_test_takes_an_edge_back():
     assert (taken_back.sites, taken_back.testable) == (2, 3)
 
 
+_EDGES = st.lists(
+    st.tuples(st.sampled_from("abc"), st.sampled_from("abc"), st.floats(-1, 1)), max_size=4
+)
+_HISTORIES = st.lists(
+    st.tuples(st.integers(0, 3), _EDGES, st.frozensets(st.sampled_from("abcd")), st.integers(0, 3)),
+    max_size=14,
+)
+
+
+@given(_HISTORIES)
+def test_what_stands_is_what_reading_one_summary_after_the_other_leaves(history):
+    summaries = [
+        summary(number, *edges, tested_nodes=tested, at=float(at))
+        for number, edges, tested, at in history
+    ]
+    held: dict[str, dict[tuple[str, str, str], float]] = {}
+    seen: dict[str, set[str]] = {}
+    for one in sorted(summaries, key=lambda one: one.at):
+        tested = set(one.tested_nodes).union(*({pair.source, pair.target} for pair in one.pairs))
+        before = held.get(one.site_id, {})
+        kept = {key: weight for key, weight in before.items() if not {*key[:2]} <= tested}
+        held[one.site_id] = kept | {(p.source, p.target, p.type): p.weight for p in one.pairs}
+        seen.setdefault(one.site_id, set()).update(tested)
+    rules = CausalSettings(estimator=EstimatorSettings(min_sites=1, name="mean"))
+    found = pool_causes(summaries, rules)
+    keys = {key for edges in held.values() for key in edges}
+    told = {edge.key: edge for edge in [*found.edges, *found.unpooled]}
+    assert told.keys() == keys
+    assert found.sites == len(held)
+    for key, edge in told.items():
+        assert edge.sites == sum(1 for edges in held.values() if key in edges)
+        assert edge.testable == sum(1 for nodes in seen.values() if {*key[:2]} <= nodes)
+    for edge in found.edges:
+        weights = [edges[edge.key] for edges in held.values() if edge.key in edges]
+        assert edge.weight == pytest.approx(math.fsum(weights) / len(weights), abs=1e-12)
+
+
+def test_no_more_edges_are_pooled_than_the_limit_and_those_of_most_sites_go_first():
+    edges = [("a", f"n{i}", 1.0) for i in range(6)]
+    sites = [summary(i, *edges[: 6 - i // 4]) for i in range(16)]
+    found = pool_causes(sites, CausalSettings(max_edges=4))
+    assert [edge.target for edge in found.edges] == ["n0", "n1", "n2", "n3"]
+    assert found.left_out == {"over_limit": 2}
+    assert [edge.reason for edge in found.unpooled] == ["over_limit"] * 2
+    lonely = pool_causes([summary(0, *edges)], CausalSettings(max_edges=4))
+    assert (len(lonely.unpooled), lonely.left_out) == (4, {"below_quorum": 6})
+
+
+@pytest.mark.parametrize("huge", [1e150, 1.0, 1e-300])
+@pytest.mark.parametrize(
+    "errors", [(5e-324, 5e-324), (1e-300, 1e150), (1e150, 1e150), (0.1, 1e-300)]
+)
+def test_pooling_takes_the_largest_and_smallest_numbers(huge, errors):
+    effects = np.array([huge, -huge, huge / 2, -huge, 0.0, huge / 3])
+    for stderrs in (np.array(errors * 3), np.array([*errors, 0.1, 0.2, 0.1, 0.3])):
+        for cut in (0, 1, 2):
+            found = pool_random_effects(effects, stderrs, cut, 0.95)
+            numbers = (found.value, found.stderr, found.lower, found.upper, found.tau_squared)
+            assert all(math.isfinite(number) for number in numbers)
+            assert -huge <= found.value <= huge
+            assert 0.0 <= found.i_squared <= 1.0
+
+
 def test_sign_conflict():
     split = pool_causes(many([1.0, 1.1, 0.9, -1.0, -0.8])).edges[0]
     assert (split.positive, split.negative, split.sign_conflict) == (3, 2, True)

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from fmi_server.aggregation import (
@@ -168,6 +171,26 @@ def test_bundle_keys_are_canonical():
     assert len({bundle_key({"a": v}, {}) for v in (1.0, True, "1", "true", 2.0)}) == 5
     with pytest.raises(ValueError, match="finite"):
         bundle_key({"a": math.nan}, {})
+
+
+@given(st.floats(-1e150, 1e150), st.floats(min_value=5e-324, allow_infinity=False))
+def test_every_number_and_step_has_a_canonical_form(value, step):
+    ((_, kind, text),) = bundle_key({"a": value}, {"a": step})
+    multiple = int(text.split("x")[0])
+    assert kind == "number"
+    error = abs(multiple - Fraction(value) / Fraction(step))
+    # Half a step, and what the rounding of the quotient to a float may add.
+    assert error <= Fraction(1, 2) + abs(multiple) * Fraction(1, 2**52)
+
+
+def test_a_delta_past_the_largest_number_is_moved_to_it():
+    rule = SignalRule("gain", direction=1, scale=5e-324)
+    huge = PolicyOutcome("x", {"a": 1.0}, {"gain": -1e150}, {"gain": 1e150})
+    assert outcome_deltas(huge, {"gain": rule}) == {"gain": 1e150}
+    drift = PolicyOutcome("x", {"a": 1.0}, {"gain": 1.0}, {"gain": 1.0}, 1.0, {"gain": 1e150})
+    assert outcome_deltas(drift, {"gain": rule}) == {"gain": -1e150}
+    decision = decide_policy([huge], [rule], SETTINGS)
+    assert decision.reason == "below_quorum"
 
 
 def test_metrics_that_are_no_numbers_are_refused():

@@ -257,14 +257,39 @@ def test_some_sites_alone_can_be_asked():
 # --- vocabulary --------------------------------------------------------------------------------
 
 
-def test_the_first_section_of_a_name_wins():
+def test_a_name_is_told_in_the_section_of_most_sites():
     cohort = CohortMatrix()
     assert cohort.section_of("tau") is None
-    cohort.put("a", {"controller": {"tau": 1.0}}, now=0.0)
+    cohort.put("liar", {"metrics": {"tau": 9.0}}, now=0.0)
+    assert cohort.section_of("tau") == "metrics"
+    for i in range(3):
+        assert not cohort.put(f"s{i}", {"controller": {"tau": float(i)}}, now=0.0).ignored
+    release = cohort.release(RULES, None, 0.0)
+    assert (release.names, release.sections) == (("tau",), ("controller",))
+    assert (release.prior(), release.outvoted) == ({"tau": 1.0}, 1)
+    assert cohort.holds("metrics", "tau")
+    values = cohort.transformed_values()[1]
+    assert np.count_nonzero(values < np.inf) == 3
+    assert cohort.estimate_sites([f"s{i}" for i in range(3)], RULES).value.tolist() == [1.0]
+    for i in range(3):
+        cohort.drop(f"s{i}")
+    assert cohort.section_of("tau") == "metrics"
+
+
+@pytest.mark.parametrize("first", ["metrics", "controller"])
+def test_where_as_many_sites_stand_behind_two_sections_a_setting_is_told(first):
+    second = {"metrics": "controller", "controller": "metrics"}[first]
+    cohort = CohortMatrix()
+    cohort.put("a", {first: {"tau": 1.0}}, now=0.0)
+    cohort.put("b", {second: {"tau": 2.0}}, now=0.0)
+    assert cohort.section_of("tau") == "controller"
+
+
+def test_a_declared_name_stands_in_its_section():
+    cohort = CohortMatrix([SignalRule("tau", "controller")])
     report = cohort.put("b", {"metrics": {"tau": 2.0, "gain": 3.0}}, now=0.0)
     assert report.ignored == (IgnoredValue("metrics", "tau", "section_conflict"),)
-    assert (report.applied, cohort.section_of("tau")) == (1, "controller")
-    assert cohort.signals == ("tau", "gain")
+    assert (report.applied, cohort.signals) == (1, ("tau", "gain"))
 
 
 def test_a_closed_vocabulary_takes_only_what_is_declared():
@@ -279,6 +304,79 @@ def test_an_open_vocabulary_is_bounded():
     cohort = CohortMatrix(max_signals=2)
     report = cohort.put("a", {"metrics": {"a": 1.0, "b": 1.0, "c": 1.0}}, now=0.0)
     assert report.ignored == (IgnoredValue("metrics", "c", "vocabulary_full"),)
+
+
+def test_one_site_brings_in_a_bounded_number_of_names():
+    cohort = CohortMatrix(max_signals=10, max_new_per_site=4)
+    flood = {"metrics": {f"x{i}": 1.0 for i in range(10)}}
+    report = cohort.put("liar", flood, now=0.0)
+    assert (report.applied, {value.reason for value in report.ignored}) == (
+        4,
+        {"too_many_new_names"},
+    )
+    assert cohort.put("honest", {"controller": {"tau": 1.0}}, now=0.0).ignored == ()
+    assert cohort.put("other", {"metrics": {"x0": 2.0, "x4": 2.0}}, now=0.0).applied == 2
+
+
+@pytest.mark.parametrize("leave", ["drop", "expire"])
+def test_names_that_nobody_holds_make_room(leave):
+    cohort = CohortMatrix(max_signals=3)
+    cohort.put("gone", {"metrics": {"a": 1.0, "b": 1.0, "c": 1.0}}, now=0.0)
+    cohort.put("stays", {"metrics": {"a": 5.0}}, now=9.0)
+    full = cohort.put("new", {"controller": {"d": 1.0}}, now=9.0)
+    assert [value.reason for value in full.ignored] == ["vocabulary_full"]
+    cohort.release(RULES, None, 9.0)
+    if leave == "drop":
+        cohort.drop("gone")
+    else:
+        cohort.expire(10.0, 5.0)
+    # `b` is sent again, so that only the row of `c` is free: `d` takes it, and `e` finds none.
+    report = cohort.put("new", {"metrics": {"b": 2.0}, "controller": {"d": 3.0, "e": 4.0}}, now=9.0)
+    assert [value.name for value in report.ignored] == ["e"]
+    assert set(cohort.signals) == {"a", "b", "d"}
+    assert cohort.section_of("d") == "controller"
+    one = EstimatorSettings(min_sites=1)
+    assert cohort.release(one, None, 9.0).prior() == {"a": 5.0, "b": 2.0, "d": 3.0}
+
+
+_PUTS = st.tuples(
+    st.sampled_from(["s0", "s1", "s2"]),
+    st.dictionaries(
+        st.sampled_from(["controller", "metrics"]),
+        st.dictionaries(st.sampled_from("abcdefgh"), st.floats(-9, 9), max_size=5),
+    ),
+    st.sampled_from(["put", "put", "put", "drop", "release"]),
+)
+
+
+@given(st.lists(_PUTS, max_size=25))
+def test_an_open_vocabulary_never_mixes_up_what_sites_said(steps):
+    cohort = CohortMatrix(max_signals=5, max_new_per_site=3)
+    held: dict[tuple[str, str], dict[str, float]] = {}
+    one = EstimatorSettings(name="mean", min_sites=1)
+    for site, sections, step in steps:
+        if step == "release":
+            cohort.release(one, None, 0.0)
+        elif step == "drop":
+            cohort.drop(site)
+            for column in held.values():
+                column.pop(site, None)
+        else:
+            report = cohort.put(site, sections, now=0.0)
+            refused = {(value.section, value.name) for value in report.ignored}
+            for section, values in sections.items():
+                for name, value in values.items():
+                    if (section, name) not in refused:
+                        held.setdefault((section, name), {})[site] = value
+    expected = {}
+    for name in "abcdefgh":
+        order = [held.get((section, name), {}) for section in ("controller", "metrics")]
+        best = max(order, key=len)
+        if best:
+            expected[name] = pytest.approx(math.fsum(best.values()) / len(best))
+    release = cohort.release(one, None, 0.0)
+    assert release.prior() == expected
+    assert len(release.names) + release.outvoted <= 5
 
 
 def test_a_signal_is_declared_once():

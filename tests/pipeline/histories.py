@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Sequence
 
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi.v1 import update_pb2
-from fmi_server.feeds import Feed, FeedRequest, Key, PublishedUpdate, UpdateLog
+from fmi_server.feed_requests import FeedRequest, Key
+from fmi_server.feeds import Feed, PublishedUpdate, UpdateLog
 
 EPOCH = "epoch-1"
 A, B, C = ("care", 1), ("care", 2), ("retail/eu", 1)

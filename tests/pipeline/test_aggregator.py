@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 from google.protobuf import json_format
 from parts import NOW, Clock, ccs, msp, packet, pop
@@ -9,7 +11,7 @@ from parts import NOW, Clock, ccs, msp, packet, pop
 from fmi.v1 import cohort_pb2, update_pb2
 from fmi_client import FMIEmitter
 from fmi_server import AggregationConfig, FMIAggregator
-from fmi_server.aggregator import AggregationResult
+from fmi_server.aggregator import MAX_EDGES_TOLD, AggregationResult
 from fmi_server.cohort_state import CohortState
 from fmi_server.cohorts import CohortRegistry
 from fmi_server.contracts import FMIContractRegistry
@@ -155,7 +157,7 @@ def sites_of(
         yield ccs(name, concepts={"drift": drift}, at=NOW - 1, **header)
 
 
-def test_regimes_have_their_medians_and_small_ones_only_their_size(aggregator):
+def test_regimes_have_their_medians_and_small_ones_are_not_named(aggregator):
     packets = [
         *sites_of("winter", 1.0, drift=0.9),
         *sites_of("summer", 3.0, drift=0.1),
@@ -164,11 +166,10 @@ def test_regimes_have_their_medians_and_small_ones_only_their_size(aggregator):
     ]
     update = aggregator.aggregate("care", packets).prior_update
     contexts = {context.regime: context for context in update.contexts}
-    assert set(contexts) == {"winter", "summer", "rare"}
+    assert set(contexts) == {"winter", "summer"}
     assert dict(contexts["winter"].settings) == {"tau": 1.0}
     assert dict(contexts["winter"].concepts) == {"drift": pytest.approx(0.9)}
-    assert (contexts["rare"].sites, dict(contexts["rare"].settings)) == (2, {})
-    assert not contexts["rare"].concepts
+    assert "rare" not in str(update.contexts)
     assert update.untagged_sites == 2
 
 
@@ -189,6 +190,49 @@ def test_a_class_with_a_quorum_gets_its_profile_and_a_smaller_one_none(aggregato
     assert profiles["default"].origins["tau"].source == update_pb2.WARM_START_SOURCE_COHORT
     assert result.warm_start == profiles["big"], "the class of most sites"
     assert all(0 < profile.confidence <= 1 for profile in profiles.values())
+
+
+def test_regimes_and_profiles_are_told_while_their_values_fit(aggregator, monkeypatch):
+    packets = [
+        *sites_of("winter", 1.0, count=5, profile_class="big"),
+        *sites_of("summer", 3.0, count=4, profile_class="middle"),
+        *sites_of("autumn", 9.0, count=3, profile_class="small"),
+    ]
+    full = aggregator.aggregate("care", packets)
+    assert [context.regime for context in full.prior_update.contexts] == [
+        "autumn",
+        "summer",
+        "winter",
+    ]
+    # A regime has a median of `tau`, of `loss` and of the concept `drift`; a profile has `tau`.
+    monkeypatch.setattr("fmi_server.aggregator.MAX_VALUES_TOLD", 6)
+    assert [
+        context.regime for context in aggregator.aggregate("care", packets).prior_update.contexts
+    ] == ["summer", "winter"]
+    monkeypatch.setattr("fmi_server.aggregator.MAX_VALUES_TOLD", 3)
+    few = aggregator.aggregate("care", packets)
+    assert [profile.profile_class for profile in few.warm_starts.profiles] == [
+        "big",
+        "default",
+        "middle",
+    ]
+    assert few.warm_start == full.warm_start
+
+
+def test_regimes_and_classes_are_bounded(aggregator, monkeypatch):
+    # By its name the package has the function.
+    module = importlib.import_module("fmi_server.aggregation.warm_start")
+    monkeypatch.setattr(module, "MAX_REGIMES", 2)
+    monkeypatch.setattr("fmi_server.cohort_state.MAX_CLASSES_TOLD", 2)
+    packets = [
+        *sites_of("a", 1.0, count=3, profile_class="a"),
+        *sites_of("b", 3.0, count=5, profile_class="b"),
+        *sites_of("c", 9.0, count=4, profile_class="c"),
+    ]
+    result = aggregator.aggregate("care", packets)
+    assert [context.regime for context in result.prior_update.contexts] == ["b", "c"]
+    told = [profile.profile_class for profile in result.warm_starts.profiles]
+    assert told == ["b", "c", "default"]
 
 
 # Hints
@@ -314,3 +358,16 @@ def test_cycles_and_conflicts_are_flagged_and_nothing_is_dropped(aggregator):
     assert (cycle.weakest_source, cycle.weakest_target) == ("b", "a")
     conflicts = {(edge.source, edge.target): edge.sign_conflict for edge in consensus.edges}
     assert conflicts == {("a", "b"): False, ("b", "a"): True}
+
+
+def test_a_consensus_is_bounded_and_says_what_it_does_not_tell(aggregator):
+    packets = []
+    for i in range(4):
+        edges = [(f"s{n}", f"t{n}", 1.0) for n in range(MAX_EDGES_TOLD + 50)]
+        packets.append(ccs(f"s{i}", pairs=tuple(edges[: MAX_EDGES_TOLD - 10] if i == 3 else edges)))
+    consensus = aggregator.aggregate("care", packets).causal_consensus
+    assert len(consensus.edges) == MAX_EDGES_TOLD
+    assert dict(consensus.unpooled) == {"not_told": 50}
+    supports = [edge.support for edge in consensus.edges]
+    assert supports == sorted(supports, reverse=True)
+    assert sum(1 for edge in consensus.edges if edge.sites == 4) == MAX_EDGES_TOLD - 10

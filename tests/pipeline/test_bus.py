@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+import time
 
 import pytest
 from parts import msp
@@ -97,12 +99,14 @@ class Ingest:
 
     def __init__(self) -> None:
         self.taken = []
+        self.first = asyncio.Event()
         self.open = asyncio.Event()
         self.open.set()
 
     async def emit(self, packet):
         await self.open.wait()
         self.taken.append(packet)
+        self.first.set()
         if "error" in packet:
             raise packet["error"]
 
@@ -140,6 +144,41 @@ async def test_what_finds_no_room_is_dropped_and_counted():
     ingest.open.set()
     await asyncio.wait_for(adapter.drained(), 5)
     assert [packet["n"] for packet in ingest.taken] == [0, 1]
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_packets_published_from_other_threads_are_taken_at_once_and_bounded():
+    bus, ingest = InProcessBus(), Ingest()
+    ingest.open.clear()
+    adapter = FederationBusAdapter(bus, ingest, queue_packets=100)
+    task = await started(adapter)
+    threads = [
+        threading.Thread(target=lambda: [bus.publish(PACKET_TOPIC, {}) for _ in range(50)])
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()  # the event loop stands still meanwhile, and takes nothing
+    assert (adapter.dropped, bus.failures) == (100, 100)
+    ingest.open.set()
+    await asyncio.wait_for(adapter.drained(), 5)
+    assert len(ingest.taken) == 100
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_packet_from_another_thread_wakes_an_idle_loop():
+    bus, ingest = InProcessBus(), Ingest()
+    task = await started(FederationBusAdapter(bus, ingest))
+    thread = threading.Timer(0.05, bus.publish, (PACKET_TOPIC, {}))
+    thread.start()
+    # Nothing wakes the loop before the time is over but the packet.
+    began = time.monotonic()
+    await asyncio.wait_for(ingest.first.wait(), 10)
+    assert time.monotonic() - began < 5
+    thread.join()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import re
 import statistics
 
 import pytest
@@ -13,11 +15,18 @@ from hypothesis import strategies as st
 from parts import NOW, ccs, msp, pop
 
 from fmi.v1 import cohort_pb2, packet_pb2
-from fmi_server.aggregation import WarmStartRequest
+from fmi_server.aggregation import CausalPair, CausalSummary, WarmStartRequest
 from fmi_server.aggregator import FMIAggregator
-from fmi_server.cohort_state import MAX_OUTCOMES_PER_SITE, MAX_SUMMARIES_PER_SITE, CohortState
+from fmi_server.cohort_state import (
+    MAX_CAUSAL_ITEMS_PER_SITE,
+    MAX_OUTCOMES_PER_SITE,
+    MAX_SUMMARIES_PER_SITE,
+    CohortState,
+    SiteRecord,
+)
 from fmi_server.cohorts import CohortRegistry, CohortRules
 from fmi_server.contracts import FMIContractRegistry
+from fmi_server.validator import FMIValidator
 
 CONTRACT = FMIContractRegistry()
 AGGREGATOR = FMIAggregator(registry=CONTRACT)
@@ -173,26 +182,32 @@ def test_many_at_once_are_as_one_by_one(packets, cuts):
     assert at_once.packets == one_by_one.packets
 
 
-def test_a_value_in_the_wrong_section_does_not_overtake_one_in_the_right_one():
+def test_a_value_in_another_section_does_not_overtake():
     packets = [
         *taus(0.4, 0.5, 0.6, at=NOW - 10),
         *(msp(f"s{i}", metrics={"tau": 7.0}) for i in range(3)),
     ]
-    at_once = CohortState(rules())
-    at_once.count_all(packets)
-    assert priors(at_once) == priors(counted(packets)) == {"tau": pytest.approx(0.5)}
-    assert at_once.ignored == {"section_conflict": 3}
+    for order in (packets, packets[::-1]):
+        at_once = CohortState(rules())
+        at_once.count_all(order)
+        assert priors(at_once) == priors(counted(order)) == {"tau": pytest.approx(0.5)}
 
 
-def test_the_first_packet_decides_on_the_section_also_where_it_is_overtaken():
-    packets = [
-        msp("s0", controller={"tau": 0.5}, at=NOW - 10),
-        msp("wrong", metrics={"tau": 7.0}, at=NOW - 5),
-        *taus(0.4, 0.5, 0.6),
-    ]
+def test_one_site_cannot_take_a_name_from_the_others():
+    packets = [msp("liar", metrics={"tau": 7.0}, at=NOW - 10), *taus(0.4, 0.5, 0.6)]
     at_once = CohortState(rules())
     at_once.count_all(packets)
     assert at_once.section_of("tau") == counted(packets).section_of("tau") == "controller"
+    assert priors(at_once) == {"tau": pytest.approx(0.5)}
+
+
+def test_one_site_cannot_fill_the_vocabulary():
+    flood = {f"x{i}": 1.0 for i in range(1024)}
+    state = counted([msp("liar", metrics=flood, controller=flood, evaluator=flood)])
+    for packet in taus(0.4, 0.5, 0.6):
+        state.count(packet)
+    assert priors(state) == {"tau": pytest.approx(0.5)}
+    assert state.ignored == {"too_many_new_names": 3 * 1024 - 512}
 
 
 # What a site is
@@ -239,6 +254,29 @@ def test_what_is_kept_of_one_site_is_bounded_and_the_newest_stays():
         assert min(site.summaries)[0] == NOW + 50
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 4096), min_size=1, max_size=6), st.randoms(use_true_random=False))
+def test_the_causal_pairs_kept_of_a_site_are_bounded_in_whatever_order_they_come(sizes, random):
+    entries = []
+    for at, size in enumerate(sizes):
+        pairs = (CausalPair("a", "b", 1.0),) * size
+        entries.append((float(at), f"p{at}", CausalSummary("s0", pairs, at=float(at))))
+    expected, room = [], MAX_CAUSAL_ITEMS_PER_SITE
+    for entry in reversed(entries):
+        room -= len(entry[2].pairs)
+        if room < 0:
+            break
+        expected.append(entry[1])
+    random.shuffle(entries)
+    site = SiteRecord()
+    for entry in entries * 2:
+        site.keep_summary(entry)
+    assert sorted(entry[1] for entry in site.summaries) == sorted(expected)
+    assert site.causal_items == sum(len(entry[2].pairs) for entry in site.summaries)
+    assert site.drop_before(0.0, float(len(sizes)))
+    assert (site.summaries, site.causal_items) == ([], 0)
+
+
 def test_an_outcome_counts_once_however_often_it_is_replayed():
     outcome = pop("s0")
     site = counted([outcome] * 5).site("s0")
@@ -248,9 +286,9 @@ def test_an_outcome_counts_once_however_often_it_is_replayed():
 
 def test_an_open_vocabulary_is_bounded():
     state = CohortState(rules())
-    for block in range(6):
-        state.count(msp("s0", controller={f"b{block}s{i}": 1.0 for i in range(1000)}))
-    assert state.ignored == {"vocabulary_full": 6000 - 4096}
+    for block in range(12):
+        state.count(msp(f"s{block}", controller={f"b{block}s{i}": 1.0 for i in range(500)}))
+    assert state.ignored == {"vocabulary_full": 12 * 500 - 4096}
 
 
 # Expiry
@@ -350,3 +388,126 @@ def test_without_weights_the_prior_is_the_trimmed_mean():
     found = priors(counted(taus(*values)))
     assert found["tau"] == pytest.approx(statistics.fmean(sorted(values)[1:-1]))
     assert math.isfinite(found["tau"])
+
+
+# EXPLAINED: nothing that the contract takes may keep a release from being made
+
+EXTREMES = st.sampled_from([1e150, -1e150, 5e-324, -5e-324, 0.0, 1.0, -1.0, 1e-300, 0.5])
+POSITIVE = st.sampled_from([5e-324, 1e-300, 1e-9, 1.0, 1e150])
+SHARES = st.sampled_from([0.0, 5e-324, 0.5, 1.0])
+LARGEST = 1.7976931348623157e308
+
+
+@st.composite
+def specs(draw) -> dict[str, object]:
+    signals = []
+    for name in ("loss", "gain"):
+        lower, upper = sorted(draw(st.lists(EXTREMES, min_size=2, max_size=2, unique=True)))
+        direction = draw(st.sampled_from(["LOWER_IS_BETTER", "HIGHER_IS_BETTER", "UNSPECIFIED"]))
+        signal = {
+            "name": name,
+            "section": "SIGNAL_SECTION_METRICS",
+            "direction": f"SIGNAL_DIRECTION_{direction}",
+            "guardrail": direction != "UNSPECIFIED" and draw(st.booleans()),
+            "scale": draw(st.one_of(POSITIVE, st.just(LARGEST))),
+        }
+        if draw(st.booleans()):
+            signal |= {"lower": lower, "upper": upper}
+        signals.append(signal)
+    bounds = st.sampled_from([(5e-324, 1e-300), (1e-300, 1e150), (0.5, 1.0)])
+    lower, upper = draw(bounds)
+    section = "SIGNAL_SECTION_CONTROLLER"
+    log = {"transform": "SIGNAL_TRANSFORM_LOG", "lower": lower, "upper": upper}
+    signals.append({"name": "rate", "section": section, **log})
+    lower, upper = draw(st.sampled_from([(5e-324, 1e-300), (0.1, 0.1 + 2**-55), (0.1, 0.9)]))
+    logit = {"transform": "SIGNAL_TRANSFORM_LOGIT", "lower": lower, "upper": upper}
+    signals.append({"name": "share", "section": section, **logit})
+    aggregation = {
+        "metricsAggregation": draw(
+            st.sampled_from(["trimmed_mean", "weighted_mean", "mean", "median", "mean_of_median"])
+        ),
+        "voteMinSites": draw(st.integers(1, 4)),
+        "metricsTrimAlpha": draw(st.sampled_from([0.0, 0.1, 0.49])),
+        "weightCap": draw(st.sampled_from([5e-324, 0.25, 1.0])),
+    }
+    if draw(st.booleans()):
+        aggregation["maxByzantine"] = draw(st.integers(0, 1))
+    return {
+        "signals": signals,
+        "freeSignals": True,
+        "aggregation": aggregation,
+        "policy": {"quantum": {"tau": draw(POSITIVE)}},
+    }
+
+
+@st.composite
+def extreme_packets(draw) -> list[packet_pb2.Packet]:
+    packets = []
+    names = ["loss", "gain", "other"]
+    numbers = st.dictionaries(st.sampled_from(names), EXTREMES, min_size=1)
+    for site in range(draw(st.integers(1, 7))):
+        header = {"regime": draw(st.sampled_from(["", "r"])), "cohort": "care"}
+        name = f"s{site}"
+        controller = draw(st.dictionaries(st.sampled_from(["rate", "share", "tau"]), EXTREMES))
+        packets.append(
+            msp(
+                name,
+                metrics=draw(numbers),
+                controller=controller,
+                confidence=draw(st.one_of(st.none(), SHARES)),
+                **header,
+            )
+        )
+        outcome = pop(
+            name,
+            bundle={"tau": draw(EXTREMES)},
+            before=draw(numbers),
+            after=draw(numbers),
+            **header,
+        )
+        outcome.pop.control_delta.update(draw(numbers))
+        if draw(st.booleans()):
+            outcome.pop.confidence = draw(SHARES)
+        packets.append(outcome)
+        pairs = tuple(
+            (*ends, draw(EXTREMES))
+            for ends in draw(st.lists(st.sampled_from(["ab", "ba", "bc"]), unique=True))
+        )
+        summary = ccs(
+            name, pairs=pairs, concepts={"drift": draw(EXTREMES)}, trust=draw(SHARES), **header
+        )
+        for pair in summary.ccs.causal_pairs:
+            if draw(st.integers(0, 3)):
+                pair.stderr = draw(POSITIVE)
+        packets.append(summary)
+    return packets
+
+
+def numbers_of(message) -> list[float]:
+    plain = json_format.MessageToDict(message)
+    text = json.dumps(plain)
+    assert not {'"NaN"', '"Infinity"', '"-Infinity"'} & set(text.replace(",", " ").split())
+    return [float(word) for word in re.findall(r"(?<=: )-?[0-9][-+.e0-9]*", text)]
+
+
+@settings(max_examples=150, suppress_health_check=list(HealthCheck), deadline=None)
+@given(specs(), extreme_packets())
+def test_whatever_the_contract_takes_can_be_released(spec, packets):
+    cohorts = CohortRegistry(CONTRACT)
+    cohorts.declare(
+        json_format.ParseDict({"name": "care", **spec}, cohort_pb2.CohortSpec()), force=True
+    )
+    validator = FMIValidator(CONTRACT, cohorts=cohorts, clock=lambda: NOW)
+    taken = [packet for packet in packets if not validator.inspect(packet).violations]
+    assert taken
+    state = CohortState(cohorts.rules("care"))
+    state.count_all(taken)
+    for _ in range(2):
+        result = AGGREGATOR.result(state, now=NOW)
+        for message in (
+            result.prior_update,
+            result.warm_starts,
+            result.policy_hint,
+            result.causal_consensus,
+        ):
+            assert all(math.isfinite(number) for number in numbers_of(message))

@@ -19,6 +19,7 @@ from fmi_server.config import (
     ServerSettings,
     SettingsError,
     load_settings,
+    unknown_variables,
 )
 from fmi_server.errors import SettingUnsupportedError
 
@@ -141,7 +142,10 @@ def test_an_empty_file_says_nothing(tmp_path, text):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ({"nonsense": 1}, r"nonsense: Extra inputs are not permitted"),
+        ({"nonsense": 1}, r"nonsense: is no setting$"),
+        ({"max_inflght": 1}, r"max_inflght: is no setting; did you mean max_inflight\?$"),
+        ({"dp_epsilon": 1.0}, r"dp_epsilon: .*no differential privacy"),
+        ({"dp_sensitivity": "1"}, r"dp_sensitivity: .*no differential privacy"),
         ({"listen": "50061"}, r"listen: must be HOST:PORT.*, not '50061'"),
         ({"listen": ":50061"}, r"listen: must be HOST:PORT"),
         ({"listen": "127.0.0.1:70000"}, r"listen: must be HOST:PORT"),
@@ -165,6 +169,29 @@ def test_a_wrong_setting_is_one_clear_line(flags, line):
     assert "pydantic" not in str(caught.value)
 
 
+def test_a_variable_that_asks_for_privacy_is_refused_and_never_ignored(monkeypatch):
+    for name in config.PRIVACY_SETTINGS:
+        with monkeypatch.context() as patch:
+            patch.setenv(f"FMI_{name.upper()}", "0.5")
+            with pytest.raises(SettingsError, match=f"{name}: .*no differential privacy"):
+                load_settings({})
+    load_settings({})
+
+
+def test_variables_that_look_like_settings_and_are_none_are_told():
+    platform = [
+        "FMI_PORT", "FMI_PORT_50061_TCP_ADDR", "FMI_SERVICE_HOST", "FMI_SERVER_SERVICE_PORT_GRPC",
+    ]  # fmt: skip
+    client = ["FMI_TARGET", "FMI_TOKEN", "FMI_DOMAIN_ID", "FMI_DEBUG"]
+    settings = [f"FMI_{name.upper()}" for name in ServerSettings.model_fields]
+    others = ["PATH", "FMI", "XFMI_LISTN", "fmi_listen"]
+    assert unknown_variables([*platform, *client, *settings, *others]) == []
+    assert unknown_variables(["FMI_MAX_INFLGHT", "FMI_QQQQ", "PATH"]) == [
+        "FMI_MAX_INFLGHT is set, but there is no such setting; did you mean FMI_MAX_INFLIGHT?",
+        "FMI_QQQQ is set, but there is no such setting",
+    ]
+
+
 def test_every_wrong_setting_is_told_at_once():
     with pytest.raises(SettingsError) as caught:
         load_settings({"listen": "x", "store": "y", "nonsense": 1})
@@ -183,7 +210,8 @@ def test_a_wrong_variable_is_told_by_the_name_of_its_setting(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("nonsense: 1", "nonsense: Extra inputs"),
+        ("nonsense: 1", "nonsense: is no setting"),
+        ("dp_epochs: 3", "dp_epochs: .*no differential privacy"),
         ("listen:", "listen: .*not None"),
         ("listen: {a: 1}", "listen: "),
         ("- listen", "must have settings by name, not a list"),

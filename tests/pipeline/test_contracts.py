@@ -15,7 +15,7 @@ from parts import ccs, msp, packet, pop
 import fmi
 from fmi.descriptors import CONTRACT_FILES, SERVICE_NAMES
 from fmi.rules import MAX_PROBLEMS, SECTIONS
-from fmi.v1 import cohort_pb2, packet_pb2
+from fmi.v1 import admin_service_pb2, cohort_pb2, packet_pb2, registry_service_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.errors import PacketRefusedError, Reason, RequestInvalidError, ThingNotFoundError
@@ -399,3 +399,72 @@ def test_every_field_says_whether_it_is_required(path):
             match = re.search(rf"((?:  //.*\n)+)  [^\n/]* {field.name} = {field.number}\b", block)
             assert match, f"{message.name}.{field.name}"
             assert match[1].strip().startswith(("// Required.", "// Optional.", "// Output only."))
+
+
+@pytest.mark.parametrize("text", ["a\n", "\0", "\x1b[31m", "a\x7f", "a\x85b", "a\u2028b", "\u2029"])
+def test_control_characters_are_refused_wherever_a_site_chooses_a_text(registry, text):
+    bad = packet()
+    bad.ccs.causal_pairs.add(source=text, target=f"{text}2", type=text, weight=1.0)
+    bad.ccs.concepts.add(id=text, score=1.0, links=[text])
+    bad.ccs.tested_nodes.append(text)
+    assert rules(registry, bad) == {
+        "ccs.causal_pairs[0].source": "string.pattern",
+        "ccs.causal_pairs[0].target": "string.pattern",
+        "ccs.causal_pairs[0].type": "string.pattern",
+        "ccs.concepts[0].id": "string.pattern",
+        "ccs.concepts[0].links[0]": "string.pattern",
+        "ccs.tested_nodes[0]": "string.pattern",
+    }
+
+
+@pytest.mark.parametrize(
+    "text", ["smoking", "blood pressure (mmHg)", "Rückfall", "因果", "a\u200db"]
+)
+def test_texts_of_people_are_taken(registry, text):
+    good = packet()
+    good.ccs.causal_pairs.add(source=text, target="x", type=text, weight=1.0)
+    good.ccs.concepts.add(id=text, score=1.0, links=[text])
+    assert rules(registry, good) == {}
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (wire_pb2.GetUpdateRequest(cohort="A b", kind=1), "cohort"),
+        (wire_pb2.GetWarmStartRequest(cohort="a" * 129), "cohort"),
+        (wire_pb2.GetWarmStartRequest(cohort="a", concepts={"a\n": 1.0}), 'concepts["a\\n"]'),
+        (wire_pb2.StartRevision(cohort="a/", kind=1, revision=1), "cohort"),
+        (registry_service_pb2.GetCohortSpecRequest(cohort="a\n"), "cohort"),
+        (admin_service_pb2.ReleaseNowRequest(cohort="/a"), "cohort"),
+        (admin_service_pb2.ListSitesRequest(cohort="A"), "cohort"),
+        (admin_service_pb2.ListQuarantineRequest(cohort="A"), "cohort"),
+        (
+            admin_service_pb2.SetQuarantineRequest(domain_id="a b", packet_id=GOOD["packet_id"]),
+            "domain_id",
+        ),
+        (admin_service_pb2.SetQuarantineRequest(domain_id="a", packet_id="7"), "packet_id"),
+        (cohort_pb2.PolicySpec(quantum={"a b": 1.0}), 'quantum["a b"]'),
+        (cohort_pb2.AccessSpec(emit=["a", ""]), "emit[1]"),
+        (cohort_pb2.AccessSpec(subscribe=["a" * 257]), "subscribe[0]"),
+        (cohort_pb2.AccessSpec(admin=["a\n"]), "admin[0]"),
+        (wire_pb2.SubscribeRequest(cohorts=["*a" * 8 + "*"]), "cohorts[0]"),
+        (wire_pb2.SubscribeRequest(cohorts=["**a" * 8 + "**"]), "cohorts[0]"),
+    ],
+)
+def test_names_are_held_to_their_form_in_every_request(registry, message, field):
+    assert [v.field for v in registry.message_violations(message)] == [field]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        admin_service_pb2.ListSitesRequest(),
+        admin_service_pb2.ListQuarantineRequest(cohort="retail/eu"),
+        admin_service_pb2.SetQuarantineRequest(domain_id="a", packet_id=GOOD["packet_id"]),
+        cohort_pb2.PolicySpec(quantum={"tau": 1.0}),
+        cohort_pb2.AccessSpec(emit=["spiffe://care/site-1", "a" * 256]),
+        wire_pb2.SubscribeRequest(cohorts=["*a" * 8, "a**" * 8, "**", "?" * 128]),
+    ],
+)
+def test_names_in_their_form_are_taken(registry, message):
+    assert registry.message_violations(message) == []

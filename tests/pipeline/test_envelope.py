@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import resource
 import time
 import tracemalloc
@@ -15,11 +16,12 @@ from parts import msp
 
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi.v1 import packet_pb2
-from fmi_server.envelope import EnvelopeDecoder, EnvelopeLimits
+from fmi_server.envelope import ByteBudget, EnvelopeDecoder, EnvelopeLimits
 from fmi_server.errors import (
     DictionaryUnknownError,
     EnvelopeMalformedError,
     EnvelopeTooLargeError,
+    OverloadedError,
 )
 
 LIMITS = EnvelopeLimits(max_bytes=2**20, max_packets=100)
@@ -287,3 +289,49 @@ def test_the_count_before_parsing_refuses_nothing_that_is_a_batch(content):
         assert not (expected and canonical)
     else:
         assert found == expected
+
+
+# Many at the same time
+
+
+async def test_what_is_decoded_at_once_is_bounded_and_served_in_order():
+    budget = ByteBudget(100)
+    done: list[int] = []
+    inside = most = 0
+
+    async def work(number: int, size: int) -> None:
+        nonlocal inside, most
+        async with budget.spending(size):
+            inside += size
+            most = max(most, inside)
+            await asyncio.sleep(0.001)
+            inside -= size
+            done.append(number)
+
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(20):
+            tasks.create_task(work(number, 40))
+    assert done == list(range(20))
+    assert most == 80
+
+
+async def test_work_larger_than_the_budget_is_let_in_alone():
+    budget = ByteBudget(10)
+    async with budget.spending(1000):
+        waiting = asyncio.ensure_future(budget.spending(1).__aenter__())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+    await waiting
+
+
+async def test_past_a_bound_nobody_may_wait_and_who_gives_up_leaves_no_trace():
+    budget = ByteBudget(10, max_waiting=2)
+    async with budget.spending(10):
+        waiting = [asyncio.ensure_future(budget.spending(10).__aenter__()) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError):
+            await budget.spending(1).__aenter__()
+        waiting[0].cancel()
+        await asyncio.wait([waiting[0]])
+    await waiting[1]
+    assert budget._spent == 10

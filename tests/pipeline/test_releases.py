@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -16,10 +17,11 @@ from fmi_server.contracts import FMIContractRegistry
 from fmi_server.emission import Intake
 from fmi_server.errors import CohortUnknownError, CompactedError
 from fmi_server.feeds import kind_name
-from fmi_server.releases import RETRY_S, TRIM_EVERY, Releaser
+from fmi_server.publication import TRIM_EVERY
+from fmi_server.releases import RETRY_S, Releaser
 from fmi_server.router import FMIRouter
 from fmi_server.storage import MemoryStore, SqliteStore
-from fmi_server.storage.base import PacketKey, StoreUnavailableError, UpdateRecord
+from fmi_server.storage.base import PacketKey, StoredPacket, StoreUnavailableError, UpdateRecord
 from fmi_server.telemetry import FMITelemetry
 from fmi_server.validator import FMIValidator
 
@@ -33,6 +35,7 @@ class FaultyStore(MemoryStore):
     def __init__(self) -> None:
         super().__init__()
         self.refuse: set[str] = set()
+        self.fail_after: set[str] = set()
 
     def _refuse(self, call: str) -> None:
         if call in self.refuse:
@@ -40,7 +43,14 @@ class FaultyStore(MemoryStore):
 
     async def publish(self, updates: Sequence[UpdateRecord]) -> list[int]:
         self._refuse("publish")
-        return await super().publish(updates)
+        sequences = await super().publish(updates)
+        if "publish" in self.fail_after:
+            raise StoreUnavailableError("io_error", detail="the test lost the answer")
+        return sequences
+
+    async def load(self, cohort=None, **how) -> list[StoredPacket]:
+        self._refuse("load")
+        return await super().load(cohort, **how)
 
     async def put_reputations(self, cohort, reputations) -> None:
         self._refuse("put_reputations")
@@ -66,7 +76,7 @@ class Server:
             clock=clock,
         )
         self.told: list[update_pb2.Update] = []
-        self.releaser.on_update(self.told.append)
+        self.releaser.publisher.on_update(self.told.append)
         self._intake = Intake(CONTRACT, FMIValidator(CONTRACT, cohorts=self.cohorts, clock=clock))
 
     def declare(self, *, force: bool = False, **spec) -> None:
@@ -90,7 +100,7 @@ class Server:
         return None if at is None else max(0.0, at - self.clock())
 
     def prior(self) -> dict[str, float]:
-        latest = self.releaser.log.latest[("care", PRIOR)]
+        latest = self.releaser.publisher.log.latest[("care", PRIOR)]
         return dict(update_pb2.Update.FromString(latest.payload).prior_update.prior)
 
 
@@ -176,7 +186,7 @@ async def test_without_a_quorum_the_reasons_are_released_at_the_latest(server, c
 
 async def test_run_releases_what_is_due_and_waits_for_the_rest(server, clock):
     told: asyncio.Queue[str] = asyncio.Queue()
-    server.releaser.on_update(lambda update: told.put_nowait(*shown([update])))
+    server.releaser.publisher.on_update(lambda update: told.put_nowait(*shown([update])))
     running = asyncio.create_task(server.releaser.run())
     async with asyncio.timeout(10):
         await server.send(*taus(0.1, 0.2, 0.3))
@@ -238,7 +248,7 @@ async def test_revisions_and_sequences_have_no_gaps(server, store):
     assert len(by_key) == 4
     assert all(found == list(range(1, 41)) for found in by_key.values())
     stored = await store.updates_since(0, limit=1000)
-    assert [record.payload for record in stored] == [u.SerializeToString() for u in server.told]
+    assert [update_pb2.Update.FromString(record.payload) for record in stored] == server.told
 
 
 async def test_concurrent_releases_of_many_cohorts_have_no_gaps(server):
@@ -265,11 +275,11 @@ async def test_histories_are_trimmed_and_say_so(store, clock):
         await server.send(*taus(0.1, 0.2 + turn, 0.3 + turn, at=NOW + turn))
         await server.release()
     key = ("care", int(PRIOR))
-    oldest = await server.releaser.updates.oldest(key)
+    oldest = await server.releaser.publisher.updates.oldest(key)
     assert oldest == TRIM_EVERY - 2
-    assert (await server.releaser.updates.kept(key, oldest)).revision == oldest
+    assert (await server.releaser.publisher.updates.kept(key, oldest)).revision == oldest
     with pytest.raises(CompactedError) as caught:
-        await server.releaser.updates.kept(key, oldest - 1)
+        await server.releaser.publisher.updates.kept(key, oldest - 1)
     assert caught.value.oldest == oldest
 
 
@@ -282,8 +292,8 @@ async def test_a_store_that_cannot_take_updates_is_retried_and_nobody_is_told(se
     with pytest.raises(StoreUnavailableError):
         await server.releaser.release("care")
     assert server.told == []
-    assert server.releaser.log.head == 0
-    assert not server.releaser.log.latest
+    assert server.releaser.publisher.log.head == 0
+    assert not server.releaser.publisher.log.latest
     assert server.releaser.dirty("care")
     await server.releaser._release_safely("care")
     assert server.due_in() == RETRY_S
@@ -322,18 +332,110 @@ async def test_a_listener_that_fails_harms_nobody(server):
     def failing(_update) -> None:
         raise RuntimeError("of the test")
 
-    server.releaser._listeners.insert(0, failing)
+    server.releaser.publisher._listeners.insert(0, failing)
     await server.send(*taus(0.1, 0.2, 0.3))
     assert len(await server.release()) == len(server.told) == 2
 
 
 async def test_packets_past_the_bound_are_counted_by_whoever_brings_them(server, monkeypatch):
-    monkeypatch.setattr("fmi_server.releases.MAX_UNCOUNTED", 10)
+    monkeypatch.setattr("fmi_server.releases.MAX_UNCOUNTED_BYTES", 1000)
+    waited = 0
     for turn in range(25):
         await server.send(msp(f"s{turn % 4}", controller={"tau": 0.5}, at=NOW + turn / 100))
-        assert len(server.releaser._work["care"].uncounted) < 10
+        waiting = server.releaser._work["care"].uncounted
+        assert sum(packet.ByteSize() for packet in waiting) < 1000
+        waited = max(waited, len(waiting))
+    assert waited > 1
     state, _ = await server.releaser.reading("care")
     assert state.packets["msp"] == 25
+
+
+async def test_packets_of_many_cohorts_are_bounded_together(server, monkeypatch):
+    monkeypatch.setattr("fmi_server.releases.MAX_ALL_UNCOUNTED_BYTES", 1000)
+    for turn in range(40):
+        await server.send(msp("s", cohort=f"cohort-{turn}", controller={"tau": 0.5}))
+        waiting = [p for work in server.releaser._work.values() for p in work.uncounted]
+        assert sum(packet.ByteSize() for packet in waiting) < 1000
+
+
+# Faults
+
+
+async def test_a_rebuild_that_cannot_read_leaves_the_state_as_it_was(server, store):
+    await server.send(*taus(0.1, 0.2, 0.3))
+    await server.release()
+    await server.send(msp("late", controller={"tau": 0.2}))
+    store.refuse = {"load"}
+    with pytest.raises(StoreUnavailableError):
+        await server.releaser.rebuild("care")
+    with pytest.raises(StoreUnavailableError):
+        await server.release()
+    assert server.prior() == {"tau": pytest.approx(0.2)}
+    store.refuse = set()
+    await server.release()
+    state, _ = await server.releaser.reading("care")
+    assert (state.sites, state.packets["msp"]) == (4, 4)
+
+
+async def test_an_update_that_got_in_although_its_write_failed_is_told_and_nothing_stops(
+    server, store
+):
+    await server.send(*taus(0.1, 0.2, 0.3))
+    await server.send(*[msp(f"s{i}", cohort="other", controller={"tau": 0.5}) for i in range(3)])
+    store.fail_after = {"publish"}
+    with pytest.raises(StoreUnavailableError):
+        await server.release()
+    assert server.told == []
+    store.fail_after = set()
+    assert await server.release("other") == ["other.prior@1", "other.warm_start@1"]
+    assert shown(server.told) == [
+        "care.prior@1", "care.warm_start@1", "other.prior@1", "other.warm_start@1",
+    ]  # fmt: skip
+    assert await server.release() == []
+    assert [update.sequence for update in server.told] == [1, 2, 3, 4]
+
+
+async def test_values_past_their_time_go_though_nobody_emits(server, clock, monkeypatch):
+    monkeypatch.setattr("fmi_server.releases.SWEEP_S", 0.01)
+    server.declare(retention={"siteTtl": "60s"})
+    await server.send(*taus(0.1, 0.2, 0.3))
+    await server.release()
+    assert not server.releaser.dirty("care")
+    server.releaser._wake.clear()
+    clock.now += 61
+    sweeping = asyncio.ensure_future(server.releaser.sweep())
+    try:
+        async with asyncio.timeout(10):
+            await server.releaser._wake.wait()
+    finally:
+        sweeping.cancel()
+    assert server.releaser.dirty("care")
+    await server.release()
+    assert server.prior() == {}
+
+
+async def test_a_slow_cohort_delays_itself_and_not_the_others(server, monkeypatch):
+    free = threading.Event()
+    result = FMIAggregator.result
+
+    def slow(self, state, *, now):
+        if state.rules.name == "slow":
+            free.wait(20)
+        return result(self, state, now=now)
+
+    monkeypatch.setattr(FMIAggregator, "result", slow)
+    for cohort in ("slow", "care"):
+        await server.send(*[msp(f"s{i}", cohort=cohort, controller={"tau": 0.5}) for i in range(3)])
+    told = asyncio.Event()
+    server.releaser.publisher.on_update(lambda _: told.set())
+    running = asyncio.ensure_future(server.releaser.run())
+    try:
+        async with asyncio.timeout(10):
+            await told.wait()
+        assert {update.cohort for update in server.told} == {"care"}
+    finally:
+        free.set()
+        running.cancel()
 
 
 # Restarts
@@ -355,10 +457,10 @@ async def test_a_restart_brings_back_the_state_and_publishes_nothing_new(server,
         drift = turn / 100
         await server.send(*taus(0.5 + drift, 0.51, 0.52, 0.53, 0.54, 40.0, at=clock()))
         await server.release()
-    before = server.releaser.log
+    before = server.releaser.publisher.log
     again = await restarted(server)
-    assert again.releaser.log.head == before.head
-    assert again.releaser.log.latest == before.latest
+    assert again.releaser.publisher.log.head == before.head
+    assert again.releaser.publisher.log.latest == before.latest
     assert again.releaser.released_at("care") == server.releaser.released_at("care")
     state, _ = await again.releaser.reading("care")
     old, _ = await server.releaser.reading("care")
@@ -394,7 +496,9 @@ async def test_an_undeclared_cohort_is_kept_and_told_of(server, caplog):
     await closed.releaser.load()
     assert "care has packets but is not declared" in caplog.text
     assert closed.releaser._due() == {}
-    assert closed.releaser.log.latest.keys() == server.releaser.log.latest.keys()
+    assert (
+        closed.releaser.publisher.log.latest.keys() == server.releaser.publisher.log.latest.keys()
+    )
 
 
 async def test_a_restart_on_disk_goes_on_with_the_next_revision(tmp_path, clock):
@@ -402,7 +506,7 @@ async def test_a_restart_on_disk_goes_on_with_the_next_revision(tmp_path, clock)
         async with SqliteStore(tmp_path / "fmi.sqlite3") as store:
             server = Server(store, clock)
             await server.releaser.load()
-            assert server.releaser.log.head == 2 * turn
+            assert server.releaser.publisher.log.head == 2 * turn
             clock.advance(60)
             await server.send(*taus(0.1 + turn, 0.2 + turn, 0.3 + turn, at=clock()))
             assert await server.release() == [

@@ -11,7 +11,7 @@ from parts import Clock, msp
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi_server import FMIRouter, RouterConfig
 from fmi_server.errors import OverloadedError, ServerDrainingError, ThingNotFoundError
-from fmi_server.feeds import FeedRequest
+from fmi_server.feed_requests import FeedRequest
 from fmi_server.router import AGGREGATOR
 from fmi_server.telemetry import FMITelemetry
 
@@ -135,6 +135,44 @@ async def test_subscribers_are_counted_by_the_kinds_they_want():
     hub.publish(B)
     assert await take(stream) == "care.2@1"
     assert hub.router.subscribers_of("care") == 1
+    await stream.aclose()
+
+
+async def test_counting_subscribers_of_many_cohorts_keeps_nothing_and_lets_others_run():
+    hub = Hub()
+    streams = [hub.subscribe(f"c{n}", "*7*7", "care") for n in range(200)]
+    for stream in streams:
+        await take(stream)
+    hub.publish(A)
+    known = dict(hub.router._interested)
+    names = [*(f"c{n}" for n in range(200)), "care", "c77x7"]
+    turns = 0
+    counting = asyncio.ensure_future(hub.router.count_subscribers(names))
+    while not counting.done():
+        turns += 1
+        await asyncio.sleep(0)
+    counts = await counting
+    assert counts == {name: hub.router.subscribers_of(name) for name in names}
+    assert (counts["care"], counts["c1"], counts["c177"], counts["c77x7"]) == (200, 1, 200, 200)
+    assert turns > 2
+    assert hub.router._interested == known
+    for stream in streams:
+        await stream.aclose()
+
+
+async def test_a_subscriber_costs_nothing_for_cohorts_that_it_does_not_want():
+    hub = Hub()
+    for number in range(100):
+        hub.publish((f"c{number}", 1))
+    stream = hub.subscribe("care")
+    await take(stream)
+    (feed,) = hub.router._feeds
+    for number in range(100):
+        hub.publish((f"d{number}", 1))
+    hub.publish(A)
+    assert await take(stream) == "care.1@1"
+    assert set(feed._given) == {A}
+    assert sum(feed in feeds for feeds in hub.router._interested.values()) == 1
     await stream.aclose()
 
 

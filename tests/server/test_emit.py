@@ -361,15 +361,17 @@ async def test_a_packet_counts_though_its_caller_gave_up_waiting(tmp_path, way):
         await eventually(counted)
 
 
-async def test_a_large_batch_counts_though_its_caller_gave_up_waiting(server, client):
-    """Past 4096 uncounted packets who emits waits for the cohort, and may be gone before it is free."""
+async def test_a_large_batch_counts_though_its_caller_gave_up_waiting(server, client, monkeypatch):
+    """Past a bound of uncounted bytes who emits waits for the cohort, and may be gone before it is free."""
+    bound = 100_000
+    monkeypatch.setattr("fmi_server.releases.MAX_UNCOUNTED_BYTES", bound)
     await client.put_spec(spec("care"))
     work = server.service.releaser._work["care"]
     packets = [msp(f"site-{i}", "care") for i in range(5000)]
     async with work.lock:
         request = wire_pb2.EmitRequest(encoded=identity(*packets))
         call = client.interchange.Emit(request)
-        await eventually(lambda: len(work.uncounted) == 4096)
+        await eventually(lambda: work.uncounted_bytes >= bound)
         call.cancel()
         await eventually(lambda: server.service._inflight == 0)
 

@@ -33,6 +33,7 @@ from server_process import Ended, run, started
 from fmi.v1 import admin_service_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi_server.commands import cli
+from fmi_server.config import ServerSettings
 from fmi_server.testing import running_server
 
 LOCAL = ("--listen", "127.0.0.1:0")
@@ -61,8 +62,8 @@ def command(tmp_path, monkeypatch) -> Iterator[Callable[..., Ended]]:
     for name in [name for name in os.environ if name.startswith("FMI_")]:
         monkeypatch.delenv(name)
 
-    def invoke(*flags: str, env: dict[str, str] | None = None) -> Ended:
-        result = CliRunner().invoke(cli, ["serve", *flags], env=env)
+    def invoke(*flags: str, env: dict[str, str] | None = None, name: str = "serve") -> Ended:
+        result = CliRunner().invoke(cli, [name, *flags], env=env)
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception
         return Ended(result.exit_code, result.stdout, result.stderr)
@@ -109,10 +110,54 @@ async def test_insecure_is_said_and_warned_of(tmp_path):
         pytest.param(
             ("--log-level", "loud", "--store", "tape"), {}, ("log_level", "store"), id="two at once"
         ),
+        pytest.param(
+            ("--listen", "0.0.0.0:1"), {}, ("listen", "0.0.0.0:1", "--insecure"), id="everybody"
+        ),
+        pytest.param(
+            ("--metrics-listen", "0.0.0.0:9"),
+            {},
+            ("metrics_listen", "0.0.0.0:9", "--insecure"),
+            id="metrics for everybody",
+        ),
+        pytest.param(("--max-inflight", "0"), {}, ("max_inflight", "0"), id="a number as a flag"),
+        pytest.param(("--dp-epsilon", "1"), {}, ("dp_epsilon", "privacy"), id="privacy as a flag"),
+        pytest.param(
+            (), {"FMI_DP_DELTA": "1"}, ("dp_delta", "privacy"), id="privacy as a variable"
+        ),
     ],
 )
-def test_a_wrong_setting_stops_the_start_with_one_line(command, flags, env, words):
-    assert_refused(command(*LOCAL, *flags, env=env), *words)
+@pytest.mark.parametrize("name", ["serve", "check-config"])
+def test_a_wrong_setting_stops_the_start_with_one_line(command, name, flags, env, words):
+    """And the check finds it before."""
+    assert_refused(command(*LOCAL, *flags, env=env, name=name), *words)
+
+
+def test_a_check_of_good_settings_shows_them_and_leaves_nothing(command, tmp_path):
+    flags = ("--data-dir", "a/b", "--max-inflight", "7", "--drain-s", "1.5")
+    ended = command(*flags, env={"FMI_MAX_INFLGHT": "5"}, name="check-config")
+    assert ended.code == 0, ended
+    for line in ("max_inflight: 7", "drain_s: 1.5", "data_dir: a/b", "0 cohort files are in order"):
+        assert line in ended.out.splitlines()
+    assert "did you mean FMI_MAX_INFLIGHT?" in ended.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_setting_has_a_flag(command):
+    shown = command("--help").out
+    for name in ServerSettings.model_fields:
+        assert f"--{name.replace('_', '-')}" in shown
+
+
+async def test_a_variable_that_is_no_setting_is_warned_of_and_stops_nothing(tmp_path):
+    env = {"FMI_MAX_INFLGHT": "5", "FMI_TARGET": "here", "FMI_PORT": "tcp://10.0.0.1:1"}
+    async with (
+        started(*LOCAL, "--data-dir", str(tmp_path), env=env) as server,
+        Client(server.target) as client,
+    ):
+        await client.emit(msp())
+    warned = [line for line in server.err if "no such setting" in line]
+    assert len(warned) == 1
+    assert "FMI_MAX_INFLGHT" in warned[0]
 
 
 async def test_a_wrong_setting_ends_the_process(tmp_path):

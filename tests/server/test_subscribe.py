@@ -50,7 +50,7 @@ class Publisher:
     def __init__(self, client: Client, cohort: str, *, signals: int = 1) -> None:
         self._client = client
         self._cohort = cohort
-        self._names = [f"signal_{i}" for i in range(signals)]
+        self._names = [f"signal_{i}".ljust(60, "_") for i in range(signals)]
         self._values = itertools.count(1)
 
     async def __call__(self, count: int = 1) -> update_pb2.Update:
@@ -306,7 +306,7 @@ async def test_every_is_the_history_without_gaps_whenever_it_begins(client):
 async def test_a_subscriber_that_does_not_read_gets_the_newest_and_slows_nobody(server, client):
     """BOUNDED: 100 releases of 60 kB pass one who reads nothing; another has all of them."""
     await declare(client, "care")
-    publish = Publisher(client, "care", signals=600)
+    publish = Publisher(client, "care", signals=500)
     async with (
         Client(server.target, SLOW_READER) as asleep,
         Client(server.target) as awake,
@@ -342,7 +342,7 @@ async def test_a_subscriber_that_does_not_read_gets_the_newest_and_slows_nobody(
 async def test_what_a_subscriber_missed_of_a_new_cohort_is_told(server, client):
     """A cohort that came into being while nobody read has its first revisions told of too."""
     await declare(client, "big", "late")
-    fill = Publisher(client, "big", signals=900)
+    fill = Publisher(client, "big", signals=500)
     late = Publisher(client, "late")
     async with (
         Client(server.target, SLOW_READER) as asleep,
@@ -366,10 +366,10 @@ async def test_what_a_subscriber_missed_of_a_new_cohort_is_told(server, client):
 
 async def test_every_reads_what_it_missed_from_the_store(server, client, monkeypatch):
     """EVERY has no queue: behind the memory of the log it goes on from the store."""
-    log = server.service.releaser.log
+    log = server.service.releaser.publisher.log
     monkeypatch.setattr(log, "recent", type(log.recent)(maxlen=3))
     await declare(client, "care")
-    publish = Publisher(client, "care", signals=600)
+    publish = Publisher(client, "care", signals=500)
     async with (
         Client(server.target, SLOW_READER) as asleep,
         asleep.subscribed("care", kinds=[PRIOR], mode=EVERY) as slow,
@@ -426,7 +426,7 @@ async def test_a_subscriber_that_leaves_is_forgotten(server, client, reading):
                 await events.snapshot()
             assert server.service.router.subscribers == 5
             if not reading:
-                await Publisher(client, "care", signals=900)(5)
+                await Publisher(client, "care", signals=500)(5)
         await eventually(lambda: server.service.router.subscribers == 0)
     assert server.service.telemetry.snapshot()["fmi_subscribers"] == 0
 
@@ -466,6 +466,7 @@ async def test_signs_of_life_come_behind_all_data(data_dir):
         pytest.param({"cohorts": ["care", "a b"]}, "cohorts[1]", id="a space"),
         pytest.param({"cohorts": ["/care"]}, "cohorts[0]", id="a slash in front"),
         pytest.param({"cohorts": ["c"] * 65}, "cohorts", id="too many patterns"),
+        pytest.param({"cohorts": ["care", "*a" * 9]}, "cohorts[1]", id="too many stars"),
         pytest.param({"kinds": [0]}, "kinds[0]", id="no kind"),
         pytest.param({"kinds": [9]}, "kinds[0]", id="a kind that is none"),
         pytest.param({"mode": 7}, "mode", id="a mode that is none"),
@@ -585,7 +586,8 @@ async def test_get_update_gives_each_revision_and_the_newest(client):
     latest = await Publisher(client, "care")(3)
     assert await client.update("care") == latest
     found = [await client.update("care", PRIOR, revision) for revision in (1, 2, 3)]
-    assert [u.prior_update.prior["signal_0"] for u in found] == [1.0, 2.0, 3.0]
+    values = [list(u.prior_update.prior.values()) for u in found]
+    assert values == [[1.0], [2.0], [3.0]]
     assert [u.released_at.ToNanoseconds() for u in found] == sorted(
         u.released_at.ToNanoseconds() for u in found
     )

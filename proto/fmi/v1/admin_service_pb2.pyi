@@ -211,7 +211,7 @@ class ListSitesRequest(_message.Message):
 
     COHORT_FIELD_NUMBER: _builtins.int
     cohort: _builtins.str
-    """Optional. The cohort. Unset means all."""
+    """Optional. The cohort; see `PacketHeader.cohort`. Unset means all."""
     def __init__(
         self,
         *,
@@ -339,7 +339,7 @@ class ListQuarantineRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     cohort: _builtins.str
-    """Optional. The cohort. Unset means all."""
+    """Optional. The cohort; see `PacketHeader.cohort`. Unset means all."""
     page_size: _builtins.int
     """Optional. The most packets wanted, up to 1000. Unset (0) means 100."""
     page_token: _builtins.str
@@ -436,9 +436,9 @@ class SetQuarantineRequest(_message.Message):
     QUARANTINED_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     domain_id: _builtins.str
-    """Required. The site."""
+    """Required. The site; see `PacketHeader.domain_id`."""
     packet_id: _builtins.str
-    """Required. The packet."""
+    """Required. The packet; see `PacketHeader.packet_id`."""
     quarantined: _builtins.bool
     """Optional. Whether it shall be in quarantine. Unset means it is taken out and counts."""
     reason: _builtins.str
@@ -489,7 +489,7 @@ class ReleaseNowRequest(_message.Message):
 
     COHORT_FIELD_NUMBER: _builtins.int
     cohort: _builtins.str
-    """Required. The cohort."""
+    """Required. The cohort; see `PacketHeader.cohort`."""
     def __init__(
         self,
         *,

@@ -459,7 +459,7 @@ class PolicySpec(_message.Message):
     @_builtins.property
     def quantum(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Optional. By parameter, the step to which numbers are rounded before bundles are compared; greater
-        than 0. Parameters without a step are compared to 3 significant digits.
+        than 0. Parameters without a step are compared to 6 significant digits.
         """
 
     @_builtins.property
@@ -526,7 +526,7 @@ Global___PrivacySpec: _TypeAlias = PrivacySpec  # noqa: Y015
 
 @_typing.final
 class AccessSpec(_message.Message):
-    """Who may do what in a cohort. Names are principals."""
+    """Who may do what in a cohort. Names are principals: 1 to 256 bytes without control characters."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -29,7 +29,7 @@ from fmi.v1 import update_pb2 as fmi_dot_v1_dot_update__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n fmi/v1/interchange_service.proto\x12\x06\x66mi.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x12\x66mi/v1/error.proto\x1a\x13\x66mi/v1/packet.proto\x1a\x13\x66mi/v1/update.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc1\x01\n\x0e\x45ncodedPackets\x12\x39\n\x08\x65ncoding\x18\x01 \x01(\x0e\x32\x10.fmi.v1.EncodingB\x0b\xbaH\x08\x82\x01\x02\x10\x01\xc8\x01\x01R\x08\x65ncoding\x12#\n\rdictionary_id\x18\x02 \x01(\rR\x0c\x64ictionaryId\x12\x33\n\x11uncompressed_size\x18\x03 \x01(\x04\x42\x06\xbaH\x03\xc8\x01\x01R\x10uncompressedSize\x12\x1a\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x42\x06\xbaH\x03\xc8\x01\x01R\x04\x64\x61ta\"}\n\x0b\x45mitRequest\x12(\n\x06packet\x18\x01 \x01(\x0b\x32\x0e.fmi.v1.PacketH\x00R\x06packet\x12\x32\n\x07\x65ncoded\x18\x02 \x01(\x0b\x32\x16.fmi.v1.EncodedPacketsH\x00R\x07\x65ncodedB\x10\n\x07payload\x12\x05\xbaH\x02\x08\x01\"\x8b\x02\n\nEmitResult\x12\x14\n\x05index\x18\x01 \x01(\rR\x05index\x12\x1b\n\tpacket_id\x18\x02 \x01(\tR\x08packetId\x12*\n\x06status\x18\x03 \x01(\x0e\x32\x12.fmi.v1.EmitStatusR\x06status\x12\x1a\n\x08sequence\x18\x04 \x01(\x04R\x08sequence\x12;\n\x0breceived_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nreceivedAt\x12\x1a\n\x08warnings\x18\x06 \x03(\tR\x08warnings\x12)\n\x07refusal\x18\x07 \x01(\x0b\x32\x0f.fmi.v1.RefusalR\x07refusal\"<\n\x0c\x45mitResponse\x12,\n\x07results\x18\x01 \x03(\x0b\x32\x12.fmi.v1.EmitResultR\x07results\"\xa5\x01\n\x11\x45mitStreamRequest\x12\x19\n\x08\x62\x61tch_id\x18\x01 \x01(\x04R\x07\x62\x61tchId\x12/\n\x07packets\x18\x02 \x01(\x0b\x32\x13.fmi.v1.PacketBatchH\x00R\x07packets\x12\x32\n\x07\x65ncoded\x18\x03 \x01(\x0b\x32\x16.fmi.v1.EncodedPacketsH\x00R\x07\x65ncodedB\x10\n\x07payload\x12\x05\xbaH\x02\x08\x01\"\xc4\x01\n\x12\x45mitStreamResponse\x12\x19\n\x08\x62\x61tch_id\x18\x01 \x01(\x04R\x07\x62\x61tchId\x12\x18\n\x07packets\x18\x02 \x01(\rR\x07packets\x12\x1a\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\rR\x08\x61\x63\x63\x65pted\x12\x32\n\nexceptions\x18\x04 \x03(\x0b\x32\x12.fmi.v1.EmitResultR\nexceptions\x12)\n\x07refusal\x18\x05 \x01(\x0b\x32\x0f.fmi.v1.RefusalR\x07refusal\"\xc8\x02\n\x10SubscribeRequest\x12K\n\x07\x63ohorts\x18\x01 \x03(\tB1\xbaH.\x92\x01+\x08\x01\x10@\"%r#2!^[a-z0-9*?][a-z0-9._/*?-]{0,127}$R\x07\x63ohorts\x12;\n\x05kinds\x18\x02 \x03(\x0e\x32\x12.fmi.v1.UpdateKindB\x11\xbaH\x0e\x92\x01\x0b\x10\x10\"\x07\x82\x01\x04\x10\x01 \x00R\x05kinds\x12\x32\n\x04mode\x18\x03 \x01(\x0e\x32\x14.fmi.v1.DeliveryModeB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x04mode\x12I\n\x0fstart_revisions\x18\x04 \x03(\x0b\x32\x15.fmi.v1.StartRevisionB\t\xbaH\x06\x92\x01\x03\x10\x80 R\x0estartRevisions\x12+\n\x0cresume_token\x18\x05 \x01(\tB\x08\xbaH\x05r\x03(\x80\x02R\x0bresumeToken\"\xb7\x01\n\rStartRevision\x12\x1e\n\x06\x63ohort\x18\x01 \x01(\tB\x06\xbaH\x03\xc8\x01\x01R\x06\x63ohort\x12\x33\n\x04kind\x18\x02 \x01(\x0e\x32\x12.fmi.v1.UpdateKindB\x0b\xbaH\x08\x82\x01\x02\x10\x01\xc8\x01\x01R\x04kind\x12#\n\x08revision\x18\x03 \x01(\x04\x42\x07\xbaH\x04\x32\x02(\x01R\x08revision\x12,\n\rhistory_epoch\x18\x04 \x01(\tB\x07\xbaH\x04r\x02(@R\x0chistoryEpoch\"\xfd\x01\n\x11SubscribeResponse\x12!\n\x0cresume_token\x18\x01 \x01(\tR\x0bresumeToken\x12(\n\x06update\x18\x02 \x01(\x0b\x32\x0e.fmi.v1.UpdateH\x00R\x06update\x12\x38\n\x0csnapshot_end\x18\x03 \x01(\x0b\x32\x13.fmi.v1.SnapshotEndH\x00R\x0bsnapshotEnd\x12.\n\x08progress\x18\x04 \x01(\x0b\x32\x10.fmi.v1.ProgressH\x00R\x08progress\x12(\n\x06lagged\x18\x05 \x01(\x0b\x32\x0e.fmi.v1.LaggedH\x00R\x06laggedB\x07\n\x05\x65vent\"u\n\x0bSnapshotEnd\x12\x18\n\x07updates\x18\x01 \x01(\x04R\x07updates\x12#\n\rhistory_epoch\x18\x02 \x01(\tR\x0chistoryEpoch\x12\'\n\x0fhistory_changed\x18\x03 \x01(\x08R\x0ehistoryChanged\"G\n\x08Progress\x12;\n\x0bserver_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nserverTime\"\x8e\x01\n\x06Lagged\x12\x16\n\x06\x63ohort\x18\x01 \x01(\tR\x06\x63ohort\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x12.fmi.v1.UpdateKindR\x04kind\x12#\n\rfrom_revision\x18\x03 \x01(\x04R\x0c\x66romRevision\x12\x1f\n\x0bto_revision\x18\x04 \x01(\x04R\ntoRevision\"\x83\x01\n\x10GetUpdateRequest\x12\x1e\n\x06\x63ohort\x18\x01 \x01(\tB\x06\xbaH\x03\xc8\x01\x01R\x06\x63ohort\x12\x33\n\x04kind\x18\x02 \x01(\x0e\x32\x12.fmi.v1.UpdateKindB\x0b\xbaH\x08\x82\x01\x02\x10\x01\xc8\x01\x01R\x04kind\x12\x1a\n\x08revision\x18\x03 \x01(\x04R\x08revision\";\n\x11GetUpdateResponse\x12&\n\x06update\x18\x01 \x01(\x0b\x32\x0e.fmi.v1.UpdateR\x06update\"\xa8\x02\n\x13GetWarmStartRequest\x12\x1e\n\x06\x63ohort\x18\x01 \x01(\tB\x06\xbaH\x03\xc8\x01\x01R\x06\x63ohort\x12,\n\rprofile_class\x18\x02 \x01(\tB\x07\xbaH\x04r\x02(@R\x0cprofileClass\x12\'\n\nregime_tag\x18\x03 \x01(\tB\x08\xbaH\x05r\x03(\x80\x01R\tregimeTag\x12]\n\x08\x63oncepts\x18\x04 \x03(\x0b\x32).fmi.v1.GetWarmStartRequest.ConceptsEntryB\x16\xbaH\x13\x9a\x01\x10\x10\x80\x08\"\x05r\x03(\x80\x01*\x04\x12\x02@\x01R\x08\x63oncepts\x1a;\n\rConceptsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x01R\x05value:\x02\x38\x01\"q\n\x14GetWarmStartResponse\x12\x32\n\x07profile\x18\x01 \x01(\x0b\x32\x18.fmi.v1.WarmStartProfileR\x07profile\x12%\n\x0eprior_revision\x18\x02 \x01(\x04R\rpriorRevision*N\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x15\n\x11\x45NCODING_IDENTITY\x10\x01\x12\x11\n\rENCODING_ZSTD\x10\x02*\x94\x01\n\nEmitStatus\x12\x1b\n\x17\x45MIT_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45MIT_STATUS_ACCEPTED\x10\x01\x12\x19\n\x15\x45MIT_STATUS_DUPLICATE\x10\x02\x12\x1b\n\x17\x45MIT_STATUS_QUARANTINED\x10\x03\x12\x17\n\x13\x45MIT_STATUS_REFUSED\x10\x04*`\n\x0c\x44\x65liveryMode\x12\x1d\n\x19\x44\x45LIVERY_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44\x45LIVERY_MODE_LATEST\x10\x01\x12\x17\n\x13\x44\x45LIVERY_MODE_EVERY\x10\x02\x32\xe1\x02\n\x12InterchangeService\x12\x31\n\x04\x45mit\x12\x13.fmi.v1.EmitRequest\x1a\x14.fmi.v1.EmitResponse\x12G\n\nEmitStream\x12\x19.fmi.v1.EmitStreamRequest\x1a\x1a.fmi.v1.EmitStreamResponse(\x01\x30\x01\x12\x42\n\tSubscribe\x12\x18.fmi.v1.SubscribeRequest\x1a\x19.fmi.v1.SubscribeResponse0\x01\x12@\n\tGetUpdate\x12\x18.fmi.v1.GetUpdateRequest\x1a\x19.fmi.v1.GetUpdateResponse\x12I\n\x0cGetWarmStart\x12\x1b.fmi.v1.GetWarmStartRequest\x1a\x1c.fmi.v1.GetWarmStartResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n fmi/v1/interchange_service.proto\x12\x06\x66mi.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x12\x66mi/v1/error.proto\x1a\x13\x66mi/v1/packet.proto\x1a\x13\x66mi/v1/update.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc1\x01\n\x0e\x45ncodedPackets\x12\x39\n\x08\x65ncoding\x18\x01 \x01(\x0e\x32\x10.fmi.v1.EncodingB\x0b\xbaH\x08\x82\x01\x02\x10\x01\xc8\x01\x01R\x08\x65ncoding\x12#\n\rdictionary_id\x18\x02 \x01(\rR\x0c\x64ictionaryId\x12\x33\n\x11uncompressed_size\x18\x03 \x01(\x04\x42\x06\xbaH\x03\xc8\x01\x01R\x10uncompressedSize\x12\x1a\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x42\x06\xbaH\x03\xc8\x01\x01R\x04\x64\x61ta\"}\n\x0b\x45mitRequest\x12(\n\x06packet\x18\x01 \x01(\x0b\x32\x0e.fmi.v1.PacketH\x00R\x06packet\x12\x32\n\x07\x65ncoded\x18\x02 \x01(\x0b\x32\x16.fmi.v1.EncodedPacketsH\x00R\x07\x65ncodedB\x10\n\x07payload\x12\x05\xbaH\x02\x08\x01\"\x8b\x02\n\nEmitResult\x12\x14\n\x05index\x18\x01 \x01(\rR\x05index\x12\x1b\n\tpacket_id\x18\x02 \x01(\tR\x08packetId\x12*\n\x06status\x18\x03 \x01(\x0e\x32\x12.fmi.v1.EmitStatusR\x06status\x12\x1a\n\x08sequence\x18\x04 \x01(\x04R\x08sequence\x12;\n\x0breceived_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nreceivedAt\x12\x1a\n\x08warnings\x18\x06 \x03(\tR\x08warnings\x12)\n\x07refusal\x18\x07 \x01(\x0b\x32\x0f.fmi.v1.RefusalR\x07refusal\"<\n\x0c\x45mitResponse\x12,\n\x07results\x18\x01 \x03(\x0b\x32\x12.fmi.v1.EmitResultR\x07results\"\xa5\x01\n\x11\x45mitStreamRequest\x12\x19\n\x08\x62\x61tch_id\x18\x01 \x01(\x04R\x07\x62\x61tchId\x12/\n\x07packets\x18\x02 \x01(\x0b\x32\x13.fmi.v1.PacketBatchH\x00R\x07packets\x12\x32\n\x07\x65ncoded\x18\x03 \x01(\x0b\x32\x16.fmi.v1.EncodedPacketsH\x00R\x07\x65ncodedB\x10\n\x07payload\x12\x05\xbaH\x02\x08\x01\"\xc4\x01\n\x12\x45mitStreamResponse\x12\x19\n\x08\x62\x61tch_id\x18\x01 \x01(\x04R\x07\x62\x61tchId\x12\x18\n\x07packets\x18\x02 \x01(\rR\x07packets\x12\x1a\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\rR\x08\x61\x63\x63\x65pted\x12\x32\n\nexceptions\x18\x04 \x03(\x0b\x32\x12.fmi.v1.EmitResultR\nexceptions\x12)\n\x07refusal\x18\x05 \x01(\x0b\x32\x0f.fmi.v1.RefusalR\x07refusal\"\xb4\x03\n\x10SubscribeRequest\x12\xb6\x01\n\x07\x63ohorts\x18\x01 \x03(\tB\x9b\x01\xbaH\x97\x01\x92\x01\x93\x01\x08\x01\x10@\"\x8c\x01r#2!^[a-z0-9*?][a-z0-9._/*?-]{0,127}$\xba\x01\x64\n\x17\x66mi.subscribe.wildcards\x12%must not have more than 8 runs of `*`\x1a\"!this.matches(\'([*]+[^*]+){8}[*]\')R\x07\x63ohorts\x12;\n\x05kinds\x18\x02 \x03(\x0e\x32\x12.fmi.v1.UpdateKindB\x11\xbaH\x0e\x92\x01\x0b\x10\x10\"\x07\x82\x01\x04\x10\x01 \x00R\x05kinds\x12\x32\n\x04mode\x18\x03 \x01(\x0e\x32\x14.fmi.v1.DeliveryModeB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x04mode\x12I\n\x0fstart_revisions\x18\x04 \x03(\x0b\x32\x15.fmi.v1.StartRevisionB\t\xbaH\x06\x92\x01\x03\x10\x80 R\x0estartRevisions\x12+\n\x0cresume_token\x18\x05 \x01(\tB\x08\xbaH\x05r\x03(\x80\x02R\x0bresumeToken\"\xec\x01\n\rStartRevision\x12S\n\x06\x63ohort\x18\x01 \x01(\tB;\xbaH8r3(\x80\x01\x32.^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*$\xc8\x01\x01R\x06\x63ohort\x12\x33\n\x04kind\x18\x02 \x01(\x0e\x32\x12.fmi.v1.UpdateKindB\x0b\xbaH\x08\x82\x01\x02\x10\x01\xc8\x01\x01R\x04kind\x12#\n\x08revision\x18\x03 \x01(\x04\x42\x07\xbaH\x04\x32\x02(\x01R\x08revision\x12,\n\rhistory_epoch\x18\x04 \x01(\tB\x07\xbaH\x04r\x02(@R\x0chistoryEpoch\"\xfd\x01\n\x11SubscribeResponse\x12!\n\x0cresume_token\x18\x01 \x01(\tR\x0bresumeToken\x12(\n\x06update\x18\x02 \x01(\x0b\x32\x0e.fmi.v1.UpdateH\x00R\x06update\x12\x38\n\x0csnapshot_end\x18\x03 \x01(\x0b\x32\x13.fmi.v1.SnapshotEndH\x00R\x0bsnapshotEnd\x12.\n\x08progress\x18\x04 \x01(\x0b\x32\x10.fmi.v1.ProgressH\x00R\x08progress\x12(\n\x06lagged\x18\x05 \x01(\x0b\x32\x0e.fmi.v1.LaggedH\x00R\x06laggedB\x07\n\x05\x65vent\"u\n\x0bSnapshotEnd\x12\x18\n\x07updates\x18\x01 \x01(\x04R\x07updates\x12#\n\rhistory_epoch\x18\x02 \x01(\tR\x0chistoryEpoch\x12\'\n\x0fhistory_changed\x18\x03 \x01(\x08R\x0ehistoryChanged\"G\n\x08Progress\x12;\n\x0bserver_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nserverTime\"\x8e\x01\n\x06Lagged\x12\x16\n\x06\x63ohort\x18\x01 \x01(\tR\x06\x63ohort\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x12.fmi.v1.UpdateKindR\x04kind\x12#\n\rfrom_revision\x18\x03 \x01(\x04R\x0c\x66romRevision\x12\x1f\n\x0bto_revision\x18\x04 \x01(\x04R\ntoRevision\"\xb8\x01\n\x10GetUpdateRequest\x12S\n\x06\x63ohort\x18\x01 \x01(\tB;\xbaH8r3(\x80\x01\x32.^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*$\xc8\x01\x01R\x06\x63ohort\x12\x33\n\x04kind\x18\x02 \x01(\x0e\x32\x12.fmi.v1.UpdateKindB\x0b\xbaH\x08\x82\x01\x02\x10\x01\xc8\x01\x01R\x04kind\x12\x1a\n\x08revision\x18\x03 \x01(\x04R\x08revision\";\n\x11GetUpdateResponse\x12&\n\x06update\x18\x01 \x01(\x0b\x32\x0e.fmi.v1.UpdateR\x06update\"\xf7\x02\n\x13GetWarmStartRequest\x12S\n\x06\x63ohort\x18\x01 \x01(\tB;\xbaH8r3(\x80\x01\x32.^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*$\xc8\x01\x01R\x06\x63ohort\x12,\n\rprofile_class\x18\x02 \x01(\tB\x07\xbaH\x04r\x02(@R\x0cprofileClass\x12\'\n\nregime_tag\x18\x03 \x01(\tB\x08\xbaH\x05r\x03(\x80\x01R\tregimeTag\x12w\n\x08\x63oncepts\x18\x04 \x03(\x0b\x32).fmi.v1.GetWarmStartRequest.ConceptsEntryB0\xbaH-\x9a\x01*\x10\x80\x08\"\x1fr\x1d(\x80\x01\x32\x18^[^\\p{Cc}\\p{Zl}\\p{Zp}]*$*\x04\x12\x02@\x01R\x08\x63oncepts\x1a;\n\rConceptsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x01R\x05value:\x02\x38\x01\"q\n\x14GetWarmStartResponse\x12\x32\n\x07profile\x18\x01 \x01(\x0b\x32\x18.fmi.v1.WarmStartProfileR\x07profile\x12%\n\x0eprior_revision\x18\x02 \x01(\x04R\rpriorRevision*N\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x15\n\x11\x45NCODING_IDENTITY\x10\x01\x12\x11\n\rENCODING_ZSTD\x10\x02*\x94\x01\n\nEmitStatus\x12\x1b\n\x17\x45MIT_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45MIT_STATUS_ACCEPTED\x10\x01\x12\x19\n\x15\x45MIT_STATUS_DUPLICATE\x10\x02\x12\x1b\n\x17\x45MIT_STATUS_QUARANTINED\x10\x03\x12\x17\n\x13\x45MIT_STATUS_REFUSED\x10\x04*`\n\x0c\x44\x65liveryMode\x12\x1d\n\x19\x44\x45LIVERY_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44\x45LIVERY_MODE_LATEST\x10\x01\x12\x17\n\x13\x44\x45LIVERY_MODE_EVERY\x10\x02\x32\xe1\x02\n\x12InterchangeService\x12\x31\n\x04\x45mit\x12\x13.fmi.v1.EmitRequest\x1a\x14.fmi.v1.EmitResponse\x12G\n\nEmitStream\x12\x19.fmi.v1.EmitStreamRequest\x1a\x1a.fmi.v1.EmitStreamResponse(\x01\x30\x01\x12\x42\n\tSubscribe\x12\x18.fmi.v1.SubscribeRequest\x1a\x19.fmi.v1.SubscribeResponse0\x01\x12@\n\tGetUpdate\x12\x18.fmi.v1.GetUpdateRequest\x1a\x19.fmi.v1.GetUpdateResponse\x12I\n\x0cGetWarmStart\x12\x1b.fmi.v1.GetWarmStartRequest\x1a\x1c.fmi.v1.GetWarmStartResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,7 +47,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EMITSTREAMREQUEST'].oneofs_by_name['payload']._loaded_options = None
   _globals['_EMITSTREAMREQUEST'].oneofs_by_name['payload']._serialized_options = b'\272H\002\010\001'
   _globals['_SUBSCRIBEREQUEST'].fields_by_name['cohorts']._loaded_options = None
-  _globals['_SUBSCRIBEREQUEST'].fields_by_name['cohorts']._serialized_options = b'\272H.\222\001+\010\001\020@\"%r#2!^[a-z0-9*?][a-z0-9._/*?-]{0,127}$'
+  _globals['_SUBSCRIBEREQUEST'].fields_by_name['cohorts']._serialized_options = b'\272H\227\001\222\001\223\001\010\001\020@\"\214\001r#2!^[a-z0-9*?][a-z0-9._/*?-]{0,127}$\272\001d\n\027fmi.subscribe.wildcards\022%must not have more than 8 runs of `*`\032\"!this.matches(\'([*]+[^*]+){8}[*]\')'
   _globals['_SUBSCRIBEREQUEST'].fields_by_name['kinds']._loaded_options = None
   _globals['_SUBSCRIBEREQUEST'].fields_by_name['kinds']._serialized_options = b'\272H\016\222\001\013\020\020\"\007\202\001\004\020\001 \000'
   _globals['_SUBSCRIBEREQUEST'].fields_by_name['mode']._loaded_options = None
@@ -57,7 +57,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBSCRIBEREQUEST'].fields_by_name['resume_token']._loaded_options = None
   _globals['_SUBSCRIBEREQUEST'].fields_by_name['resume_token']._serialized_options = b'\272H\005r\003(\200\002'
   _globals['_STARTREVISION'].fields_by_name['cohort']._loaded_options = None
-  _globals['_STARTREVISION'].fields_by_name['cohort']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_STARTREVISION'].fields_by_name['cohort']._serialized_options = b'\272H8r3(\200\0012.^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*$\310\001\001'
   _globals['_STARTREVISION'].fields_by_name['kind']._loaded_options = None
   _globals['_STARTREVISION'].fields_by_name['kind']._serialized_options = b'\272H\010\202\001\002\020\001\310\001\001'
   _globals['_STARTREVISION'].fields_by_name['revision']._loaded_options = None
@@ -65,25 +65,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STARTREVISION'].fields_by_name['history_epoch']._loaded_options = None
   _globals['_STARTREVISION'].fields_by_name['history_epoch']._serialized_options = b'\272H\004r\002(@'
   _globals['_GETUPDATEREQUEST'].fields_by_name['cohort']._loaded_options = None
-  _globals['_GETUPDATEREQUEST'].fields_by_name['cohort']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_GETUPDATEREQUEST'].fields_by_name['cohort']._serialized_options = b'\272H8r3(\200\0012.^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*$\310\001\001'
   _globals['_GETUPDATEREQUEST'].fields_by_name['kind']._loaded_options = None
   _globals['_GETUPDATEREQUEST'].fields_by_name['kind']._serialized_options = b'\272H\010\202\001\002\020\001\310\001\001'
   _globals['_GETWARMSTARTREQUEST_CONCEPTSENTRY']._loaded_options = None
   _globals['_GETWARMSTARTREQUEST_CONCEPTSENTRY']._serialized_options = b'8\001'
   _globals['_GETWARMSTARTREQUEST'].fields_by_name['cohort']._loaded_options = None
-  _globals['_GETWARMSTARTREQUEST'].fields_by_name['cohort']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_GETWARMSTARTREQUEST'].fields_by_name['cohort']._serialized_options = b'\272H8r3(\200\0012.^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*$\310\001\001'
   _globals['_GETWARMSTARTREQUEST'].fields_by_name['profile_class']._loaded_options = None
   _globals['_GETWARMSTARTREQUEST'].fields_by_name['profile_class']._serialized_options = b'\272H\004r\002(@'
   _globals['_GETWARMSTARTREQUEST'].fields_by_name['regime_tag']._loaded_options = None
   _globals['_GETWARMSTARTREQUEST'].fields_by_name['regime_tag']._serialized_options = b'\272H\005r\003(\200\001'
   _globals['_GETWARMSTARTREQUEST'].fields_by_name['concepts']._loaded_options = None
-  _globals['_GETWARMSTARTREQUEST'].fields_by_name['concepts']._serialized_options = b'\272H\023\232\001\020\020\200\010\"\005r\003(\200\001*\004\022\002@\001'
-  _globals['_ENCODING']._serialized_start=2909
-  _globals['_ENCODING']._serialized_end=2987
-  _globals['_EMITSTATUS']._serialized_start=2990
-  _globals['_EMITSTATUS']._serialized_end=3138
-  _globals['_DELIVERYMODE']._serialized_start=3140
-  _globals['_DELIVERYMODE']._serialized_end=3236
+  _globals['_GETWARMSTARTREQUEST'].fields_by_name['concepts']._serialized_options = b'\272H-\232\001*\020\200\010\"\037r\035(\200\0012\030^[^\\p{Cc}\\p{Zl}\\p{Zp}]*$*\004\022\002@\001'
+  _globals['_ENCODING']._serialized_start=3202
+  _globals['_ENCODING']._serialized_end=3280
+  _globals['_EMITSTATUS']._serialized_start=3283
+  _globals['_EMITSTATUS']._serialized_end=3431
+  _globals['_DELIVERYMODE']._serialized_start=3433
+  _globals['_DELIVERYMODE']._serialized_end=3529
   _globals['_ENCODEDPACKETS']._serialized_start=169
   _globals['_ENCODEDPACKETS']._serialized_end=362
   _globals['_EMITREQUEST']._serialized_start=364
@@ -97,27 +97,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EMITSTREAMRESPONSE']._serialized_start=992
   _globals['_EMITSTREAMRESPONSE']._serialized_end=1188
   _globals['_SUBSCRIBEREQUEST']._serialized_start=1191
-  _globals['_SUBSCRIBEREQUEST']._serialized_end=1519
-  _globals['_STARTREVISION']._serialized_start=1522
-  _globals['_STARTREVISION']._serialized_end=1705
-  _globals['_SUBSCRIBERESPONSE']._serialized_start=1708
-  _globals['_SUBSCRIBERESPONSE']._serialized_end=1961
-  _globals['_SNAPSHOTEND']._serialized_start=1963
-  _globals['_SNAPSHOTEND']._serialized_end=2080
-  _globals['_PROGRESS']._serialized_start=2082
-  _globals['_PROGRESS']._serialized_end=2153
-  _globals['_LAGGED']._serialized_start=2156
-  _globals['_LAGGED']._serialized_end=2298
-  _globals['_GETUPDATEREQUEST']._serialized_start=2301
-  _globals['_GETUPDATEREQUEST']._serialized_end=2432
-  _globals['_GETUPDATERESPONSE']._serialized_start=2434
-  _globals['_GETUPDATERESPONSE']._serialized_end=2493
-  _globals['_GETWARMSTARTREQUEST']._serialized_start=2496
-  _globals['_GETWARMSTARTREQUEST']._serialized_end=2792
-  _globals['_GETWARMSTARTREQUEST_CONCEPTSENTRY']._serialized_start=2733
-  _globals['_GETWARMSTARTREQUEST_CONCEPTSENTRY']._serialized_end=2792
-  _globals['_GETWARMSTARTRESPONSE']._serialized_start=2794
-  _globals['_GETWARMSTARTRESPONSE']._serialized_end=2907
-  _globals['_INTERCHANGESERVICE']._serialized_start=3239
-  _globals['_INTERCHANGESERVICE']._serialized_end=3592
+  _globals['_SUBSCRIBEREQUEST']._serialized_end=1627
+  _globals['_STARTREVISION']._serialized_start=1630
+  _globals['_STARTREVISION']._serialized_end=1866
+  _globals['_SUBSCRIBERESPONSE']._serialized_start=1869
+  _globals['_SUBSCRIBERESPONSE']._serialized_end=2122
+  _globals['_SNAPSHOTEND']._serialized_start=2124
+  _globals['_SNAPSHOTEND']._serialized_end=2241
+  _globals['_PROGRESS']._serialized_start=2243
+  _globals['_PROGRESS']._serialized_end=2314
+  _globals['_LAGGED']._serialized_start=2317
+  _globals['_LAGGED']._serialized_end=2459
+  _globals['_GETUPDATEREQUEST']._serialized_start=2462
+  _globals['_GETUPDATEREQUEST']._serialized_end=2646
+  _globals['_GETUPDATERESPONSE']._serialized_start=2648
+  _globals['_GETUPDATERESPONSE']._serialized_end=2707
+  _globals['_GETWARMSTARTREQUEST']._serialized_start=2710
+  _globals['_GETWARMSTARTREQUEST']._serialized_end=3085
+  _globals['_GETWARMSTARTREQUEST_CONCEPTSENTRY']._serialized_start=3026
+  _globals['_GETWARMSTARTREQUEST_CONCEPTSENTRY']._serialized_end=3085
+  _globals['_GETWARMSTARTRESPONSE']._serialized_start=3087
+  _globals['_GETWARMSTARTRESPONSE']._serialized_end=3200
+  _globals['_INTERCHANGESERVICE']._serialized_start=3532
+  _globals['_INTERCHANGESERVICE']._serialized_end=3885
 # @@protoc_insertion_point(module_scope)

@@ -351,7 +351,7 @@ class SubscribeRequest(_message.Message):
     @_builtins.property
     def cohorts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Required. Patterns of cohort names: `*` stands for any characters within a segment, `**` for any
-        characters, `?` for one character.
+        characters, `?` for one character but `/`. Each has at most 8 runs of `*`, and 128 characters.
         """
 
     @_builtins.property
@@ -390,7 +390,7 @@ class StartRevision(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     HISTORY_EPOCH_FIELD_NUMBER: _builtins.int
     cohort: _builtins.str
-    """Required. The cohort."""
+    """Required. The cohort; see `PacketHeader.cohort`."""
     kind: _update_pb2.UpdateKind.ValueType
     """Required. The kind."""
     revision: _builtins.int
@@ -567,7 +567,7 @@ class GetUpdateRequest(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     cohort: _builtins.str
-    """Required. The cohort."""
+    """Required. The cohort; see `PacketHeader.cohort`."""
     kind: _update_pb2.UpdateKind.ValueType
     """Required. The kind."""
     revision: _builtins.int
@@ -642,14 +642,16 @@ class GetWarmStartRequest(_message.Message):
     REGIME_TAG_FIELD_NUMBER: _builtins.int
     CONCEPTS_FIELD_NUMBER: _builtins.int
     cohort: _builtins.str
-    """Required. The cohort."""
+    """Required. The cohort; see `PacketHeader.cohort`."""
     profile_class: _builtins.str
     """Optional. The profile class. Unset means `default`."""
     regime_tag: _builtins.str
     """Optional. The regime that the site works in. Unset means it is found by `concepts`."""
     @_builtins.property
     def concepts(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Optional. Scores of the concepts that the site sees, by id, to find the nearest regime."""
+        """Optional. Scores of the concepts that the site sees, by id, to find the nearest regime. Ids as in
+        `Concept`.
+        """
 
     def __init__(
         self,

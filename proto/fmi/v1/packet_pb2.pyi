@@ -631,8 +631,8 @@ class PolicyOutcomePack(_message.Message):
 
     @_builtins.property
     def after(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Required. Metrics after the change, by name; at least one of them stands in `before` too. Finite
-        numbers.
+        """Required. Metrics after the change, by name; at least one of them stands in `before` too. Numbers
+        within ±1e150, whose squares are finite.
         """
 
     @_builtins.property
@@ -727,7 +727,7 @@ class ConceptCausalSummary(_message.Message):
     @_builtins.property
     def tested_nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Optional. Every variable among which the site looked for relations. Unset means just the ends of
-        its pairs.
+        its pairs. Without control characters.
         """
 
     def __init__(
@@ -761,13 +761,15 @@ class CausalPair(_message.Message):
     TYPE_FIELD_NUMBER: _builtins.int
     STDERR_FIELD_NUMBER: _builtins.int
     source: _builtins.str
-    """Required. The cause."""
+    """Required. The cause, without control characters."""
     target: _builtins.str
-    """Required. The effect; not the same as `source`."""
+    """Required. The effect; not the same as `source`, and without control characters."""
     weight: _builtins.float
     """Required. Signed size of the effect, within ±1e150."""
     type: _builtins.str
-    """Optional. The kind of relation, for example `direct` or `lagged`. Unset means `direct`."""
+    """Optional. The kind of relation, for example `direct` or `lagged`, without control characters. Unset
+    means `direct`.
+    """
     stderr: _builtins.float
     """Optional. Standard error of `weight`; greater than 0, at most 1e150. Unset means unknown."""
     def __init__(
@@ -799,12 +801,12 @@ class Concept(_message.Message):
     SCORE_FIELD_NUMBER: _builtins.int
     LINKS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Required. Its name in the cohort."""
+    """Required. Its name in the cohort, without control characters."""
     score: _builtins.float
     """Required. How strongly it is at work, within ±1e150."""
     @_builtins.property
     def links(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Optional. Ids of concepts it is linked to."""
+        """Optional. Ids of concepts it is linked to, without control characters."""
 
     def __init__(
         self,

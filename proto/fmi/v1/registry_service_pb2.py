@@ -29,7 +29,7 @@ from fmi.v1 import packet_pb2 as fmi_dot_v1_dot_packet__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66mi/v1/registry_service.proto\x12\x06\x66mi.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x13\x66mi/v1/cohort.proto\x1a\x12\x66mi/v1/error.proto\x1a\x13\x66mi/v1/packet.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"E\n\x12GetContractRequest\x12/\n\x13include_descriptors\x18\x01 \x01(\x08R\x12includeDescriptors\"\x98\x02\n\x13GetContractResponse\x12\x1a\n\x08revision\x18\x01 \x01(\rR\x08revision\x12:\n\x19oldest_supported_revision\x18\x02 \x01(\rR\x17oldestSupportedRevision\x12#\n\rcontract_hash\x18\x03 \x01(\tR\x0c\x63ontractHash\x12 \n\x0b\x64\x65scriptors\x18\x04 \x01(\x0cR\x0b\x64\x65scriptors\x12%\n\x0eserver_version\x18\x05 \x01(\tR\rserverVersion\x12;\n\x0bserver_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nserverTime\"6\n\x14GetCohortSpecRequest\x12\x1e\n\x06\x63ohort\x18\x01 \x01(\tB\x06\xbaH\x03\xc8\x01\x01R\x06\x63ohort\"`\n\x15GetCohortSpecResponse\x12&\n\x04spec\x18\x01 \x01(\x0b\x32\x12.fmi.v1.CohortSpecR\x04spec\x12\x1f\n\x0bschema_hash\x18\x02 \x01(\tR\nschemaHash\"\x18\n\x16ListCohortSpecsRequest\"C\n\x17ListCohortSpecsResponse\x12(\n\x05specs\x18\x01 \x03(\x0b\x32\x12.fmi.v1.CohortSpecR\x05specs\";\n\x14GetDictionaryRequest\x12#\n\rdictionary_id\x18\x01 \x01(\rR\x0c\x64ictionaryId\"P\n\x15GetDictionaryResponse\x12#\n\rdictionary_id\x18\x01 \x01(\rR\x0c\x64ictionaryId\x12\x12\n\x04\x64\x61ta\x18\x02 \x01(\x0cR\x04\x64\x61ta\"G\n\x15ValidatePacketRequest\x12.\n\x06packet\x18\x01 \x01(\x0b\x32\x0e.fmi.v1.PacketB\x06\xbaH\x03\xc8\x01\x01R\x06packet\"\x97\x01\n\x16ValidatePacketResponse\x12\x14\n\x05valid\x18\x01 \x01(\x08R\x05valid\x12)\n\x07refusal\x18\x02 \x01(\x0b\x32\x0f.fmi.v1.RefusalR\x07refusal\x12 \n\x0bquarantined\x18\x03 \x01(\x08R\x0bquarantined\x12\x1a\n\x08warnings\x18\x04 \x03(\tR\x08warnings2\x9a\x03\n\x0fRegistryService\x12\x46\n\x0bGetContract\x12\x1a.fmi.v1.GetContractRequest\x1a\x1b.fmi.v1.GetContractResponse\x12L\n\rGetCohortSpec\x12\x1c.fmi.v1.GetCohortSpecRequest\x1a\x1d.fmi.v1.GetCohortSpecResponse\x12R\n\x0fListCohortSpecs\x12\x1e.fmi.v1.ListCohortSpecsRequest\x1a\x1f.fmi.v1.ListCohortSpecsResponse\x12L\n\rGetDictionary\x12\x1c.fmi.v1.GetDictionaryRequest\x1a\x1d.fmi.v1.GetDictionaryResponse\x12O\n\x0eValidatePacket\x12\x1d.fmi.v1.ValidatePacketRequest\x1a\x1e.fmi.v1.ValidatePacketResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66mi/v1/registry_service.proto\x12\x06\x66mi.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x13\x66mi/v1/cohort.proto\x1a\x12\x66mi/v1/error.proto\x1a\x13\x66mi/v1/packet.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"E\n\x12GetContractRequest\x12/\n\x13include_descriptors\x18\x01 \x01(\x08R\x12includeDescriptors\"\x98\x02\n\x13GetContractResponse\x12\x1a\n\x08revision\x18\x01 \x01(\rR\x08revision\x12:\n\x19oldest_supported_revision\x18\x02 \x01(\rR\x17oldestSupportedRevision\x12#\n\rcontract_hash\x18\x03 \x01(\tR\x0c\x63ontractHash\x12 \n\x0b\x64\x65scriptors\x18\x04 \x01(\x0cR\x0b\x64\x65scriptors\x12%\n\x0eserver_version\x18\x05 \x01(\tR\rserverVersion\x12;\n\x0bserver_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nserverTime\"k\n\x14GetCohortSpecRequest\x12S\n\x06\x63ohort\x18\x01 \x01(\tB;\xbaH8r3(\x80\x01\x32.^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*$\xc8\x01\x01R\x06\x63ohort\"`\n\x15GetCohortSpecResponse\x12&\n\x04spec\x18\x01 \x01(\x0b\x32\x12.fmi.v1.CohortSpecR\x04spec\x12\x1f\n\x0bschema_hash\x18\x02 \x01(\tR\nschemaHash\"\x18\n\x16ListCohortSpecsRequest\"C\n\x17ListCohortSpecsResponse\x12(\n\x05specs\x18\x01 \x03(\x0b\x32\x12.fmi.v1.CohortSpecR\x05specs\";\n\x14GetDictionaryRequest\x12#\n\rdictionary_id\x18\x01 \x01(\rR\x0c\x64ictionaryId\"P\n\x15GetDictionaryResponse\x12#\n\rdictionary_id\x18\x01 \x01(\rR\x0c\x64ictionaryId\x12\x12\n\x04\x64\x61ta\x18\x02 \x01(\x0cR\x04\x64\x61ta\"G\n\x15ValidatePacketRequest\x12.\n\x06packet\x18\x01 \x01(\x0b\x32\x0e.fmi.v1.PacketB\x06\xbaH\x03\xc8\x01\x01R\x06packet\"\x97\x01\n\x16ValidatePacketResponse\x12\x14\n\x05valid\x18\x01 \x01(\x08R\x05valid\x12)\n\x07refusal\x18\x02 \x01(\x0b\x32\x0f.fmi.v1.RefusalR\x07refusal\x12 \n\x0bquarantined\x18\x03 \x01(\x08R\x0bquarantined\x12\x1a\n\x08warnings\x18\x04 \x03(\tR\x08warnings2\x9a\x03\n\x0fRegistryService\x12\x46\n\x0bGetContract\x12\x1a.fmi.v1.GetContractRequest\x1a\x1b.fmi.v1.GetContractResponse\x12L\n\rGetCohortSpec\x12\x1c.fmi.v1.GetCohortSpecRequest\x1a\x1d.fmi.v1.GetCohortSpecResponse\x12R\n\x0fListCohortSpecs\x12\x1e.fmi.v1.ListCohortSpecsRequest\x1a\x1f.fmi.v1.ListCohortSpecsResponse\x12L\n\rGetDictionary\x12\x1c.fmi.v1.GetDictionaryRequest\x1a\x1d.fmi.v1.GetDictionaryResponse\x12O\n\x0eValidatePacket\x12\x1d.fmi.v1.ValidatePacketRequest\x1a\x1e.fmi.v1.ValidatePacketResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,7 +37,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fmi.v1.registry_service_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETCOHORTSPECREQUEST'].fields_by_name['cohort']._loaded_options = None
-  _globals['_GETCOHORTSPECREQUEST'].fields_by_name['cohort']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_GETCOHORTSPECREQUEST'].fields_by_name['cohort']._serialized_options = b'\272H8r3(\200\0012.^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*$\310\001\001'
   _globals['_VALIDATEPACKETREQUEST'].fields_by_name['packet']._loaded_options = None
   _globals['_VALIDATEPACKETREQUEST'].fields_by_name['packet']._serialized_options = b'\272H\003\310\001\001'
   _globals['_GETCONTRACTREQUEST']._serialized_start=165
@@ -45,21 +45,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETCONTRACTRESPONSE']._serialized_start=237
   _globals['_GETCONTRACTRESPONSE']._serialized_end=517
   _globals['_GETCOHORTSPECREQUEST']._serialized_start=519
-  _globals['_GETCOHORTSPECREQUEST']._serialized_end=573
-  _globals['_GETCOHORTSPECRESPONSE']._serialized_start=575
-  _globals['_GETCOHORTSPECRESPONSE']._serialized_end=671
-  _globals['_LISTCOHORTSPECSREQUEST']._serialized_start=673
-  _globals['_LISTCOHORTSPECSREQUEST']._serialized_end=697
-  _globals['_LISTCOHORTSPECSRESPONSE']._serialized_start=699
-  _globals['_LISTCOHORTSPECSRESPONSE']._serialized_end=766
-  _globals['_GETDICTIONARYREQUEST']._serialized_start=768
-  _globals['_GETDICTIONARYREQUEST']._serialized_end=827
-  _globals['_GETDICTIONARYRESPONSE']._serialized_start=829
-  _globals['_GETDICTIONARYRESPONSE']._serialized_end=909
-  _globals['_VALIDATEPACKETREQUEST']._serialized_start=911
-  _globals['_VALIDATEPACKETREQUEST']._serialized_end=982
-  _globals['_VALIDATEPACKETRESPONSE']._serialized_start=985
-  _globals['_VALIDATEPACKETRESPONSE']._serialized_end=1136
-  _globals['_REGISTRYSERVICE']._serialized_start=1139
-  _globals['_REGISTRYSERVICE']._serialized_end=1549
+  _globals['_GETCOHORTSPECREQUEST']._serialized_end=626
+  _globals['_GETCOHORTSPECRESPONSE']._serialized_start=628
+  _globals['_GETCOHORTSPECRESPONSE']._serialized_end=724
+  _globals['_LISTCOHORTSPECSREQUEST']._serialized_start=726
+  _globals['_LISTCOHORTSPECSREQUEST']._serialized_end=750
+  _globals['_LISTCOHORTSPECSRESPONSE']._serialized_start=752
+  _globals['_LISTCOHORTSPECSRESPONSE']._serialized_end=819
+  _globals['_GETDICTIONARYREQUEST']._serialized_start=821
+  _globals['_GETDICTIONARYREQUEST']._serialized_end=880
+  _globals['_GETDICTIONARYRESPONSE']._serialized_start=882
+  _globals['_GETDICTIONARYRESPONSE']._serialized_end=962
+  _globals['_VALIDATEPACKETREQUEST']._serialized_start=964
+  _globals['_VALIDATEPACKETREQUEST']._serialized_end=1035
+  _globals['_VALIDATEPACKETRESPONSE']._serialized_start=1038
+  _globals['_VALIDATEPACKETRESPONSE']._serialized_end=1189
+  _globals['_REGISTRYSERVICE']._serialized_start=1192
+  _globals['_REGISTRYSERVICE']._serialized_end=1602
 # @@protoc_insertion_point(module_scope)

@@ -98,7 +98,7 @@ class GetCohortSpecRequest(_message.Message):
 
     COHORT_FIELD_NUMBER: _builtins.int
     cohort: _builtins.str
-    """Required. The cohort."""
+    """Required. The cohort; see `PacketHeader.cohort`."""
     def __init__(
         self,
         *,

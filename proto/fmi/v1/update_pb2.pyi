@@ -305,7 +305,9 @@ class MetaPriorUpdate(_message.Message):
 
     @_builtins.property
     def contexts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Context]:
-        """Output only. The regimes that sites named. Sites that named none are counted in `untagged_sites`."""
+        """Output only. The regimes that a quorum of sites named, at most 256, those of most sites. Sites that
+        named none are counted in `untagged_sites`.
+        """
 
     @_builtins.property
     def cohorts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -880,8 +882,9 @@ class CausalConsensus(_message.Message):
 
     @_builtins.property
     def unpooled(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Output only. Relations that are not in `edges`, counted by the reason, for example
-        `below_quorum`. They are not named, because a single site may stand behind one.
+        """Output only. Relations that are not in `edges`, counted by the reason: `below_quorum`, `over_limit`
+        (more than are pooled), `not_told` (more than an update holds). They are not named, because a single
+        site may stand behind one.
         """
 
     @_builtins.property

@@ -1,0 +1,258 @@
+"""Publication: updates stored, and then told of.
+
+An update is stored before anybody is told of it, under the next revision of its cohort and kind, so that
+a subscriber never sees a revision that a crash could take back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+from google.protobuf.message import Message
+
+from fmi.v1 import update_pb2
+from fmi_server.aggregator import AggregationResult
+from fmi_server.cohorts import CohortRules
+from fmi_server.errors import CompactedError
+from fmi_server.feeds import Key, PublishedUpdate, UpdateLog, kind_name
+from fmi_server.router import FMIRouter
+from fmi_server.storage import Store
+from fmi_server.storage.records import UpdateRecord
+from fmi_server.telemetry import FMITelemetry
+
+__all__ = ["Publisher", "StoredUpdates"]
+
+TRIM_EVERY: Final = 16
+"""Revisions between two trims of a history."""
+
+_log = logging.getLogger(__name__)
+
+
+class StoredUpdates:
+    """Reads published updates from the store, for subscribers that are behind."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def since(self, sequence: int, limit: int) -> Sequence[PublishedUpdate]:
+        """Return up to `limit` updates behind a sequence, in order of sequence."""
+        return [self.framed(r) for r in await self._store.updates_since(sequence, limit=limit)]
+
+    async def one(self, key: Key, revision: int) -> PublishedUpdate | None:
+        """Return one update, or None where it is not kept."""
+        record = await self._store.update(key[0], key[1], revision)
+        return None if record is None else self.framed(record)
+
+    async def oldest(self, key: Key) -> int:
+        """Return the oldest revision kept; 0 where there is none."""
+        return await self._store.oldest_revision(*key) or 0
+
+    async def kept(self, key: Key, revision: int) -> PublishedUpdate:
+        """Return an update that was published once.
+
+        Raises:
+            CompactedError: It is no longer kept.
+        """
+        found = await self.one(key, revision)
+        if found is None:
+            cohort, kind = key
+            raise CompactedError(cohort, kind_name(kind), revision, await self.oldest(key))
+        return found
+
+    def framed(self, record: UpdateRecord) -> PublishedUpdate:
+        """Frame a stored update as an event of a subscription."""
+        return PublishedUpdate.from_payload(
+            (record.cohort, record.kind),
+            record.revision,
+            record.sequence,
+            record.payload,
+            history_epoch=self._store.history_epoch,
+        )
+
+
+class Publisher:
+    """Stores what changed as updates, and tells subscribers and listeners.
+
+    Args:
+        store: Keeps the updates; it is the fence.
+        router: Tells subscribers.
+        telemetry: Counts updates.
+        clock: Unix time in seconds.
+
+    Attributes:
+        log: The updates in memory.
+        updates: Reads those that are not.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        router: FMIRouter,
+        *,
+        telemetry: FMITelemetry,
+        clock: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._router = router
+        self._telemetry = telemetry
+        self._clock = clock
+        self._lock = asyncio.Lock()
+        self._unsure = False
+        self._hashes: dict[Key, bytes] = {}
+        self._listeners: list[Callable[[update_pb2.Update], None]] = []
+        self.log = UpdateLog("")
+        self.updates = StoredUpdates(store)
+
+    def on_update(self, listener: Callable[[update_pb2.Update], None]) -> None:
+        """Call a function with every update that is published."""
+        self._listeners.append(listener)
+
+    async def load(self) -> dict[str, float]:
+        """Bring back the newest updates; return when each cohort last published, Unix seconds."""
+        self.log = UpdateLog(self._store.history_epoch)
+        published_at: dict[str, float] = {}
+        for record in await self._store.latest_updates():
+            published = self.updates.framed(record)
+            self.log.latest[published.key] = published
+            self._hashes[published.key] = record.content_hash
+            at = record.published_at_us / 1e6
+            published_at[record.cohort] = max(at, published_at.get(record.cohort, at))
+        self.log.head = await self._store.next_update_sequence() - 1
+        return published_at
+
+    async def publish(
+        self, rules: CohortRules, result: AggregationResult
+    ) -> list[update_pb2.Update]:
+        """Publish what changed in a cohort; return it.
+
+        Raises:
+            StoreError: It could not be stored; nobody was told of anything.
+        """
+        async with self._lock:
+            if self._unsure:
+                await self._catch_up()
+            updates, records = self._changes(rules, result)
+            if not records:
+                return []
+            # Until the store says so, nobody knows whether a write that fails got in.
+            self._unsure = True
+            await self._store.publish(records)
+            self._unsure = False
+            for record in records:
+                self._tell(record)
+        for record in records:
+            if record.revision % TRIM_EVERY == 0:
+                await self._store.trim_updates(record.cohort, record.kind, keep=rules.updates_kept)
+        return updates
+
+    async def _catch_up(self) -> None:
+        """Tell of updates that got into the store although their write failed."""
+        while page := await self._store.updates_since(self.log.head):
+            for record in page:
+                self._tell(record)
+        self._unsure = False
+
+    def _changes(
+        self, rules: CohortRules, result: AggregationResult
+    ) -> tuple[list[update_pb2.Update], list[UpdateRecord]]:
+        released_at_ns = int(self._clock() * 1e9)
+        updates: list[update_pb2.Update] = []
+        records: list[UpdateRecord] = []
+        for kind, body in _bodies(result):
+            key = (rules.name, int(kind))
+            digest = _content_hash(body)
+            latest = self.log.latest.get(key)
+            if self._hashes.get(key) == digest or (latest is None and _says_nothing(body)):
+                continue
+            revision = latest.revision + 1 if latest else 1
+            update = _framed_update(rules.name, kind, revision, body)
+            update.sequence = self.log.head + len(records) + 1
+            update.history_epoch = self.log.history_epoch
+            update.released_at.FromNanoseconds(released_at_ns)
+            updates.append(update)
+            records.append(
+                UpdateRecord(
+                    sequence=update.sequence,
+                    cohort=rules.name,
+                    kind=int(kind),
+                    revision=revision,
+                    published_at_us=released_at_ns // 1000,
+                    content_hash=digest,
+                    payload=update.SerializeToString(),
+                )
+            )
+        return updates, records
+
+    def _tell(self, record: UpdateRecord) -> None:
+        published = self.updates.framed(record)
+        self._hashes[published.key] = record.content_hash
+        self.log.add(published)
+        self._router.publish(published)
+        self._telemetry.update(kind_name(record.kind))
+        if not self._listeners:
+            return
+        update = update_pb2.Update.FromString(record.payload)
+        for listener in self._listeners:
+            try:
+                listener(update)
+            except Exception:
+                _log.exception("a listener failed on %s", update.cohort)
+
+
+def _bodies(result: AggregationResult) -> Iterator[tuple[update_pb2.UpdateKind.ValueType, Message]]:
+    yield update_pb2.UPDATE_KIND_PRIOR, result.prior_update
+    yield update_pb2.UPDATE_KIND_WARM_START, result.warm_starts
+    yield update_pb2.UPDATE_KIND_POLICY_HINT, result.policy_hint
+    yield update_pb2.UPDATE_KIND_CAUSAL_CONSENSUS, result.causal_consensus
+
+
+def _framed_update(
+    cohort: str, kind: update_pb2.UpdateKind.ValueType, revision: int, body: Message
+) -> update_pb2.Update:
+    update = update_pb2.Update(cohort=cohort, kind=kind, revision=revision)
+    match body:
+        case update_pb2.MetaPriorUpdate():
+            update.prior_update.CopyFrom(body)
+            update.prior_update.rev = revision
+        case update_pb2.WarmStartSet():
+            update.warm_start.CopyFrom(body)
+        case update_pb2.MetaPolicyHint():
+            update.policy_hint.CopyFrom(body)
+        case update_pb2.CausalConsensus():
+            update.causal_consensus.CopyFrom(body)
+    return update
+
+
+def _says_nothing(body: Message) -> bool:
+    """Say whether a first update would be empty: then there is nothing to publish."""
+    match body:
+        case update_pb2.MetaPriorUpdate():
+            return not body.estimates
+        case update_pb2.WarmStartSet():
+            return not any(profile.init for profile in body.profiles)
+        case update_pb2.MetaPolicyHint():
+            return not body.hint_id and not body.lineage.sites
+        case update_pb2.CausalConsensus():
+            return not body.edges and not body.unpooled
+    return False
+
+
+def _content_hash(body: Message) -> bytes:
+    """Hash what a consumer acts on. Lineage is left out: it moves with every packet."""
+    content = type(body)()
+    content.CopyFrom(body)
+    match content:
+        case update_pb2.WarmStartSet():
+            for profile in content.profiles:
+                profile.ClearField("lineage")
+        case (
+            update_pb2.MetaPriorUpdate()
+            | update_pb2.MetaPolicyHint()
+            | update_pb2.CausalConsensus()
+        ):
+            content.ClearField("lineage")
+    return hashlib.blake2b(content.SerializeToString(deterministic=True), digest_size=16).digest()
