@@ -966,7 +966,7 @@ async def test_a_flood_of_new_signals_is_bounded(client, server):
         for name, value in server.service.telemetry.snapshot().items()
         if name.startswith("fmi_ignored_values_total")
     ]
-    assert [value for _, value in ignored] == [6 * 1024 - 4096], ignored
+    assert [value for _, value in ignored] == [6 * 1024 - 512], ignored
     await eventually(lambda: not server.service.releaser.dirty("flood"))
 
 
