@@ -188,7 +188,7 @@ def _examine_health(calls: _Calls) -> Finding:
     return fault(
         "health",
         "the server is up and not serving",
-        "It is starting or going down, or its store cannot take writes; its log says which.",
+        "It is starting or going down; its log says which.",
         ExitCode.SERVER,
         final=False,
         values={"status": status},

@@ -204,7 +204,7 @@ class Refusal:
             descriptions=tuple(v.description for v in bad.field_violations),
             retry_s=retry.retry_delay.ToNanoseconds() / 1e9 if retry else None,
             request_id=details["RequestInfo"].request_id if "RequestInfo" in details else "",
-            trailing_request_id=str(dict(error.trailing_metadata()).get(REQUEST_ID_KEY, "")),
+            trailing_request_id=str(error.trailing_metadata().get(REQUEST_ID_KEY, "")),
         )
 
 
