@@ -46,7 +46,7 @@ class _CohortsGroup(DefaultGroup):
 @click.group(name="cohorts", cls=_CohortsGroup, subcommand_metavar="[NAME | put | release] ...")
 @shared_options
 def command(_settings: Settings) -> None:
-    r"""List the cohorts, or show the spec of the cohort NAME.
+    """List the cohorts, or show the spec of the cohort NAME.
 
     \b
       fmi cohorts
@@ -56,7 +56,7 @@ def command(_settings: Settings) -> None:
 
     In the list, "quar." is the number of packets in quarantine, "subs." that of subscribers; an "open"
     cohort was never declared, a "dirty" one has news to release.
-    """
+    """  # noqa: D301 - click wants the character
 
 
 @command.command("show")

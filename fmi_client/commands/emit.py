@@ -48,7 +48,7 @@ class _EmitGroup(DefaultGroup):
 @click.group(name="emit", cls=_EmitGroup, subcommand_metavar="[FILE | - | msp | pop | ccs] ...")
 @shared_options
 def command(_settings: Settings) -> None:
-    r"""Send packets from a FILE, from standard input (-), or made from options.
+    """Send packets from a FILE, from standard input (-), or made from options.
 
     A FILE holds one packet as JSON, an array of packets, or one packet per line, in the plain form
     {"type": "msp", "domain_id": ..., "controller": {"tau": 0.9}} or as ProtoJSON. Where a packet does
@@ -64,7 +64,7 @@ def command(_settings: Settings) -> None:
 
     Exit codes: 0 every packet is durable, 1 one was refused, 3 the server cannot be reached, 5 the
     server cannot take them now. With --json, one line per packet.
-    """
+    """  # noqa: D301 - click wants the character
 
 
 def _header_options(function: F) -> F:

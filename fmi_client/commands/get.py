@@ -47,7 +47,7 @@ def command(
     regime: str | None,
     concept: dict[str, float],
 ) -> int:
-    r"""Read the prior, warm start, policy hint or causal consensus of a COHORT.
+    """Read the prior, warm start, policy hint or causal consensus of a COHORT.
 
     \b
       fmi get healthcare
@@ -57,7 +57,7 @@ def command(
     Intervals are 95 % confidence intervals; "eff." is the effective number of sites after trimming and
     weighting, "trim" the number of sites left out by trimming. Metrics are observed, and not part of the
     prior.
-    """
+    """  # noqa: D301 - click wants the character
     narrowed = profile_class is not None or regime is not None or bool(concept)
     if narrowed and (kind not in (None, "warm_start") or revision is not None):
         raise click.UsageError(

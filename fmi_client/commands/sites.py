@@ -33,14 +33,14 @@ class _SitesGroup(DefaultGroup):
 @click.group(name="sites", cls=_SitesGroup, subcommand_metavar="[COHORT | quarantine] ...")
 @shared_options
 def command(_settings: Settings) -> None:
-    r"""List the sites of a COHORT, or of all: packets, when last heard, reputation.
+    """List the sites of a COHORT, or of all: packets, when last heard, reputation.
 
     \b
       fmi sites
       fmi sites healthcare
       fmi sites quarantine healthcare
       fmi sites quarantine --release site_007 0199f2c4-7c1e-7d3a-9a52-3f0c5d1e8b11
-    """
+    """  # noqa: D301 - click wants the character
 
 
 @command.command("show")

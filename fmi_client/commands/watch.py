@@ -52,7 +52,7 @@ def command(
     resume: str | None,
     count: int | None,
 ) -> int:
-    r"""Follow the updates of the cohorts that match a PATTERN.
+    """Follow the updates of the cohorts that match a PATTERN.
 
     In a PATTERN, * stands for any characters within a segment of a name, ** for any characters, ? for
     one. Put patterns in quotes, or the shell takes them for file names. First comes the newest update of
@@ -64,7 +64,7 @@ def command(
       fmi watch healthcare --kind prior --every --since-revision 1
 
     With --json, one line per event (update, snapshot_end, lagged), each with its resume_token.
-    """
+    """  # noqa: D301 - click wants the character
     starts = _starts(since, patterns, kinds)
     if starts and resume:
         raise click.UsageError("--since-revision and --resume exclude each other.")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import grpc
 import pytest
 from cli_server import RefusedError
+from click.testing import CliRunner
 
 from fmi.v1 import interchange_service_pb2, update_pb2
 from fmi_client import errors
@@ -272,3 +274,10 @@ def test_a_reader_that_goes_away_is_no_fault(script):
 
 def test_the_root_command_is_what_main_runs():
     assert cli.name == "fmi"
+
+
+@pytest.mark.parametrize("command", ["cohorts", "emit", "get", "sites", "watch"])
+def test_examples_in_help_stand_on_lines_of_their_own(command):
+    text = CliRunner().invoke(cli, [command, "--help"], terminal_width=80).output
+    assert "\\b" not in text
+    assert re.search(rf"^ +fmi {command}[^\n]*$", text, flags=re.MULTILINE)

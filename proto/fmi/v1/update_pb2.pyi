@@ -967,7 +967,9 @@ class ConsensusEdge(_message.Message):
     tau_squared: _builtins.float
     """Output only. Variance between sites. Unset where sites gave no standard errors."""
     sign_conflict: _builtins.bool
-    """Output only. True where sites disagree about the sign."""
+    """Output only. True where more than a third of the sites found the opposite sign; fewer stand in
+    `positive_sites` and `negative_sites` only.
+    """
     direction_conflict: _builtins.bool
     """Output only. True where the reverse relation is in the consensus too."""
     in_cycle: _builtins.bool
