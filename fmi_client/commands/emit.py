@@ -56,9 +56,9 @@ def command(_settings: Settings) -> None:
     ids is new packets each time it is sent.
 
     \b
-      fmi emit msp --domain site_001 --cohort healthcare \
+      fmi emit msp --domain site_001 --cohort healthcare \\
           --controller tau=0.9 --metric gain_p50=0.15
-      fmi emit pop --domain site_001 --set tau=0.8 \
+      fmi emit pop --domain site_001 --set tau=0.8 \\
           --before loss=0.40 --after loss=0.35 --windows 12
       fmi emit ccs --domain site_001 --pair dose,outcome,0.4
 
