@@ -67,9 +67,9 @@ class FMIContractRegistry:
             for file in CONTRACT_FILES
             for message in file.message_types_by_name.values()
         }
-        for body in (MetaSignalPack(), PolicyOutcomePack(), ConceptCausalSummary()):
+        for kind in PacketType:
             packet = packet_pb2.Packet()
-            getattr(packet, _BODY_OF[type(body)]).SetInParent()
+            getattr(packet, kind.value).SetInParent()
             self._rules.problems(packet)  # compiles the rules before the first call
 
     def validate(
@@ -168,11 +168,6 @@ class FMIContractRegistry:
         return descriptor_set()
 
 
-_BODY_OF: Final[dict[type[Message], str]] = {
-    MetaSignalPack: "msp",
-    PolicyOutcomePack: "pop",
-    ConceptCausalSummary: "ccs",
-}
 _REQUIRED: Final = "required"
 _MISSING_RULES: Final = frozenset(
     {_REQUIRED, "map.min_pairs", "fmi.msp.no_signal", "fmi.ccs.empty", "fmi.plain.packet_type"}

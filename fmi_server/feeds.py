@@ -61,10 +61,9 @@ class PublishedUpdate:
         cls, key: Key, revision: int, sequence: int, payload: bytes, *, history_epoch: str
     ) -> PublishedUpdate:
         """Frame a serialised update as an event."""
-        update = update_pb2.Update.FromString(payload)
-        event = wire_pb2.SubscribeResponse(
-            resume_token=resume_token(history_epoch, sequence), update=update
-        )
+        token = resume_token(history_epoch, sequence)
+        event = wire_pb2.SubscribeResponse(resume_token=token)
+        event.update.ParseFromString(payload)
         return cls(key, revision, sequence, payload, event.SerializeToString())
 
 
@@ -233,9 +232,7 @@ class Feed:
         """Find the revision of each key at a sequence, so that `lagged` can be exact."""
         position = sequence
         while position < self._log.head:
-            page = self._log.since(position)
-            if page is None:
-                page = list(await self._reader.since(position, self._page))
+            page = await self._page_behind(position)
             if not page:
                 return
             answers = await self._request.answers(update.key[0] for update in page)
@@ -245,6 +242,11 @@ class Feed:
                 if update.key not in self._given and self._wants(update.key, answers):
                     unknown = await self._given_is_unknown(update)
                     self._given[update.key] = UNKNOWN if unknown else update.revision - 1
+
+    async def _page_behind(self, sequence: int) -> Sequence[PublishedUpdate]:
+        """Return updates behind a sequence: from memory where all are there, else a page of the store's."""
+        page = self._log.since(sequence)
+        return await self._reader.since(sequence, self._page) if page is None else page
 
     async def _latest_live(self) -> AsyncIterator[bytes]:
         while self._pending:
@@ -332,9 +334,7 @@ class Feed:
     ) -> AsyncIterator[bytes]:
         """Give every wanted update behind a position, up to the head as it is then."""
         while position < self._log.head:
-            page = self._log.since(position)
-            if page is None:
-                page = list(await self._reader.since(position, self._page))
+            page = await self._page_behind(position)
             if not page:
                 return
             answers = await self._request.answers(update.key[0] for update in page)

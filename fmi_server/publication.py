@@ -142,8 +142,8 @@ class Publisher:
             self._unsure = True
             await self._store.publish(records)
             self._unsure = False
-            for record in records:
-                self._tell(record)
+            for record, update in zip(records, updates, strict=True):
+                self._tell(record, update)
         for record in records:
             if record.revision % TRIM_EVERY == 0:
                 await self._store.trim_updates(record.cohort, record.kind, keep=rules.updates_kept)
@@ -153,7 +153,7 @@ class Publisher:
         """Tell of updates that got into the store although their write failed."""
         while page := await self._store.updates_since(self.log.head):
             for record in page:
-                self._tell(record)
+                self._tell(record, update_pb2.Update.FromString(record.payload))
         self._unsure = False
 
     def _changes(
@@ -187,15 +187,12 @@ class Publisher:
             )
         return updates, records
 
-    def _tell(self, record: UpdateRecord) -> None:
+    def _tell(self, record: UpdateRecord, update: update_pb2.Update) -> None:
         published = self.updates.framed(record)
         self._hashes[published.key] = record.content_hash
         self.log.add(published)
         self._router.publish(published)
         self._telemetry.update(kind_name(record.kind))
-        if not self._listeners:
-            return
-        update = update_pb2.Update.FromString(record.payload)
         for listener in self._listeners:
             try:
                 listener(update)

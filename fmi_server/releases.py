@@ -182,10 +182,13 @@ class Releaser:
         if name not in self._work:
             return
         work = self._work[name]
-        state = self._state(self._cohorts.rules(name))
         async with work.lock:
-            if await _in_thread(state.expire, self._clock()):
-                self._mark_dirty(work)
+            await self._drop_expired(name, work)
+
+    async def _drop_expired(self, name: str, work: _Cohort) -> None:
+        state = self._state(self._cohorts.rules(name))
+        if await _in_thread(state.expire, self._clock()):
+            self._mark_dirty(work)
 
     def _mark_dirty(self, work: _Cohort) -> None:
         if work.dirty_since is None:
@@ -268,8 +271,7 @@ class Releaser:
         work = self._work[cohort]
         async with work.lock:
             await self._count_waiting(cohort, work)
-            if await _in_thread(self._state(rules).expire, self._clock()):
-                self._mark_dirty(work)
+            await self._drop_expired(cohort, work)
         return self._state(rules), work.lock
 
     def _state(self, rules: CohortRules) -> CohortState:

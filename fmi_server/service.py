@@ -30,6 +30,7 @@ from collections.abc import (
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
 
+from fmi.plain import DEFAULT_PROFILE_CLASS
 from fmi.v1 import cohort_pb2, packet_pb2, update_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi_server.aggregation import WarmStart, WarmStartRequest
@@ -448,7 +449,9 @@ class FMIService:
         """
         if cohort not in self.cohorts:
             raise CohortUnknownError(cohort)
-        request = WarmStartRequest(profile_class or "default", regime_tag, concepts or {})
+        request = WarmStartRequest(
+            profile_class or DEFAULT_PROFILE_CLASS, regime_tag, concepts or {}
+        )
         found = await self.uninterrupted(self._find_warm_start(cohort, request))
         latest = self.releaser.publisher.log.latest.get((cohort, update_pb2.UPDATE_KIND_PRIOR))
         return warm_start_message(found), latest.revision if latest else 0
