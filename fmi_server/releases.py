@@ -241,22 +241,28 @@ class Releaser:
     async def _rebuild(self, cohort: str, work: _Cohort) -> None:
         rules = self._cohorts.rules(cohort)
         state = CohortState(rules, reputations=self._saved_reputations.get(cohort))
-        replayed = self._take_uncounted(work)  # they are stored, so the replay counts them
+        waiting = len(work.uncounted)  # they are stored, so the replay counts them
         try:
             await self._replay(cohort, lambda _: state)
         except BaseException:
-            work.uncounted[:0] = replayed
             self._mark_dirty(work)
             raise
+        self._take_uncounted(work, waiting)
         self._aggregator.replace(state)
         work.stale = False
         work.quorate = state.quorum
 
-    def _take_uncounted(self, work: _Cohort) -> list[packet_pb2.Packet]:
-        taken, work.uncounted = work.uncounted, []
-        self._uncounted_bytes -= work.uncounted_bytes
-        work.uncounted_bytes = 0
-        work.new_sites.clear()
+    def _take_uncounted(self, work: _Cohort, most: int | None = None) -> list[packet_pb2.Packet]:
+        """Take the packets that wait, or the first so many of them, and their bytes off the bounds."""
+        if most is None or most == len(work.uncounted):
+            size = work.uncounted_bytes
+            work.new_sites.clear()
+        else:
+            size = sum(packet.ByteSize() for packet in work.uncounted[:most])
+        taken = work.uncounted[:most]
+        del work.uncounted[:most]
+        work.uncounted_bytes -= size
+        self._uncounted_bytes -= size
         return taken
 
     def doubt(self, cohort: str) -> None:

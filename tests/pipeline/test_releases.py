@@ -371,8 +371,12 @@ async def test_a_rebuild_that_cannot_read_leaves_the_state_as_it_was(server, sto
     with pytest.raises(StoreUnavailableError):
         await server.release()
     assert server.prior() == {"tau": pytest.approx(0.2)}
+    work = server.releaser._work["care"]
+    waiting = sum(packet.ByteSize() for packet in work.uncounted)
+    assert work.uncounted_bytes == server.releaser._uncounted_bytes == waiting > 0
     store.refuse = set()
     await server.release()
+    assert work.uncounted_bytes == server.releaser._uncounted_bytes == 0
     state, _ = await server.releaser.reading("care")
     assert (state.sites, state.packets["msp"]) == (4, 4)
 
