@@ -368,5 +368,9 @@ _NO_HINT: Final = {
     "no_agreement": "no hint: of every bundle with enough sites, too few found that it helps",
     "guardrail_harmed": "no hint: every bundle that helps harms a guardrail metric",
     "guardrail_unobserved": "no hint: too few sites observed the guardrail metrics",
+    "certainty_unknown": (
+        "no hint: the sites that tried the best bundle saw exactly the same effect, and are too few to "
+        "say how certain it is"
+    ),
     "not_better_than_nothing": "no hint: no bundle is better than no change with enough certainty",
 }

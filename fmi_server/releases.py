@@ -219,9 +219,9 @@ class Releaser:
                     work.dirty_since = since
                 self._telemetry.release("failed", time.perf_counter() - started)
                 raise
-            work.computed_at = now
+            work.computed_at = self._clock()
             if updates:
-                work.released_at = now
+                work.released_at = work.computed_at
         outcome = "published" if updates else "unchanged"
         self._telemetry.release(outcome, time.perf_counter() - started)
         return updates

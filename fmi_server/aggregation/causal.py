@@ -10,10 +10,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fmi_server.aggregation.estimators import EstimatorSettings, estimate, trim_count
+from fmi_server.aggregation.estimators import (
+    Estimate,
+    EstimatorSettings,
+    estimate,
+    trim_count,
+)
 from fmi_server.aggregation.graph import strong_components
 from fmi_server.aggregation.pooling import pool_random_effects
-from fmi_server.aggregation.quantiles import wilson_lower_bound
+from fmi_server.aggregation.quantiles import t_quantile, wilson_lower_bound
 from fmi_server.aggregation.weights import site_reputations
 
 __all__ = [
@@ -27,6 +32,9 @@ __all__ = [
     "UnpooledEdge",
     "pool_causes",
 ]
+
+_MEDIAN_INFLATION = math.sqrt(math.pi / 2.0)
+# Standard error of a median beside that of a mean, for normal errors.
 
 EdgeKey = tuple[str, str, str]
 """Source, target, type."""
@@ -205,8 +213,9 @@ def pool_causes(
     report an edge any more takes it back. Edges reported by `min_sites` sites are pooled:
     with standard errors from `min_sites` sites that are at least half of the reporters by
     `pool_random_effects`, else by `settings.estimator` with weights
-    `min(trust, median trust) * reputation`. No more than `max_edges` are pooled, those of most sites
-    first; the rest are counted.
+    `min(trust, median trust) * reputation`. Where too few survive the trimming for random effects,
+    the standard error is at least that of a median of effects with the declared errors. No more
+    than `max_edges` are pooled, those of most sites first; the rest are counted.
 
     Raises:
         ValueError: a weight is not finite, a standard error is not positive, or a trust lies
@@ -336,19 +345,28 @@ def _pooled(
         stated = trust[numbers]
         capped = np.minimum(stated, np.median(stated, axis=1, keepdims=True))
         table = estimate(values, capped * reputation[numbers], settings.estimator)
-        for row, (_, edge) in enumerate(group):
-            own = table.row(row)
-            edges.append(
-                replace(
-                    edge,
-                    weight=float(table.value[row]),
-                    stderr=own.stderr,
-                    lower=own.lower,
-                    upper=own.upper,
-                    method=str(own.used),
-                )
-            )
+        edges.extend(
+            _estimated(found, edge, table.row(row), settings.estimator)
+            for row, (found, edge) in enumerate(group)
+        )
     return sorted(edges, key=lambda edge: edge.key)
+
+
+def _estimated(
+    found: _Reported, edge: ConsensusEdge, own: Estimate, rules: EstimatorSettings
+) -> ConsensusEdge:
+    """Fill in an estimate that does not use the declared standard errors, but is not surer than they."""
+    weight = float(own.value or 0.0)
+    stderr, lower, upper = own.stderr, own.lower, own.upper
+    declared = [pair.stderr for pair in found.pairs if pair.stderr is not None]
+    if len(declared) >= rules.min_sites and 2 * len(declared) >= edge.sites > 1:
+        least = _MEDIAN_INFLATION * float(np.median(declared)) / math.sqrt(edge.sites)
+        if stderr is None or stderr < least:
+            margin = t_quantile(edge.sites - 1, rules.interval_level) * least
+            stderr, lower, upper = least, weight - margin, weight + margin
+    return replace(
+        edge, weight=weight, stderr=stderr, lower=lower, upper=upper, method=str(own.used)
+    )
 
 
 def _counted(found: _Reported, testable: int, settings: CausalSettings) -> ConsensusEdge:

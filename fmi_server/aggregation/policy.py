@@ -99,12 +99,13 @@ class BundleAssessment:
         key: canonical bundle.
         sites: sites with a scored outcome.
         effect: trimmed mean score, shrunk toward zero; None below quorum.
-        lower_bound: shrunk effect minus the margin of the (unshrunk) interval.
+        lower_bound: shrunk effect minus the margin of the (unshrunk) interval; None without one.
         agreement: share of the sites with a positive score.
         harmed: guardrail metrics that fell, or that too few sites observed.
         confidence: 0..1.
         refused: None when it qualifies, else `below_quorum`, `no_agreement`, `guardrail_harmed`,
-            `guardrail_unobserved` or `not_better_than_nothing`.
+            `guardrail_unobserved`, `certainty_unknown` (too few sites that agree too exactly for an
+            interval) or `not_better_than_nothing`.
     """
 
     key: BundleKey
@@ -225,7 +226,7 @@ def decide_policy(
 
     A bundle qualifies with `min_sites` sites, `agreement` of them positive, no guardrail harmed
     and a lower bound above zero. A directed metric is harmed when its own interval lies below
-    zero; one named in `guardrails` already when its mean is negative.
+    zero, or its mean where there is no interval; one named in `guardrails` already when its mean is negative.
 
     Args:
         outcomes: of the window, in any order.
@@ -304,7 +305,7 @@ def _assess(
         return BundleAssessment(key, len(sites), None, None, agreement, (), 0.0, "below_quorum")
     shrink = len(sites) / (len(sites) + settings.prior_sites)
     effect = score.value * shrink
-    lower = -math.inf if score.lower is None else effect - (score.value - score.lower)
+    lower = None if score.lower is None else effect - (score.value - score.lower)
     harmed, unobserved = _guardrails(metrics, table, settings.guardrails)
     refused = None
     if agreement < settings.agreement - 1e-9:
@@ -313,6 +314,8 @@ def _assess(
         refused = "guardrail_harmed"
     elif unobserved:
         refused = "guardrail_unobserved"
+    elif lower is None:
+        refused = "certainty_unknown"
     elif not lower > 0.0:
         refused = "not_better_than_nothing"
     return BundleAssessment(
@@ -336,8 +339,9 @@ def _guardrails(
         if found.value is None:
             continue
         seen.add(name)
-        surely_negative = found.upper is not None and found.upper < 0.0
-        if surely_negative or (name in declared and found.value < 0.0):
+        # Sites that agree too exactly for an interval are believed when they tell of harm.
+        may_be_luck = found.upper is not None and found.upper >= 0.0
+        if found.value < 0.0 and (name in declared or not may_be_luck):
             harmed.append(name)
     return tuple(harmed), tuple(sorted(declared - seen))
 
@@ -346,6 +350,7 @@ def _why_none(ranked: Sequence[BundleAssessment]) -> str:
     """Return the refusal of the bundle that came farthest."""
     order = (
         "not_better_than_nothing",
+        "certainty_unknown",
         "guardrail_harmed",
         "guardrail_unobserved",
         "no_agreement",

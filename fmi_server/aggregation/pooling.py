@@ -24,7 +24,7 @@ class PooledEffect:
 
     Attributes:
         value: pooled effect.
-        stderr: HKSJ standard error.
+        stderr: HKSJ standard error, at least the one of the declared errors.
         lower: lower end of the t interval.
         upper: upper end of the t interval.
         tau_squared: variance between sites (DerSimonian-Laird), at least 0.
@@ -52,9 +52,13 @@ def pool_random_effects(
     the winsorised effects of all n sites, because the trimmed ones alone would look more alike
     than they are; the standard error is multiplied by n / h and the interval has h - 1 degrees
     of freedom for h survivors, which for equal standard errors is the Tukey-McLaughlin interval.
-    With `cut` 0 it is the plain DL-HKSJ estimate. The value is the weighted mean of the
+    With `cut` 0 it is the DL-HKSJ estimate. The value is the weighted mean of the
     survivors, so it lies in the range of the honest effects while at most `cut` sites lie. Sites
     tied at an edge survive in equal parts.
+
+    The standard error is never below the one that the declared errors and the heterogeneity alone
+    give, as Roever, Knapp and Friede (BMC Med. Res. Methodol. 15, 2015) advise for few sites: effects
+    that agree by chance claim no certainty.
 
     A declared standard error below half the median of all is raised to that, so that nobody buys
     the consensus with a claim of precision. All sums are taken in units of the median standard error
@@ -93,7 +97,7 @@ def pool_random_effects(
     value = float(low) + float((part * weights) @ moved / (part @ weights)) * unit
     centre = float(weights @ moved / weights.sum())
     hksj = float(weights @ (moved - centre) ** 2 / ((sites - 1) * weights.sum()))
-    stderr = math.sqrt(hksj) * unit * sites / kept
+    stderr = math.sqrt(max(hksj, 1.0 / float(weights.sum()))) * unit * sites / kept
     margin = t_quantile(kept - 1, level) * stderr
     value = min(max(value, float(low)), float(high))
     return PooledEffect(

@@ -55,13 +55,29 @@ def test_pooling_agrees_with_statsmodels(seed, spread):
     assert found.i_squared == pytest.approx(max(0.0, oracle.i2), abs=1e-12)
     if oracle.tau2 < 0:
         # At tau^2 = 0 the random effect is the fixed one.
-        value, stderr = oracle.mean_effect_fe, oracle.sd_eff_w_fe_hksj
+        value, stderrs_of = oracle.mean_effect_fe, (oracle.sd_eff_w_fe_hksj, oracle.sd_eff_w_fe)
     else:
-        value, stderr = oracle.mean_effect_re, oracle.sd_eff_w_re_hksj
+        value, stderrs_of = oracle.mean_effect_re, (oracle.sd_eff_w_re_hksj, oracle.sd_eff_w_re)
+    stderr = max(stderrs_of)
     assert found.value == pytest.approx(value)
     assert found.stderr == pytest.approx(stderr)
     half = stats.t.ppf(0.975, len(effects) - 1) * stderr
     assert (found.lower, found.upper) == pytest.approx((value - half, value + half))
+
+
+def test_effects_that_agree_are_no_surer_than_the_declared_errors():
+    found = pool_random_effects(np.full(4, 0.7), np.full(4, 0.04), 0, 0.95)
+    assert found.stderr == pytest.approx(0.02)
+    assert found.upper - found.value == pytest.approx(stats.t.ppf(0.975, 3) * 0.02)
+
+
+def test_three_sites_that_agree_are_no_surer_than_a_median_of_their_errors():
+    edge = pool_causes(many([0.5, 0.5, 0.5], [0.04, 0.04, 0.05])).edges[0]
+    least = math.sqrt(math.pi / 2) * 0.04 / math.sqrt(3)
+    assert (edge.method, edge.weight, edge.stderr) == ("median", 0.5, pytest.approx(least))
+    assert edge.upper - edge.weight == pytest.approx(stats.t.ppf(0.975, 2) * least)
+    undeclared = pool_causes(many([0.5, 0.5, 0.5])).edges[0]
+    assert (undeclared.stderr, undeclared.lower, undeclared.upper) == (None, None, None)
 
 
 def test_trimmed_pooling_of_equal_errors_is_tukey_mclaughlin():

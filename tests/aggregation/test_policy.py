@@ -110,6 +110,11 @@ def test_a_directed_metric_that_surely_falls_is_a_guardrail():
     assert found.assessments[0].harmed == ("latency",)
 
 
+def test_the_same_effect_at_too_few_sites_gives_no_hint():
+    assert decide_policy(outcomes([9.0] * 6), RULES, SETTINGS).reason == "certainty_unknown"
+    assert decide_policy(outcomes([9.0] * 7), RULES, SETTINGS).hint is not None
+
+
 def test_a_declared_guardrail_may_not_fall_at_all_and_must_be_seen():
     latencies = itertools.cycle([-20.0, 25.0])
     noisy = [outcomes([9.0 + 0.1 * i] * (i + 1), latency=next(latencies))[i] for i in range(6)]

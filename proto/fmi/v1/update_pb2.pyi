@@ -369,7 +369,8 @@ class SignalEstimate(_message.Message):
     """Output only. The estimate, in the signal's own unit. Unset means no value; `reason` says why."""
     stderr: _builtins.float
     """Output only. Standard error of `value`, in the signal's own unit. Unset means it could not be
-    estimated.
+    estimated: a single site, or sites that agree exactly and are too few (below 7) to call that
+    certain.
     """
     lower: _builtins.float
     """Output only. Lower end of the 95 % confidence interval. Unset as `stderr`."""
