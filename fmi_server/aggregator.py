@@ -268,6 +268,7 @@ def _estimate_message(found: Estimate, section: str) -> update_pb2.SignalEstimat
         estimator=found.used or "",
         reason=found.reason or "",
         tolerated=found.tolerated,
+        tolerance=found.tolerance,
     )
 
 

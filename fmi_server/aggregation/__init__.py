@@ -6,6 +6,7 @@ Map, lowest first:
 
 - `quantiles`: Student's t, the normal, Wilson's bound.
 - `selection`, `shares`: who survives the trimming; how the survivors share the vote.
+- `estimates`, `certainty`: what an estimate says; its interval, and what its confidence means.
 - `estimators`: `estimate`, robust location of every row of a signals x sites matrix.
 - `transforms`: `SignalRule`, and the scale on which a signal is averaged.
 - `trust`, `weights`: reputation from leave-one-out distances; weight of a site.
@@ -27,11 +28,10 @@ from fmi_server.aggregation.causal import (
     UnpooledEdge,
     pool_causes,
 )
+from fmi_server.aggregation.estimates import Estimate, EstimateTable
 from fmi_server.aggregation.estimators import (
     BELOW_QUORUM,
     MAX_MAGNITUDE,
-    Estimate,
-    EstimateTable,
     EstimatorName,
     EstimatorSettings,
     estimate,

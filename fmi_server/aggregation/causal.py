@@ -10,12 +10,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fmi_server.aggregation.estimators import (
-    Estimate,
-    EstimatorSettings,
-    estimate,
-    trim_count,
-)
+from fmi_server.aggregation.estimates import Estimate
+from fmi_server.aggregation.estimators import EstimatorSettings, estimate, trim_count
 from fmi_server.aggregation.graph import strong_components
 from fmi_server.aggregation.pooling import pool_random_effects
 from fmi_server.aggregation.quantiles import t_quantile, wilson_lower_bound

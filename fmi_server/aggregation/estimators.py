@@ -20,15 +20,15 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from fmi_server.aggregation.quantiles import normal_quantile, t_quantile
+from fmi_server.aggregation.certainty import Tolerance, assess, natural_tolerance
+from fmi_server.aggregation.estimates import EstimateTable
+from fmi_server.aggregation.quantiles import normal_quantile
 from fmi_server.aggregation.selection import Window, select_nearest_median, select_window
 from fmi_server.aggregation.shares import capped_shares
 
 __all__ = [
     "BELOW_QUORUM",
     "MAX_MAGNITUDE",
-    "Estimate",
-    "EstimateTable",
     "EstimatorName",
     "EstimatorSettings",
     "estimate",
@@ -44,7 +44,6 @@ MAX_MAGNITUDE = 1e150
 """Largest absolute value an estimator takes; the square of a larger one overflows."""
 
 _MEDIAN_EFFICIENCY = 2.0 / math.pi
-_CONFIDENCE_SITES = 2.0
 _EXACT_BINOMIAL_SITES = 1000
 # Its square is still a normal number.
 _TINY_WEIGHT = 1e-140
@@ -85,74 +84,6 @@ class EstimatorSettings:
             raise ValueError(f"interval_level must lie in (0, 1), got {self.interval_level}")
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """Describe one row of an `EstimateTable` with None where the table holds NaN."""
-
-    value: float | None
-    stderr: float | None
-    lower: float | None
-    upper: float | None
-    sites: int
-    effective_sites: float
-    trimmed: int
-    tolerated: int
-    used: str | None
-    confidence: float
-    reason: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class EstimateTable:
-    """Hold one estimate per row, column by column; NaN marks what cannot be said.
-
-    Attributes:
-        value: location estimate; NaN when there is a `reason`.
-        stderr: standard error of `value`; NaN below two sites, and where the values agree so well that
-            it would be 0 although they are too few to say so, see `estimate`.
-        lower: lower end of the t interval; NaN where `stderr` is.
-        upper: upper end of the t interval.
-        sites: sites that sent a value.
-        effective_sites: 1 / sum of squared shares (Kish); for the median sites * 2 / pi.
-        trimmed: values left out, both tails together.
-        tolerated: lying sites under which `value` still lies in the range of the honest values.
-        used: estimator that was really applied, or None.
-        confidence: 0..1, see `estimate`.
-        reason: None, or why there is no value.
-    """
-
-    value: NDArray[np.float64]
-    stderr: NDArray[np.float64]
-    lower: NDArray[np.float64]
-    upper: NDArray[np.float64]
-    sites: NDArray[np.int64]
-    effective_sites: NDArray[np.float64]
-    trimmed: NDArray[np.int64]
-    tolerated: NDArray[np.int64]
-    used: NDArray[np.object_]
-    confidence: NDArray[np.float64]
-    reason: NDArray[np.object_]
-
-    def __len__(self) -> int:
-        return len(self.value)
-
-    def row(self, index: int) -> Estimate:
-        """Return one row as plain Python values."""
-        return Estimate(
-            value=_or_none(self.value[index]),
-            stderr=_or_none(self.stderr[index]),
-            lower=_or_none(self.lower[index]),
-            upper=_or_none(self.upper[index]),
-            sites=int(self.sites[index]),
-            effective_sites=float(self.effective_sites[index]),
-            trimmed=int(self.trimmed[index]),
-            tolerated=int(self.tolerated[index]),
-            used=self.used[index],
-            confidence=float(self.confidence[index]),
-            reason=self.reason[index],
-        )
-
-
 def trim_count(sites: NDArray[np.int64], settings: EstimatorSettings) -> NDArray[np.int64]:
     """Return how many values are trimmed per tail: max(ceil(alpha * n - 1e-9), max_byzantine).
 
@@ -160,18 +91,23 @@ def trim_count(sites: NDArray[np.int64], settings: EstimatorSettings) -> NDArray
     protects from 3 sites on.
     """
     by_share: NDArray[np.int64] = np.ceil(settings.trim_alpha * sites - 1e-9).astype(np.int64)
-    liars: NDArray[np.int64] = (sites >= 3).astype(np.int64)
-    if settings.max_byzantine is not None:
-        liars = np.full_like(sites, settings.max_byzantine)
-    cut: NDArray[np.int64] = np.maximum(by_share, liars)
+    cut: NDArray[np.int64] = np.maximum(by_share, _liars(sites, settings))
     return cut
+
+
+def _liars(sites: NDArray[np.int64], settings: EstimatorSettings) -> NDArray[np.int64]:
+    """Return how many lying sites are reckoned with."""
+    if settings.max_byzantine is not None:
+        return np.full_like(sites, settings.max_byzantine)
+    one: NDArray[np.int64] = (sites >= 3).astype(np.int64)
+    return one
 
 
 def estimate(
     values: NDArray[np.float64],
     weights: NDArray[np.float64] | None = None,
     settings: EstimatorSettings | None = None,
-    scale: NDArray[np.float64] | None = None,
+    tolerance: Tolerance = natural_tolerance,
 ) -> EstimateTable:
     """Estimate the location of every row.
 
@@ -190,21 +126,14 @@ def estimate(
     `mean_of_median` (Xie et al., 2018) averages the n - k values nearest to the median and is
     winsorised at their ends.
 
-    Where equal values leave no spread at all, normal theory would claim certainty. A standard error
-    of 0 and an interval without width are given only where the sign-test interval of the median,
-    which assumes no distribution, has no width either, with `max_byzantine` of the sites as liars:
-    from 7 sites on at level 0.95 and one liar. Below that neither is given.
-
-    Confidence is `e / (e + 2) * r / (r + stderr)` with e the effective sites and r the reference
-    scale: 0 for a single site, 0.49 for three agreeing sites, towards 1 for many.
+    Interval and confidence are told in `certainty.py`.
 
     Args:
         values: signals x sites, finite up to `MAX_MAGNITUDE`; `+inf` where a site sent nothing.
         weights: same shape, or one weight per site, finite and not negative (whatever stands at
             a missing value is ignored); None counts all sites alike.
         settings: rules; None for the defaults.
-        scale: per signal, the size of a difference that matters; NaN or None takes the larger of
-            `abs(value)` and the winsorised standard deviation.
+        tolerance: the difference that matters, which the confidence is about.
 
     Raises:
         ValueError: NaN, `-inf` or too large values, bad weights, shapes that do not fit.
@@ -218,10 +147,9 @@ def estimate(
     weights = None if weights is None else _checked_weights(values, weights)
     ordered = np.sort(values, axis=1)
     sites = _checked_sites(ordered)
-    cut = trim_count(sites, settings)
-    if settings.name in ("mean", "weighted_mean"):
-        cut = np.zeros_like(cut)
-    table = _empty_table(sites)
+    trusting = settings.name in ("mean", "weighted_mean")
+    cut = np.zeros_like(sites) if trusting else trim_count(sites, settings)
+    table = EstimateTable.empty(sites)
     deviation = np.full(len(sites), np.nan)
     quorum = sites >= settings.min_sites
     table.reason[~quorum] = BELOW_QUORUM
@@ -240,9 +168,8 @@ def estimate(
     if by_median.any():
         rows = np.flatnonzero(by_median)
         deviation[rows] = _fill_median(table, rows, ordered[rows], sites[rows])
-    _fill_interval(table, settings)
-    _fill_confidence(table, deviation, scale)
-    _withhold_certainty(table, ordered, settings)
+    liars = np.zeros_like(sites) if trusting else _liars(sites, settings)
+    assess(table, ordered, deviation, liars, settings.interval_level, tolerance)
     return table
 
 
@@ -269,23 +196,6 @@ def _checked_sites(ordered: NDArray[np.float64]) -> NDArray[np.int64]:
     if ((largest > MAX_MAGNITUDE) & (sites > 0)).any():
         raise ValueError(f"values must be finite up to {MAX_MAGNITUDE:g}, or +inf for missing")
     return sites
-
-
-def _empty_table(sites: NDArray[np.int64]) -> EstimateTable:
-    rows = len(sites)
-    return EstimateTable(
-        value=np.full(rows, np.nan),
-        stderr=np.full(rows, np.nan),
-        lower=np.full(rows, np.nan),
-        upper=np.full(rows, np.nan),
-        sites=sites,
-        effective_sites=np.zeros(rows),
-        trimmed=np.zeros(rows, dtype=np.int64),
-        tolerated=np.zeros(rows, dtype=np.int64),
-        used=np.full(rows, None, dtype=object),
-        confidence=np.zeros(rows),
-        reason=np.full(rows, None, dtype=object),
-    )
 
 
 def _fill_mean(
@@ -343,7 +253,7 @@ def _fill_median(
     table.trimmed[rows] = sites - np.where(sites % 2 == 1, 1, 2)
     table.tolerated[rows] = (sites - 1) // 2
     table.used[rows] = "median"
-    deviation: NDArray[np.float64] = table.stderr[rows] * np.sqrt(sites)
+    deviation: NDArray[np.float64] = table.stderr[rows] * np.sqrt(sites * _MEDIAN_EFFICIENCY)
     return deviation
 
 
@@ -357,67 +267,3 @@ def _median_ranks(sites: int) -> tuple[int, float]:
         tail = sum(math.comb(sites, i) for i in range(rank)) / 2**sites
         return rank, 2.0 * -normal_quantile(tail)
     return rank, 2.0 * (sites + 1 - 2 * rank) / math.sqrt(sites)
-
-
-def _fill_interval(table: EstimateTable, settings: EstimatorSettings) -> None:
-    df = np.where(table.used == "median", table.sites - 1, table.sites - table.trimmed - 1)
-    usable = np.isfinite(table.stderr) & (df >= 1)
-    known, inverse = np.unique(np.where(usable, df, 1), return_inverse=True)
-    factor = np.array([t_quantile(int(n), settings.interval_level) for n in known])[inverse]
-    margin = np.where(usable, factor * table.stderr, np.nan)
-    table.lower[:] = table.value - margin
-    table.upper[:] = table.value + margin
-
-
-def _withhold_certainty(
-    table: EstimateTable, ordered: NDArray[np.float64], settings: EstimatorSettings
-) -> None:
-    """Take back a standard error of 0 that the sites are too few, or too different, to carry."""
-    rows = np.flatnonzero(table.stderr == 0.0)
-    if not rows.size:
-        return
-    sites = table.sites[rows]
-    liars = (sites >= 3).astype(np.int64)
-    if settings.max_byzantine is not None:
-        liars = np.full_like(sites, settings.max_byzantine)
-    if settings.name in ("mean", "weighted_mean"):
-        liars = np.zeros_like(sites)
-    known, inverse = np.unique(sites - liars, return_inverse=True)
-    ranks = np.array([_sign_test_rank(int(n), settings.interval_level) for n in known])[inverse]
-    # However low the liars are, the honest value of this rank lies at it or above.
-    low = ordered[rows, np.maximum(ranks, 1) - 1]
-    high = ordered[rows, sites - np.maximum(ranks, 1)]
-    unsure = rows[(ranks < 1) | (low < high)]
-    for column in (table.stderr, table.lower, table.upper):
-        column[unsure] = np.nan
-
-
-@lru_cache(maxsize=65_536)
-def _sign_test_rank(sites: int, level: float) -> int:
-    """Return the largest c for which [x[c], x[n-c+1]] covers the median at `level`; 0 without any."""
-    tail_limit = (1.0 - level) / 2.0
-    if sites > _EXACT_BINOMIAL_SITES:
-        return int((sites + 1) / 2 + normal_quantile(tail_limit) * math.sqrt(sites) / 2.0)
-    rank, tail = 0, 0.0
-    while rank < sites // 2:
-        tail += math.comb(sites, rank) / 2**sites
-        if tail > tail_limit:
-            break
-        rank += 1
-    return rank
-
-
-def _fill_confidence(
-    table: EstimateTable, deviation: NDArray[np.float64], scale: NDArray[np.float64] | None
-) -> None:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        own = np.fmax(np.abs(table.value), deviation)
-        given = own if scale is None else np.where(np.isfinite(scale), scale, own)
-        precision = np.where(table.stderr == 0.0, 1.0, given / (given + table.stderr))
-        effective = table.effective_sites
-        confidence = effective / (effective + _CONFIDENCE_SITES) * precision
-    table.confidence[:] = np.where(np.isfinite(confidence), confidence, 0.0)
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)

@@ -15,12 +15,10 @@ from fractions import Fraction
 
 import numpy as np
 
-from fmi_server.aggregation.estimators import (
-    MAX_MAGNITUDE,
-    EstimateTable,
-    EstimatorSettings,
-    estimate,
-)
+from fmi_server.aggregation.certainty import sign_test_coverage
+from fmi_server.aggregation.estimates import EstimateTable
+from fmi_server.aggregation.estimators import MAX_MAGNITUDE, EstimatorSettings, estimate
+from fmi_server.aggregation.quantiles import t_central_probability
 from fmi_server.aggregation.transforms import SignalRule
 from fmi_server.aggregation.weights import site_weights
 
@@ -102,7 +100,7 @@ class BundleAssessment:
         lower_bound: shrunk effect minus the margin of the (unshrunk) interval; None without one.
         agreement: share of the sites with a positive score.
         harmed: guardrail metrics that fell, or that too few sites observed.
-        confidence: 0..1.
+        confidence: one-sided: how surely the shrunk effect is above zero, 0..1.
         refused: None when it qualifies, else `below_quorum`, `no_agreement`, `guardrail_harmed`,
             `guardrail_unobserved`, `certainty_unknown` (too few sites that agree too exactly for an
             interval) or `not_better_than_nothing`.
@@ -127,7 +125,7 @@ class PolicyHint:
         bundle: parameters; numbers are medians over the winning sites.
         bounds: per numeric parameter, the 10 % and 90 % quantiles over the winning sites.
         reason: the evidence in words.
-        confidence: 0..1.
+        confidence: how surely the effect is above zero, 0..1.
         sites: sites that tried it.
         effect: shrunk mean score, in units of the metrics' scales.
         lower_bound: lower confidence bound of the effect, above zero.
@@ -195,7 +193,7 @@ def outcome_deltas(outcome: PolicyOutcome, rules: Mapping[str, SignalRule]) -> d
         if rule is None or rule.direction is None or name not in outcome.before:
             continue
         change = after - outcome.before[name] - outcome.control_delta.get(name, 0.0)
-        delta = rule.direction * change / rule.scale
+        delta = rule.direction * change / (1.0 if rule.scale is None else rule.scale)
         if math.isfinite(change):
             delta = min(max(delta, -MAX_MAGNITUDE), MAX_MAGNITUDE)
         deltas[name] = delta
@@ -298,7 +296,7 @@ def _assess(
         for row, name in enumerate(metrics, start=1):
             matrix[row, column] = found.get(name, np.inf)
     weights = site_weights(sites, [confidence[site] for site in sites], reputation)
-    table = estimate(matrix, weights, settings.estimator, np.ones(len(matrix)))
+    table = estimate(matrix, weights, settings.estimator)
     score = table.row(0)
     agreement = float(np.count_nonzero(matrix[0] > 0.0) / len(sites))
     if score.value is None:
@@ -325,9 +323,19 @@ def _assess(
         lower_bound=lower,
         agreement=agreement,
         harmed=harmed or unobserved,
-        confidence=score.confidence * agreement,
+        confidence=_confidence_of_gain(effect, table),
         refused=refused,
     )
+
+
+def _confidence_of_gain(effect: float, table: EstimateTable) -> float:
+    """Return how surely the effect of the first row, already shrunk, is above zero."""
+    if not table.stderr[0] > 0.0:
+        agreed = sign_test_coverage(int(table.sites[0]), 1)
+        return 0.5 + math.copysign(agreed, effect) / 2.0 if effect else 0.5
+    distance = np.abs([effect]) / table.stderr[:1]
+    central = float(t_central_probability(distance, table.degrees_of_freedom()[:1])[0])
+    return 0.5 + math.copysign(central, effect) / 2.0
 
 
 def _guardrails(
@@ -391,7 +399,7 @@ def _hint(
         bounds=bounds,
         reason=(
             f"Observational: {best.sites} sites chose this change themselves; "
-            f"{best.agreement:.0%} of them improved, mean effect {effect:.3g} scale units "
+            f"{best.agreement * 100:.0f} % of them improved, mean effect {effect:.3g} scale units "
             f"after shrinkage, lower bound {lower_bound:.3g}."
         ),
         confidence=best.confidence,

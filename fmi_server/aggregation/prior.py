@@ -9,13 +9,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from fmi_server.aggregation.estimators import (
-    MAX_MAGNITUDE,
-    Estimate,
-    EstimateTable,
-    EstimatorSettings,
-    estimate,
-)
+from fmi_server.aggregation.estimates import Estimate, EstimateTable
+from fmi_server.aggregation.estimators import MAX_MAGNITUDE, EstimatorSettings, estimate
 from fmi_server.aggregation.resident import ResidentMatrix
 from fmi_server.aggregation.transforms import SignalRule, TransformTable
 from fmi_server.aggregation.trust import START_REPUTATION
@@ -357,8 +352,8 @@ class CohortMatrix:
             confidence = (cells.confidence if everything else cells.confidence[rows])[:, columns]
             weights = np.minimum(confidence, cap)
             weights *= trust
-        scale = self._transforms.reference_scale()[rows]
-        return self._transforms.back(rows, estimate(values, weights, settings, scale))
+        table = estimate(values, weights, settings, self._transforms.tolerance(rows))
+        return self._transforms.back(rows, table)
 
     def _site_weights(
         self, reputation: Mapping[str, float] | None

@@ -15,7 +15,9 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from fmi_server.aggregation.estimators import MAX_MAGNITUDE, EstimateTable
+from fmi_server.aggregation.certainty import SHARE_OF_DEVIATION, SHARE_OF_MAGNITUDE, Tolerance
+from fmi_server.aggregation.estimates import EstimateTable
+from fmi_server.aggregation.estimators import MAX_MAGNITUDE
 
 __all__ = ["LOGIT_MARGIN", "SignalRule", "TransformName", "TransformTable"]
 
@@ -40,8 +42,9 @@ class SignalRule:
         transform: scale on which it is averaged. `log` takes positive values only; `logit` needs
             both bounds or takes 0 and 1.
         direction: +1 higher is better, -1 lower is better, None not scored.
-        scale: size of a difference that matters, in the unit of the signal; policy deltas are
-            divided by it.
+        scale: size of a difference that matters, in the unit of the signal: policy deltas are
+            divided by it, and the confidence of an estimate is about it. None where it is not
+            declared: deltas are then told in the unit, and bounds and spread decide what matters.
         unit: for people.
     """
 
@@ -51,7 +54,7 @@ class SignalRule:
     upper: float | None = None
     transform: TransformName = "linear"
     direction: Literal[1, -1] | None = None
-    scale: float = 1.0
+    scale: float | None = None
     unit: str = ""
 
     def __post_init__(self) -> None:
@@ -59,7 +62,7 @@ class SignalRule:
             raise ValueError(f"signal {self.name!r}: unknown transform {self.transform!r}")
         if self.direction not in (None, 1, -1):
             raise ValueError(f"signal {self.name!r}: direction must be 1, -1 or None")
-        if not (math.isfinite(self.scale) and self.scale > 0.0):
+        if self.scale is not None and not (math.isfinite(self.scale) and self.scale > 0.0):
             raise ValueError(f"signal {self.name!r}: scale must be positive, got {self.scale}")
         for bound in (self.lower, self.upper):
             if bound is not None and not abs(bound) <= MAX_MAGNITUDE:
@@ -81,6 +84,7 @@ class TransformTable:
         self._kind: NDArray[np.int8] = np.zeros(0, dtype=np.int8)
         self._lower: NDArray[np.float64] = np.zeros(0)
         self._upper: NDArray[np.float64] = np.zeros(0)
+        self._scale: NDArray[np.float64] = np.zeros(0)
         self._count = 0
         for rule in rules:
             self.append(rule)
@@ -95,6 +99,7 @@ class TransformTable:
             self._kind = np.concatenate([self._kind, np.zeros(extra, dtype=np.int8)])
             self._lower = np.concatenate([self._lower, np.zeros(extra)])
             self._upper = np.concatenate([self._upper, np.zeros(extra)])
+            self._scale = np.concatenate([self._scale, np.zeros(extra)])
         lower = -math.inf if rule.lower is None else rule.lower
         upper = math.inf if rule.upper is None else rule.upper
         if rule.transform == "logit" and rule.lower is None:
@@ -102,6 +107,7 @@ class TransformTable:
         self._kind[self._count] = _KINDS[rule.transform]
         self._lower[self._count] = lower
         self._upper[self._count] = upper
+        self._scale[self._count] = math.nan if rule.scale is None else rule.scale
         self._count += 1
 
     def forward(self, rows: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -126,28 +132,37 @@ class TransformTable:
             clipped[logit] = np.log(share) - np.log1p(-share)
         return clipped
 
-    def reference_scale(self) -> NDArray[np.float64]:
-        """Return the reference scale of the confidence formula, on the transformed scale.
+    def tolerance(self, rows: NDArray[np.int64]) -> Tolerance:
+        """Return what tells how large a difference matters, on the transformed scale.
 
-        The width between the bounds where both are declared; else 1 for log and logit (a factor
-        e, one unit of log-odds) and NaN for linear (`estimate` then takes the value itself).
+        It is the declared `scale` (by the slope at the value), else the larger of half the deviation
+        between the sites and a tenth of what the signal measures: half the width between its bounds,
+        a factor e, one unit of log-odds, or without any of these its own size.
         """
-        kind = self._kind[: self._count]
-        lower, upper = self._lower[: self._count], self._upper[: self._count]
-        width = upper - lower
-        positive = np.maximum(lower, np.finfo(float).tiny)
-        log_width = np.log(np.maximum(upper, positive)) - np.log(positive)
-        scale = np.where(np.isfinite(width), width, np.nan)
-        bounded_log = np.isfinite(width) & (lower > 0.0)
-        scale = np.where(kind == _LOG, np.where(bounded_log, log_width, 1.0), scale)
-        return np.where(kind == _LOGIT, 1.0, scale)
+        kind, scale = self._kind[rows], self._scale[rows]
+        half_width = (self._upper[rows] - self._lower[rows]) / 2.0
+
+        def matters(
+            value: NDArray[np.float64], deviation: NDArray[np.float64]
+        ) -> NDArray[np.float64]:
+            slope = self._inverse(rows, value)[1]
+            size = np.where(np.isfinite(half_width), half_width, np.abs(value))
+            size = np.where(kind == _LINEAR, size, 1.0)
+            natural = np.fmax(SHARE_OF_DEVIATION * deviation, SHARE_OF_MAGNITUDE * size)
+            with np.errstate(over="ignore"):
+                declared = np.minimum(scale / slope, MAX_MAGNITUDE)
+            difference: NDArray[np.float64] = np.where(np.isnan(scale), natural, declared)
+            return difference
+
+        return matters
 
     def back(self, rows: NDArray[np.int64], table: EstimateTable) -> EstimateTable:
         """Return the estimates on the signals' own scales.
 
-        Value and interval ends are mapped, the standard error is multiplied by the slope at the
-        value (delta method). All three are clipped to the bounds: every value counted lies inside
-        them, so the part of an interval outside can hold no truth, and its coverage stays.
+        Value and interval ends are mapped, standard error and tolerance are multiplied by the slope
+        at the value (delta method). Value and ends are clipped to the bounds: every value counted
+        lies inside them, so the part of an interval outside can hold no truth, and its coverage
+        stays.
         """
         value, slope = self._inverse(rows, table.value)
         least, most = self._lower[rows], self._upper[rows]
@@ -156,7 +171,14 @@ class TransformTable:
         )
         # exp(log(x)) may leave the bounds by an ulp.
         value = np.clip(value, least, most)
-        return replace(table, value=value, stderr=table.stderr * slope, lower=lower, upper=upper)
+        return replace(
+            table,
+            value=value,
+            stderr=table.stderr * slope,
+            lower=lower,
+            upper=upper,
+            tolerance=table.tolerance * slope,
+        )
 
     def _inverse(
         self, rows: NDArray[np.int64], values: NDArray[np.float64]

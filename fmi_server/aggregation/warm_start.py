@@ -15,7 +15,8 @@ from typing import Literal
 
 import numpy as np
 
-from fmi_server.aggregation.estimators import EstimateTable, EstimatorSettings
+from fmi_server.aggregation.estimates import EstimateTable
+from fmi_server.aggregation.estimators import EstimatorSettings
 from fmi_server.aggregation.prior import CohortMatrix
 
 __all__ = [

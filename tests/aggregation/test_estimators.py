@@ -17,7 +17,11 @@ from fmi_server.aggregation import (
     estimate,
     trim_count,
 )
-from fmi_server.aggregation.estimators import _sign_test_rank
+from fmi_server.aggregation.certainty import (
+    natural_tolerance,
+    sign_test_coverage,
+    sign_test_rank,
+)
 
 DEFAULT = EstimatorSettings()
 NUMBER = st.floats(-1e6, 1e6, allow_subnormal=False)
@@ -25,10 +29,9 @@ ANY_NUMBER = st.floats(-MAX_MAGNITUDE, MAX_MAGNITUDE)
 WEIGHT = st.floats(0.0, 1.0)
 
 
-def one(values, weights=None, rules=DEFAULT, scale=None):
+def one(values, weights=None, rules=DEFAULT, tolerance=natural_tolerance):
     row = None if weights is None else np.array([weights], dtype=float)
-    scales = None if scale is None else np.array([scale])
-    return estimate(np.array([values], dtype=float), row, rules, scales).row(0)
+    return estimate(np.array([values], dtype=float), row, rules, tolerance).row(0)
 
 
 def same(left, right, *, rel=1e-9, slack=0.0):
@@ -328,8 +331,9 @@ def test_certainty_is_claimed_only_where_the_sign_test_carries_it(values, sure):
 @pytest.mark.parametrize("level", [0.5, 0.8, 0.95, 0.99])
 @pytest.mark.parametrize("sites", [*range(1, 40), 200, 999, 1001, 5000])
 def test_the_rank_of_the_sign_test_is_the_largest_that_covers(sites, level):
-    rank = _sign_test_rank(sites, level)
+    rank = sign_test_rank(sites, level)
     coverage = [1.0 - 2.0 * stats.binom.cdf(c - 1, sites, 0.5) for c in (rank, rank + 1)]
+    assert sign_test_coverage(sites, rank + 1) == pytest.approx(max(0.0, coverage[1]), abs=1e-3)
     assert rank == 0 or coverage[0] >= level - 1e-3 * (sites > 1000)
     assert coverage[1] < level + 1e-3 * (sites > 1000) or rank == sites // 2
 
@@ -417,11 +421,53 @@ def test_confidence_rises_with_sites_and_falls_with_spread():
     assert loose.confidence < many.confidence
 
 
-def test_confidence_follows_its_formula():
+def test_confidence_is_the_probability_of_students_t():
     values = np.random.default_rng(6).normal(size=30)
-    found = one(values, scale=2.0)
-    expected = found.effective_sites / (found.effective_sites + 2) * 2 / (2 + found.stderr)
-    assert found.confidence == pytest.approx(expected)
+    found = one(values, tolerance=lambda value, _: np.full_like(value, 0.3))
+    df = 30 - found.trimmed - 1
+    expected = 2.0 * stats.t.cdf(0.3 / found.stderr, df) - 1.0
+    assert (found.tolerance, found.confidence) == (0.3, pytest.approx(expected, abs=1e-7))
+
+
+def test_what_matters_is_half_the_deviation_or_a_tenth_of_the_value():
+    near_zero, far_off = one([-1.0, 0.0, 1.0, 2.0]), one([99.0, 100.0, 101.0, 100.5])
+    deviation = np.std([0.0, 0.0, 1.0, 1.0], ddof=1)
+    assert near_zero.tolerance == pytest.approx(0.5 * deviation)
+    assert far_off.tolerance == pytest.approx(0.1 * far_off.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.4] * 3, 0.5),  # one may lie, so two agree
+        ([0.4] * 3 + [0.9], 0.75),  # the one that differs is taken for the liar
+        ([0.4] * 7, 1 - 2 * 0.5**6),
+        ([0.4] * 9 + [0.9], 1 - 2 * 0.5**9),
+        ([0.3] + [0.4] * 8 + [0.9], 1 - 2 * 0.5**9),
+    ],
+)
+def test_confidence_of_equal_values_is_that_of_the_sign_test(values, expected):
+    assert one(values).confidence == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("sites", [3, 5, 7, 10, 13, 20, 50])
+@pytest.mark.parametrize("shape", ["normal", "heavy", "skewed"])
+@pytest.mark.parametrize("name", ["trimmed_mean", "median", "mean"])
+def test_confidence_is_calibrated(sites, shape, name):
+    rng = np.random.default_rng(sites)
+    draws = {
+        "normal": lambda size: rng.normal(size=size),
+        "heavy": lambda size: rng.standard_t(3, size=size),
+        "skewed": lambda size: rng.exponential(size=size),
+    }
+    rules = EstimatorSettings(name=name)
+    # The centre of a skewed distribution is what the estimator gives in the mean.
+    centre = estimate(draws[shape]((40_000, sites)), settings=rules).value.mean()
+    table = estimate(draws[shape]((6_000, sites)), settings=rules)
+    inside = np.abs(table.value - centre) <= table.tolerance
+    assert inside.mean() == pytest.approx(table.confidence.mean(), abs=0.19)
+    # It claims hardly more than it holds.
+    assert inside.mean() > table.confidence.mean() - 0.08
 
 
 # --- refusals ----------------------------------------------------------------------------------

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
-from fmi_server.aggregation.quantiles import normal_quantile, t_quantile, wilson_lower_bound
+from fmi_server.aggregation.quantiles import (
+    normal_quantile,
+    t_central_probability,
+    t_quantile,
+    wilson_lower_bound,
+)
 
 DEGREES = [*range(1, 60), 99, 100, 250, 499, 500, 501, 502, 750, 1_000, 10_000, 100_000, 1_000_000]
 
@@ -14,6 +20,21 @@ def test_t_quantile_agrees_with_scipy(level):
     for df in DEGREES:
         expected = stats.t.ppf(0.5 + level / 2, df)
         assert t_quantile(df, level) == pytest.approx(expected, rel=1e-9), df
+
+
+def test_t_central_probability_agrees_with_scipy():
+    distances = np.array([0.0, 1e-9, 0.01, 0.5, 1.0, 2.5, 7.0, 40.0, 1e5, np.inf])
+    for df in DEGREES:
+        found = t_central_probability(distances, np.full(len(distances), df))
+        expected = stats.t.cdf(distances, df) - stats.t.cdf(-distances, df)
+        np.testing.assert_allclose(found, expected, atol=2e-8)
+
+
+def test_t_central_probability_answers_rows_of_different_degrees():
+    distances, df = np.array([1.0, 2.0, 3.0, 1.0]), np.array([3, 100, 3, 1])
+    found = t_central_probability(distances, df)
+    np.testing.assert_allclose(found, 2 * stats.t.cdf(distances, df) - 1, atol=2e-8)
+    assert t_central_probability(np.zeros(0), np.zeros(0, dtype=int)).shape == (0,)
 
 
 def test_t_quantile_is_cached_per_degrees_and_level():

@@ -240,8 +240,9 @@ class SignalSpec(_message.Message):
     direction: Global___SignalDirection.ValueType
     """Optional. Which way a metric should go. Unset means it is not scored."""
     scale: _builtins.float
-    """Optional. A change of the metric that counts as 1 when policies are scored; greater than 0. Unset
-    means 1.
+    """Optional. A difference of the signal that matters, in its unit; greater than 0. A change of that size
+    counts as 1 when policies are scored, and `SignalEstimate.confidence` is about it. Unset means 1 for
+    scores; for confidence see `SignalEstimate.tolerance`.
     """
     guardrail: _builtins.bool
     """Optional. Whether a policy that harms this metric is never recommended. Needs a direction."""

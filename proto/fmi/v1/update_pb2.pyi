@@ -295,7 +295,7 @@ class MetaPriorUpdate(_message.Message):
     """Output only. The revision of the update that carries it; 0 where nothing was published."""
     confidence: _builtins.float
     """Output only. Confidence in the prior as a whole, in 0..1: the mean over the settings that have a
-    value.
+    value, which is the share of them expected within their tolerance.
     """
     untagged_sites: _builtins.int
     """Output only. Sites that named no regime."""
@@ -361,6 +361,7 @@ class SignalEstimate(_message.Message):
     ESTIMATOR_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     TOLERATED_FIELD_NUMBER: _builtins.int
+    TOLERANCE_FIELD_NUMBER: _builtins.int
     section: _builtins.str
     """Output only. The section of the packet that the signal stands in: `metrics`, `controller`,
     `evaluator` or `operators`.
@@ -383,7 +384,9 @@ class SignalEstimate(_message.Message):
     trimmed: _builtins.int
     """Output only. Sites left out by trimming, both tails together."""
     confidence: _builtins.float
-    """Output only. Confidence in the value, in 0..1."""
+    """Output only. Confidence in the value: the probability, in 0..1, that it lies within `tolerance` of
+    the centre that the sites vary about.
+    """
     estimator: _builtins.str
     """Output only. The estimator that was used for this signal, for example `median` where there were
     too few sites to trim.
@@ -392,6 +395,11 @@ class SignalEstimate(_message.Message):
     """Output only. Why there is no value; empty where there is one."""
     tolerated: _builtins.int
     """Output only. Lying sites under which `value` still lies in the range of the honest values."""
+    tolerance: _builtins.float
+    """Output only. The difference that `confidence` is about, in the signal's own unit: the `scale` of the
+    cohort spec, or the larger of half the spread between the sites and a tenth of what the signal
+    measures. Unset means no value.
+    """
     def __init__(
         self,
         *,
@@ -407,15 +415,18 @@ class SignalEstimate(_message.Message):
         estimator: _builtins.str = ...,
         reason: _builtins.str = ...,
         tolerated: _builtins.int = ...,
+        tolerance: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_lower", b"_lower", "_stderr", b"_stderr", "_upper", b"_upper", "_value", b"_value", "lower", b"lower", "stderr", b"stderr", "upper", b"upper", "value", b"value"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lower", b"_lower", "_stderr", b"_stderr", "_tolerance", b"_tolerance", "_upper", b"_upper", "_value", b"_value", "lower", b"lower", "stderr", b"stderr", "tolerance", b"tolerance", "upper", b"upper", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lower", b"_lower", "_stderr", b"_stderr", "_upper", b"_upper", "_value", b"_value", "confidence", b"confidence", "effective_sites", b"effective_sites", "estimator", b"estimator", "lower", b"lower", "reason", b"reason", "section", b"section", "sites", b"sites", "stderr", b"stderr", "tolerated", b"tolerated", "trimmed", b"trimmed", "upper", b"upper", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lower", b"_lower", "_stderr", b"_stderr", "_tolerance", b"_tolerance", "_upper", b"_upper", "_value", b"_value", "confidence", b"confidence", "effective_sites", b"effective_sites", "estimator", b"estimator", "lower", b"lower", "reason", b"reason", "section", b"section", "sites", b"sites", "stderr", b"stderr", "tolerance", b"tolerance", "tolerated", b"tolerated", "trimmed", b"trimmed", "upper", b"upper", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__lower: _TypeAlias = _typing.Literal["lower"]  # noqa: Y015
     _WhichOneofArgType__lower: _TypeAlias = _typing.Literal["_lower", b"_lower"]  # noqa: Y015
     _WhichOneofReturnType__stderr: _TypeAlias = _typing.Literal["stderr"]  # noqa: Y015
     _WhichOneofArgType__stderr: _TypeAlias = _typing.Literal["_stderr", b"_stderr"]  # noqa: Y015
+    _WhichOneofReturnType__tolerance: _TypeAlias = _typing.Literal["tolerance"]  # noqa: Y015
+    _WhichOneofArgType__tolerance: _TypeAlias = _typing.Literal["_tolerance", b"_tolerance"]  # noqa: Y015
     _WhichOneofReturnType__upper: _TypeAlias = _typing.Literal["upper"]  # noqa: Y015
     _WhichOneofArgType__upper: _TypeAlias = _typing.Literal["_upper", b"_upper"]  # noqa: Y015
     _WhichOneofReturnType__value: _TypeAlias = _typing.Literal["value"]  # noqa: Y015
@@ -424,6 +435,8 @@ class SignalEstimate(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lower) -> _WhichOneofReturnType__lower | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__stderr) -> _WhichOneofReturnType__stderr | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tolerance) -> _WhichOneofReturnType__tolerance | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__upper) -> _WhichOneofReturnType__upper | None: ...
     @_typing.overload
@@ -660,7 +673,7 @@ class InitOrigin(_message.Message):
     upper: _builtins.float
     """Output only. Upper end of the 95 % confidence interval. Unset where it could not be estimated."""
     confidence: _builtins.float
-    """Output only. Confidence in the value, in 0..1."""
+    """Output only. Confidence in the value, in 0..1; see `SignalEstimate.confidence`."""
     def __init__(
         self,
         *,
@@ -777,7 +790,9 @@ class MetaPolicyHint(_message.Message):
     there is no hint.
     """
     confidence: _builtins.float
-    """Output only. Confidence in 0..1."""
+    """Output only. Probability, in 0..1, that the effect is above 0, at sites like those that tried the
+    bundle. The sites chose it themselves; see `reason`.
+    """
     effect: _builtins.float
     """Output only. Expected effect, in units of the metrics' scales, positive is better, shrunk toward 0."""
     effect_lower: _builtins.float
