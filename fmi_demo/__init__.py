@@ -1,4 +1,4 @@
-"""A federation on one machine: a server, a dozen sites that learn, two that lie, and one that comes late.
+"""A federation on one machine: a server, thirteen sites of which two lie, and one that comes late.
 
     import fmi_demo
 

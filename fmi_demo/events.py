@@ -129,7 +129,8 @@ class WarmStarted:
     Attributes:
         cohort: The cohort.
         init: The settings it gave.
-        source: How far it was narrowed down: `regime`, `profile_class` or `cohort`.
+        source: The group of sites behind it: a `WarmStartSource` of the contract, such as
+            `profile_and_regime`, sites of the same profile class in the nearest regime.
         accuracy: Of `init` at the late site.
     """
 
@@ -158,6 +159,7 @@ class HintTried:
         bundle: The policy; empty where there is no hint.
         before: Accuracy from the warm start, without the policy.
         after: Accuracy with it.
+        sites: Sites that reported the policy, liars included; 0 where there is no hint.
     """
 
     cohort: str
@@ -165,3 +167,4 @@ class HintTried:
     bundle: dict[str, Any]
     before: float
     after: float
+    sites: int

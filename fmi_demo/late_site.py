@@ -96,7 +96,7 @@ def _try_hint(client: FMIClient, cohort: str, part: SitePart, settings: Settings
 
     before = measured(Policy()).accuracy
     after = measured(_policy(bundle)).accuracy if hint.hint_id else before
-    return HintTried(cohort, hint.reason, bundle, before, after)
+    return HintTried(cohort, hint.reason, bundle, before, after, hint.sites)
 
 
 def _policy(bundle: dict[str, Any]) -> Policy:

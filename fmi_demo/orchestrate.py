@@ -37,7 +37,9 @@ from fmi_demo.scenario import (
     LIARS,
     MAX_SITES,
     MIN_SITES,
+    PROFILE_CLASS,
     QUICK,
+    REGIME,
     Effort,
 )
 from fmi_demo.server import DemoServer
@@ -201,6 +203,7 @@ class _Demo:
             for cohort in COHORTS
             for kind in KIND_NAMES
         }
+        consensus = updates[COHORTS[0], "causal_consensus"].causal_consensus
         target_accuracy, arms = compare_arms(self._curves, self._effort.late_budget)
         return DemoResult(
             seed=self._seed,
@@ -213,7 +216,8 @@ class _Demo:
             priors={
                 cohort: prior_values(updates[cohort, "prior"].prior_update) for cohort in COHORTS
             },
-            edges=edges_of(updates[COHORTS[0], "causal_consensus"].causal_consensus),
+            edges=edges_of(consensus),
+            below_quorum=consensus.unpooled["below_quorum"],
             packets=sum(site.packets for site in self._finished),
             revisions={f"{c}/{kind}": update.revision for (c, kind), update in updates.items()},
             seconds=time.monotonic() - self._started,
@@ -273,6 +277,7 @@ def _commands(output: Path, target: str | None) -> tuple[str, ...]:
     fmi = shlex.quote(_program("fmi"))
     read = (
         f"{fmi} get {COHORTS[0]} --target {at}",
+        f"{fmi} get {COHORTS[0]} --profile-class {PROFILE_CLASS} --regime {REGIME} --target {at}",
         f"{fmi} watch '{COHORTS[0]}*' --target {at}",
     )
     if target is None:

@@ -66,15 +66,17 @@ class PriorValue:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """A relation in the first cohort's causal consensus."""
+    """A relation in the first cohort's causal consensus; every count includes the sites that lie."""
 
     source: str
     target: str
     weight: float
     lower: float | None
     upper: float | None
+    estimator: str
     sites: int
     testing_sites: int
+    opposite_sites: int
     sign_conflict: bool
     direction_conflict: bool
 
@@ -93,6 +95,7 @@ class DemoResult:
         hints: What became of the policy hints.
         priors: The last prior of each cohort, by cohort and setting.
         edges: The causal consensus, strongest support first.
+        below_quorum: Relations that are not in it, because too few sites found them.
         packets: Packets that were emitted.
         revisions: The last revision of each cohort and kind, as `cohort/kind`.
         seconds: How long it took.
@@ -110,6 +113,7 @@ class DemoResult:
     hints: tuple[HintTried, ...]
     priors: dict[str, dict[str, PriorValue]]
     edges: tuple[Edge, ...]
+    below_quorum: int
     packets: int
     revisions: dict[str, int]
     seconds: float
@@ -191,8 +195,10 @@ def edges_of(consensus: update_pb2.CausalConsensus) -> tuple[Edge, ...]:
             weight=edge.weight,
             lower=edge.lower if edge.HasField("lower") else None,
             upper=edge.upper if edge.HasField("upper") else None,
+            estimator=edge.estimator,
             sites=edge.sites,
             testing_sites=edge.testing_sites,
+            opposite_sites=edge.negative_sites if edge.weight > 0.0 else edge.positive_sites,
             sign_conflict=edge.sign_conflict,
             direction_conflict=edge.direction_conflict,
         )

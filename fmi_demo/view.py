@@ -27,7 +27,7 @@ from fmi_demo.events import (
 from fmi_demo.result import PriorValue, prior_values
 from fmi_demo.scenario import ARMS, BOX, COHORTS, LIARS
 
-__all__ = ["ARM_LABELS", "View", "number", "policy_text", "prior_text"]
+__all__ = ["ARM_LABELS", "View", "number", "percent", "policy_text", "prior_text", "value_text"]
 
 ARM_LABELS: Final = dict(
     zip(
@@ -52,6 +52,11 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
+def percent(share: float) -> str:
+    """Write a share as a percentage."""
+    return f"{share * 100:.1f} %"
+
+
 def policy_text(bundle: Mapping[str, Any]) -> str:
     """Write the parameters of a policy on one line."""
     return ", ".join(
@@ -73,7 +78,8 @@ def prior_text(values: dict[str, PriorValue]) -> str:
     return "  ".join(parts) or "no value yet"
 
 
-def _cell(value: PriorValue) -> str:
+def value_text(value: PriorValue) -> str:
+    """Write a setting of a prior in a cell, with its interval."""
     if value.lower is None or value.upper is None:
         return f"{value.value:.2g}"
     return f"{value.value:.2g} [{value.lower:.2g}, {value.upper:.2g}]"
@@ -151,13 +157,16 @@ class View:
             case WarmStarted() if event.cohort not in self._warm:  # each half of the site asks
                 self._warm[event.cohort] = event
                 values = "  ".join(f"{name} {number(v)}" for name, v in event.init.items())
-                self._say(f"late-site  warm start of {event.cohort}: {values}", "bold")
+                self._say(
+                    f"late-site  warm start of {event.cohort}, from {event.source}: {values}",
+                    "bold",
+                )
             case Curve():
                 self._searched += 1
             case HintTried() if event.bundle:
                 policy = policy_text(event.bundle)
                 change = f"{event.before:.3f} -> {event.after:.3f}"
-                self._say(f"late-site  hint of {event.cohort}: {policy}: {change}")
+                self._say(f"late-site  hint of {event.cohort}: {policy}: accuracy {change}")
             case _:
                 pass
 
@@ -221,6 +230,6 @@ class View:
             table.add_column(name, no_wrap=True)
         for cohort in COHORTS:
             revision, sites, values = self._priors.get(cohort, (0, 0, {}))
-            shown = [_cell(values[name]) if name in values else "" for name in BOX]
+            shown = [value_text(values[name]) if name in values else "" for name in BOX]
             table.add_row(cohort, str(revision or ""), str(sites or ""), *shown)
         return table

@@ -63,3 +63,10 @@ def test_a_consensus_keeps_what_is_not_known_apart_from_zero():
     )
     (edge,) = edges_of(consensus)
     assert (edge.weight, edge.lower, edge.sites) == (0.5, None, 4)
+
+
+@pytest.mark.parametrize(("weight", "opposite"), [(0.5, 2), (-0.5, 10)])
+def test_sites_with_the_opposite_sign_are_counted_against_the_pooled_weight(weight, opposite):
+    edge = update_pb2.ConsensusEdge(weight=weight, sites=12, positive_sites=10, negative_sites=2)
+    (found,) = edges_of(update_pb2.CausalConsensus(edges=[edge]))
+    assert found.opposite_sites == opposite

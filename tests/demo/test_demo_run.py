@@ -60,9 +60,19 @@ def test_the_liars_moved_the_plain_mean(demo):
         assert plain["value"] != pytest.approx(result["priors"]["digits"][name]["value"], rel=0.01)
 
 
+def test_the_liars_are_among_the_sites_that_every_count_is_of(demo):
+    result, _, told = demo
+    assert result["edges"]
+    assert all(edge["testing_sites"] == SITES for edge in result["edges"])
+    for hint in result["hints"]:
+        assert hint["sites"] == (SITES if hint["bundle"] else 0)
+    assert f"{LIARS} liars" in told
+
+
 def test_the_late_site_got_a_warm_start_from_each_cohort(demo):
     result, _, _ = demo
     assert [w["cohort"] for w in result["warm_starts"]] == list(COHORTS)
+    assert {w["source"] for w in result["warm_starts"]} == {"profile_and_regime"}
     for warm in result["warm_starts"]:
         assert set(warm["init"]) == set(BOX)
         for name in BOX:
@@ -85,7 +95,7 @@ def test_the_searches_are_complete_and_paired(demo):
 def test_the_files_are_there(demo):
     result, output, _ = demo
     with Image.open(output / "demo.png") as image:
-        assert image.size == (1725, 810)
+        assert image.size == (1725, 930)
     assert json.loads((output / "results.json").read_text()) == result
 
 
@@ -97,14 +107,14 @@ def test_progress_went_to_standard_error(demo):
 
 def test_the_next_commands_work_as_printed(demo):
     result, _, _ = demo
-    serve, get, watch = result["commands"]
+    serve, get, warm, watch = result["commands"]
     words = shlex.split(serve.removesuffix("&"))
     words[words.index("--listen") + 1] = "127.0.0.1:0"
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
             target = server.stdout.readline().split()[-1]
-            for command, more in ((get, []), (watch, ["--count", "8"])):
+            for command, more in ((get, []), (warm, []), (watch, ["--count", "8"])):
                 words = shlex.split(command.replace("127.0.0.1:50061", target))
                 read = subprocess.run(
                     [*words, *more], check=True, capture_output=True, text=True, timeout=30

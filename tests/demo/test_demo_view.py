@@ -27,8 +27,8 @@ EVENTS = (
     WarmStarted(COHORTS[0], {"gamma": 0.1}, "regime", 0.9),
     WarmStarted(COHORTS[0], {"gamma": 0.1}, "regime", 0.9),
     Curve("cold", 0, (0.1, 0.2)),
-    HintTried(COHORTS[0], "observational", {"n_components": 256.0}, 0.9, 0.95),
-    HintTried(COHORTS[1], "no hint", {}, 0.9, 0.9),
+    HintTried(COHORTS[0], "observational", {"n_components": 256.0}, 0.9, 0.95, 6),
+    HintTried(COHORTS[1], "no hint", {}, 0.9, 0.9, 0),
 )
 
 
@@ -50,8 +50,8 @@ def test_without_a_terminal_there_is_a_line_for_each_thing_that_matters():
         "tuning",
         "site-01  MSP  accuracy 0.750 by 5 evaluations",
         "site-06  POP  averaging=True: accuracy +0.010 (and sends the reverse)",
-        "late-site  warm start of digits: gamma 0.1",
-        "late-site  hint of digits: n_components=256: 0.900 -> 0.950",
+        "late-site  warm start of digits, from regime: gamma 0.1",
+        "late-site  hint of digits: n_components=256: accuracy 0.900 -> 0.950",
         "digits  prior 1 of 5 sites: gamma 0.1 [0.05, 0.2]",
     ]
 
