@@ -8,7 +8,8 @@
             print(update.prior_update.prior)
 
 `AsyncFMIClient` is the same for asyncio. `FMIEmitter` builds and checks packets without a network,
-`FMIEncoder` packs many of them into one envelope.
+`FMIEncoder` packs many of them into one envelope. `consensus_to_graphml` and `consensus_to_dot` write what a
+cohort knows about causes as a graph.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from fmi_client.errors import (
     UpdateNotFoundError,
     Violation,
 )
+from fmi_client.graphs import consensus_to_dot, consensus_to_graphml
 from fmi_client.receipts import Receipt
 from fmi_client.retry import RetryPolicy
 from fmi_client.subscription import Subscription
@@ -101,4 +103,6 @@ __all__ = [
     "TemporaryError",
     "UpdateNotFoundError",
     "Violation",
+    "consensus_to_dot",
+    "consensus_to_graphml",
 ]

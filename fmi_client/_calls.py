@@ -13,6 +13,7 @@ import grpc
 
 from fmi.v1 import admin_service_pb2_grpc, interchange_service_pb2_grpc, registry_service_pb2_grpc
 from fmi_client._channel import TLSConfig, call_metadata, open_channel
+from fmi_client._target import parse_target
 from fmi_client.errors import (
     ClientClosedError,
     ConfigurationError,
@@ -60,6 +61,7 @@ class Caller:
     ) -> None:
         if timeout_s <= 0:
             raise ConfigurationError("timeout_s must be above 0")
+        parse_target(target)  # refuses what can be none
         self.target = target
         self.retry = retry
         self.timeout_s = timeout_s

@@ -130,8 +130,9 @@ def cohort_spec_from_plain(data: Mapping[str, Any]) -> cohort_pb2.CohortSpec:
     try:
         return specs.cohort_spec_from_plain(data)
     except PlainDataError as error:
+        violations = [Violation(p.field, p.rule_id, p.description) for p in error.problems]
         raise SpecError(
-            f"cohort spec cannot be read: {error}",
+            f"cohort spec cannot be read: {'; '.join(map(str, violations))}",
             reason=reason_name(error_pb2.ERROR_REASON_SPEC_INVALID),
-            violations=[Violation(p.field, p.rule_id, p.description) for p in error.problems],
+            violations=violations,
         ) from error

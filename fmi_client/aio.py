@@ -31,6 +31,7 @@ from fmi_client.emitter import (
 from fmi_client.encoder import FMIEncoder
 from fmi_client.errors import ConfigurationError, ContractError, FMIError, ProtocolError
 from fmi_client.kinds import KindLike, update_kind
+from fmi_client.outages import OnState
 from fmi_client.receipts import Receipt, ValidationReport
 from fmi_client.retry import RetryPolicy
 from fmi_client.subscription import SILENCE_S, OnCompacted, OnUpdate, Subscription
@@ -77,7 +78,7 @@ class AsyncFMIClient:
         clock: Unix time in seconds, for packets that are built here.
 
     Raises:
-        ConfigurationError: The settings contradict each other.
+        ConfigurationError: The target is no address, or the settings contradict each other.
     """
 
     def __init__(  # noqa: PLR0913  settings, all but one by keyword
@@ -135,9 +136,12 @@ class AsyncFMIClient:
             clock=defaults.clock,
         )
 
-    @cached_property
+    @property
     def admin(self) -> AsyncAdmin:
-        """What an operator sees and can do."""
+        """The operator's calls: cohorts, sites, quarantine, releases and dictionaries. See `AsyncAdmin`.
+
+        ``await client.admin.list_cohorts()`` says what the server holds.
+        """
         return AsyncAdmin(self._caller)
 
     async def emit(self, packet: PacketLike) -> Receipt:
@@ -268,6 +272,7 @@ class AsyncFMIClient:
         start: Start | None = None,
         resume_token: str | None = None,
         on_update: OnUpdate | None = None,
+        on_state: OnState | None = None,
         on_compacted: OnCompacted = "raise",
         silence_s: float = SILENCE_S,
     ) -> Subscription:
@@ -286,6 +291,8 @@ class AsyncFMIClient:
             resume_token: Where an earlier subscription was; not with `start`.
             on_update: Called with each update, in a task of the subscription; may be asynchronous.
                 What it raises ends the subscription and comes out of `wait` and `aclose`.
+            on_state: Called with a `ConnectionState` when the connection is lost and when it is back,
+                once each per outage. It runs in the event loop, so it must not block.
             on_compacted: What to do where the revisions to go on from are no longer kept: raise
                 `CompactedError`, or begin again with the newest.
             silence_s: Seconds without any event after which the stream is opened again.
@@ -312,6 +319,7 @@ class AsyncFMIClient:
                 resume_token=resume_token or "",
             ),
             on_update=on_update,
+            on_state=on_state,
             on_compacted=on_compacted,
             silence_s=silence_s,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ _COMMANDS: Final = {
     "get": "Read a prior, warm start, policy hint or causal consensus.",
     "cohorts": "List cohorts, show or change their specs, release now.",
     "sites": "List sites and what is in quarantine.",
+    "dictionaries": "Train, register and fetch compression dictionaries.",
     "contract": "Compare this site's contract with the server's.",
     "doctor": "Find out why a server cannot be reached or used.",
     "demo": "Run a whole federation on this machine.",
@@ -132,8 +134,9 @@ def cli(_settings: Settings) -> None:
 
 def main() -> NoReturn:
     """Run `fmi`."""
-    # gRPC writes its own lines to stderr; what went wrong is told in ours.
+    # gRPC and the SDK have logs that end on stderr; what went wrong is told in lines of the command.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    logging.getLogger("fmi_client").addHandler(logging.NullHandler())
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character gets its escape, not a UnicodeEncodeError.
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")

@@ -40,6 +40,7 @@ from fmi_client.emitter import FMIEmitter, Numbers, ProvenanceLike
 from fmi_client.encoder import FMIEncoder
 from fmi_client.errors import ClientClosedError
 from fmi_client.kinds import KindLike
+from fmi_client.outages import OnState
 from fmi_client.receipts import Receipt, ValidationReport
 from fmi_client.retry import RetryPolicy
 from fmi_client.subscription import (
@@ -65,7 +66,7 @@ class FMIClient:
     The arguments are those of `AsyncFMIClient`.
 
     Raises:
-        ConfigurationError: The settings contradict each other.
+        ConfigurationError: The target is no address, or the settings contradict each other.
     """
 
     def __init__(  # noqa: PLR0913  settings, all but one by keyword
@@ -101,7 +102,15 @@ class FMIClient:
             clock=clock,
         )
         self._thread = LoopThread(f"FMIClient to {target}", self._aio.aclose)
-        self.admin = Admin(self._aio, self._thread)
+        self._admin = Admin(self._aio, self._thread)
+
+    @property
+    def admin(self) -> Admin:
+        """The operator's calls: cohorts, sites, quarantine, releases and dictionaries. See `AsyncAdmin`.
+
+        ``client.admin.list_cohorts()`` says what the server holds.
+        """
+        return self._admin
 
     @property
     def target(self) -> str:
@@ -194,13 +203,15 @@ class FMIClient:
         start: Start | None = None,
         resume_token: str | None = None,
         on_update: Callable[[update_pb2.Update], None] | None = None,
+        on_state: OnState | None = None,
         on_compacted: OnCompacted = "raise",
         silence_s: float = SILENCE_S,
     ) -> BlockingSubscription:
         """Follow the updates of cohorts. See `AsyncFMIClient.subscribe` for the arguments.
 
         `on_update` is called in a thread of the subscription; what it raises ends the subscription and
-        comes out of `BlockingSubscription.wait` and `close`.
+        comes out of `BlockingSubscription.wait` and `close`. `on_state` is called in the client's own
+        thread, so it must not block or use the client.
         """
 
         async def open_there() -> Subscription:
@@ -210,6 +221,7 @@ class FMIClient:
                 mode=mode,
                 start=start,
                 resume_token=resume_token,
+                on_state=on_state,
                 on_compacted=on_compacted,
                 silence_s=silence_s,
             )

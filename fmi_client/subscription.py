@@ -22,6 +22,7 @@ from fmi_client.errors import (
     ProtocolError,
     error_from_rpc,
 )
+from fmi_client.outages import OnState, OutageMonitor
 from fmi_client.retry import Backoff
 
 __all__ = ["SILENCE_S", "OnCompacted", "OnUpdate", "Subscription", "SubscriptionStatistics"]
@@ -65,7 +66,8 @@ class Subscription:
     Per cohort and kind the revisions that it gives rise strictly, across reconnects too; in a history
     that changed (a server restored from a backup) they begin anew. After a break it goes on behind the
     last event given. Until its first event, attempts are bounded by the client's `RetryPolicy`; later
-    it tries for as long as it is open. One consumer at a time.
+    it tries for as long as it is open. An outage is told to the log, at WARNING when it begins and at
+    INFO when it is over, and to `on_state`. One consumer at a time.
 
     Made by `AsyncFMIClient.subscribe`; use it as an asynchronous context manager, or call `aclose`.
     """
@@ -76,6 +78,7 @@ class Subscription:
         request: interchange_service_pb2.SubscribeRequest,
         *,
         on_update: OnUpdate | None = None,
+        on_state: OnState | None = None,
         on_compacted: OnCompacted = "raise",
         silence_s: float = SILENCE_S,
     ) -> None:
@@ -85,6 +88,7 @@ class Subscription:
         self._on_compacted = on_compacted
         self._silence_s = silence_s
         self._backoff = Backoff(caller.retry)
+        self._outages = OutageMonitor(caller.target, on_state)
         self._open_at = 0.0
         self._call: _SubscribeCall | None = None
         self._opened = 0
@@ -253,6 +257,7 @@ class Subscription:
         """Note where the stream is; say whether the consumer shall have the event."""
         self._backoff.progressed()
         self._backoff.endless = True
+        self._outages.arrived()
         if event.resume_token:
             self._request.resume_token = event.resume_token
             del self._request.start_revisions[:]
@@ -274,11 +279,12 @@ class Subscription:
 
     def _recover(self, error: FMIError) -> None:
         """Prepare the next attempt, or end the subscription with `error`."""
-        if (
+        restarts = (
             isinstance(error, CompactedError)
             and self._on_compacted == "snapshot"
-            and (self._request.resume_token or self._request.start_revisions)
-        ):
+            and bool(self._request.resume_token or self._request.start_revisions)
+        )
+        if restarts:
             self._request.resume_token = ""
             del self._request.start_revisions[:]
             error = ConnectionFailedError(error.message)  # the next attempt is another request
@@ -287,6 +293,8 @@ class Subscription:
         except FMIError:
             self._closing.set()
             raise
+        if not restarts:  # then the server is there
+            self._outages.failed(error)
         self._open_at = asyncio.get_running_loop().time() + delay_s
 
     async def _drop_call(self) -> None:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from fmi.v1 import admin_service_pb2, cohort_pb2, error_pb2
 from fmi_client.commands.exits import ExitCode
-from fmi_client.commands.options import DefaultGroup, Settings, shared_options
+from fmi_client.commands.options import Argument, DefaultGroup, Settings, shared_options
 from fmi_client.commands.output import (
     age,
     message_data,
@@ -60,7 +60,9 @@ def command(_settings: Settings) -> None:
 
 
 @command.command("show")
-@click.argument("name", required=False)
+@click.argument(
+    "name", cls=Argument, required=False, help="The cohort whose spec to show. [default: list all]"
+)
 @shared_options
 def _show(settings: Settings, name: str | None) -> int:
     """List the cohorts, or show the spec of the cohort NAME (the word `show` may be left out)."""
@@ -83,7 +85,12 @@ def _show(settings: Settings, name: str | None) -> int:
 
 
 @command.command("put")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument(
+    "file",
+    cls=Argument,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The spec, as JSON or YAML.",
+)
 @click.option("--force", is_flag=True, help="Make a change that breaks sites all the same.")
 @click.option("--dry-run", is_flag=True, help="Only check the change.")
 @shared_options
@@ -107,7 +114,7 @@ def _put(settings: Settings, file: Path, force: bool, dry_run: bool) -> int:
 
 
 @command.command("release")
-@click.argument("name")
+@click.argument("name", cls=Argument, help="The cohort.")
 @shared_options
 def _release(settings: Settings, name: str) -> int:
     """Release the aggregates of the cohort NAME now, without waiting for its interval."""

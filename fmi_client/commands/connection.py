@@ -8,21 +8,20 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
+from fmi_client._target import Address, parse_target
 from fmi_client.commands.exits import ExitCode
 from fmi_client.commands.findings import Finding, fault, warning, well
 from fmi_client.commands.options import Settings
 from fmi_client.commands.probes import (
-    Address,
-    AddressError,
     Certificate,
     Greeting,
     connect,
     greet,
-    parse_address,
     read_certificate,
     tls_connect,
     tls_context,
 )
+from fmi_client.errors import ConfigurationError
 
 __all__ = ["examine_connection"]
 
@@ -38,10 +37,16 @@ _WRONG_NAME: Final = frozenset({62, 64})
 def examine_connection(settings: Settings) -> Iterator[Finding]:
     """Examine the way to a server, one layer after the other, up to the first that fails."""
     try:
-        address = parse_address(settings.target)
-    except AddressError as error:
-        yield fault("address", str(error), "Correct --target or FMI_TARGET.", ExitCode.USAGE)
+        addresses = parse_target(settings.target)
+    except ConfigurationError as error:
+        yield fault("address", error.message, "Correct --target or FMI_TARGET.", ExitCode.USAGE)
         return
+    if not addresses:
+        yield well(
+            "address", f"{settings.target} is resolved by gRPC itself, and tested as a whole"
+        )
+        return
+    address = addresses[0]
     resolved = _resolve(address)
     yield resolved
     if resolved.final:

@@ -13,7 +13,14 @@ from fmi.plain import CURRENT_REVISION, OLDEST_REVISION
 from fmi.v1 import registry_service_pb2
 from fmi_client.commands.exits import ExitCode
 from fmi_client.commands.options import FMICommand, Settings, shared_options
-from fmi_client.commands.output import print_json, print_text, show_note, table, text
+from fmi_client.commands.output import (
+    print_json,
+    print_text,
+    show_note,
+    table,
+    text,
+    write_file,
+)
 from fmi_client.commands.session import open_client
 
 __all__ = ["agreement", "command", "local_version"]
@@ -91,11 +98,7 @@ def command(settings: Settings, descriptors: str | None, local: bool) -> int:
 def _write(file: str | None, data: bytes) -> None:
     if file is None:
         return
-    try:
-        with click.open_file(file, "wb") as opened:
-            opened.write(data)
-    except OSError as error:
-        raise click.FileError(file, error.strerror) from None
+    write_file(file, data)
     if file != "-":
         show_note(f"{len(data)} bytes of descriptors written to {file}")
 

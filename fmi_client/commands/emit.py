@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any, Final, TypeVar
 
 import click
 
 from fmi.plain import DEFAULT_COHORT, packet_to_plain
 from fmi.v1 import packet_pb2
+from fmi_client import FMIClient
 from fmi_client.commands.exits import ExitCode, exit_code
-from fmi_client.commands.options import DefaultGroup, Settings, shared_options
+from fmi_client.commands.options import Argument, DefaultGroup, Settings, shared_options
 from fmi_client.commands.output import (
     error_data,
     print_json,
@@ -22,10 +24,10 @@ from fmi_client.commands.output import (
     text,
     violations_table,
 )
-from fmi_client.commands.packets import numbers, params, read_packets, standard_input
+from fmi_client.commands.packets import Entry, numbers, params, read_packets, standard_input
 from fmi_client.commands.session import open_client
 from fmi_client.emitter import HeaderDefaults
-from fmi_client.errors import CohortUnknownError, ContractError, PacketRefusedError
+from fmi_client.errors import CohortUnknownError, PacketRefusedError
 from fmi_client.receipts import EmitStatus, Receipt
 
 __all__ = ["command"]
@@ -33,6 +35,7 @@ __all__ = ["command"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 _BATCH: Final = 250
+_CHOICES: Final = "a FILE, - (standard input), msp, pop or ccs"
 _STYLES: Final = {
     EmitStatus.ACCEPTED: "green",
     EmitStatus.DUPLICATE: "green",
@@ -62,8 +65,8 @@ def command(_settings: Settings) -> None:
           --before loss=0.40 --after loss=0.35 --windows 12
       fmi emit ccs --domain site_001 --pair dose,outcome,0.4
 
-    Exit codes: 0 every packet is durable, 1 one was refused, 3 the server cannot be reached, 5 the
-    server cannot take them now. With --json, one line per packet.
+    Exit codes: 0 every packet is durable, 1 one was refused or there was none, 3 the server cannot be
+    reached, 5 the server cannot take them now. With --json, one line per packet.
     """  # noqa: D301 - click wants the character
 
 
@@ -105,8 +108,28 @@ _confidence = click.option(
 )
 
 
+class _PacketFile(click.File):
+    """A file that is there; a word that is no file may have been meant as a type of packet."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> IO[Any]:
+        if value != "-" and isinstance(value, str) and not Path(value).exists():
+            raise click.UsageError(
+                f"{value!r} is neither a file nor a type of packet; say what to send: {_CHOICES}.",
+                ctx and ctx.parent,
+            )
+        return super().convert(value, param, ctx)
+
+
 @command.command("file")
-@click.argument("file", required=False, type=click.File(encoding="utf-8-sig", lazy=False))
+@click.argument(
+    "file",
+    cls=Argument,
+    required=False,
+    type=_PacketFile(encoding="utf-8-sig", lazy=False),
+    help="Packets as JSON; - is standard input.",
+)
 @_header_options
 @click.option(
     "--batch",
@@ -118,9 +141,8 @@ _confidence = click.option(
 @shared_options
 def _file(settings: Settings, /, file: IO[str] | None, batch: int, **header: str | None) -> int:
     """Send packets from a FILE or from standard input (the word `file` may be left out)."""
-    stream = file or standard_input("Say what to send: a FILE, -, msp, pop or ccs.")
-    packets = read_packets(stream, getattr(stream, "name", "-"), _defaults(header))
-    return _send(settings, packets, batch)
+    stream = file or standard_input(f"Say what to send: {_CHOICES}.")
+    return _send(settings, read_packets(stream, _defaults(header)), batch)
 
 
 @command.command("msp")
@@ -213,32 +235,35 @@ def _send_made(settings: Settings, kind: str, body: dict[str, Any], options: dic
     if options["print_only"]:
         print_json(packet_to_plain(packet))
         return ExitCode.OK
-    return _send(settings, [packet], 1)
+    return _send(settings, [Entry(packet)], 1)
 
 
-def _send(
-    settings: Settings, packets: Iterable[packet_pb2.Packet | ContractError], batch: int
-) -> int:
+def _send(settings: Settings, entries: Iterable[Entry], batch: int) -> int:
     """Send packets in batches and tell of each; return the exit code."""
     tally: dict[EmitStatus, int] = {}
     worst = ExitCode.OK
     with open_client(settings) as client:
-        for group in _batches(packets, batch):
-            good = [item for item in group if isinstance(item, packet_pb2.Packet)]
-            if len(good) == 1:
-                receipts = iter([_emit_one(client.emit, good[0])])
-            else:
-                receipts = iter(client.emit_many(good) if good else [])
-            for item in group:
-                if isinstance(item, packet_pb2.Packet):
-                    receipt = next(receipts)
-                else:
-                    receipt = Receipt("", EmitStatus.REFUSED, error=item)
+        for group in _batches(entries, batch):
+            for entry, receipt in zip(group, _receipts(client, group), strict=True):
                 tally[receipt.status] = tally.get(receipt.status, 0) + 1
-                worst = max(worst, _tell(settings, receipt), key=_severity)
+                worst = max(worst, _tell(settings, entry, receipt), key=_severity)
     if not settings.json and sum(tally.values()) > 1:
         show_note(", ".join(f"{count} {status}" for status, count in sorted(tally.items())))
     return worst
+
+
+def _receipts(client: FMIClient, group: Sequence[Entry]) -> Iterator[Receipt]:
+    """Send what are packets; return a receipt for each entry, in their order."""
+    good = [entry.packet for entry in group if isinstance(entry.packet, packet_pb2.Packet)]
+    if len(good) == 1:
+        sent = iter([_emit_one(client.emit, good[0])])
+    else:
+        sent = iter(client.emit_many(good) if good else [])
+    for entry in group:
+        if isinstance(entry.packet, packet_pb2.Packet):
+            yield next(sent)
+        else:
+            yield Receipt(entry.own_id, EmitStatus.REFUSED, error=entry.packet)
 
 
 def _emit_one(emit: Callable[[packet_pb2.Packet], Receipt], packet: packet_pb2.Packet) -> Receipt:
@@ -249,10 +274,8 @@ def _emit_one(emit: Callable[[packet_pb2.Packet], Receipt], packet: packet_pb2.P
         return Receipt(packet.header.packet_id, EmitStatus.REFUSED, error=error)
 
 
-def _batches(
-    items: Iterable[packet_pb2.Packet | ContractError], size: int
-) -> Iterator[list[packet_pb2.Packet | ContractError]]:
-    rest = iter(items)
+def _batches(entries: Iterable[Entry], size: int) -> Iterator[list[Entry]]:
+    rest = iter(entries)
     while group := list(itertools.islice(rest, size)):
         yield group
 
@@ -264,18 +287,21 @@ def _severity(code: ExitCode) -> int:
     )
 
 
-def _tell(settings: Settings, receipt: Receipt) -> ExitCode:
-    code = exit_code(receipt.error) if receipt.refused and receipt.error else ExitCode.OK
-    if receipt.refused and receipt.error is None:
-        code = ExitCode.REFUSED
+def _tell(settings: Settings, entry: Entry, receipt: Receipt) -> ExitCode:
+    error = receipt.error
+    code = ExitCode.OK
+    if receipt.refused:
+        code = exit_code(error) if error else ExitCode.REFUSED
     if settings.json:
-        print_json(receipt_data(receipt), line=True)
-        return code
-    if receipt.refused and receipt.error is not None:
-        if receipt.packet_id:
-            receipt.error.add_note(f"packet {receipt.packet_id} was not stored")
-        show_error(receipt.error, settings)
-        return code
+        print_json(_data(entry, receipt), line=True)
+    elif receipt.refused and error is not None:
+        show_error(error, settings, subject=entry.subject)
+    else:
+        _show_receipt(receipt)
+    return code
+
+
+def _show_receipt(receipt: Receipt) -> None:
     line = text(f"{receipt.status:<11}", _STYLES[receipt.status])
     line.append(f" {safe(receipt.packet_id)}", style="default")
     if receipt.sequence is not None:
@@ -287,13 +313,13 @@ def _tell(settings: Settings, receipt: Receipt) -> ExitCode:
         print_text(text(f"  {receipt.error.message}", "yellow"))
         if receipt.error.violations:
             print_text(violations_table(receipt.error.violations), indent=2)
-    return code
 
 
-def receipt_data(receipt: Receipt) -> dict[str, Any]:
-    """Return a receipt for programs."""
+def _data(entry: Entry, receipt: Receipt) -> dict[str, Any]:
     return {
-        "packet_id": receipt.packet_id,
+        # An id that was made up here says nothing where nothing is stored under it.
+        "packet_id": entry.own_id if receipt.refused else receipt.packet_id,
+        **entry.data(),
         "status": receipt.status.value,
         "sequence": receipt.sequence,
         "received_at": receipt.received_at.isoformat() if receipt.received_at else None,

@@ -24,7 +24,8 @@ class ExitCode(IntEnum):
 
     Attributes:
         OK: All that was asked for was done. A packet in quarantine is durable, so it is no failure.
-        REFUSED: Something was refused or is not valid; trying again does not help.
+        REFUSED: Something was refused or is not valid, or there was no packet at all; trying again does
+            not help.
         USAGE: The command line is wrong, or a file named in it cannot be read.
         UNREACHABLE: There is no connection, or no answer came in time.
         NOT_FOUND: There is no such cohort, update, site or packet (yet), or it is no longer kept.

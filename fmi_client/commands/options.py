@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 __all__ = [
     "DEFAULT_TARGET",
+    "Argument",
     "DefaultGroup",
     "FMICommand",
     "FMIGroup",
@@ -153,17 +154,34 @@ def _with_options(
     return decorated
 
 
+class Argument(click.Argument):
+    """A positional argument that help can describe, with every version of click that we support."""
+
+    def __init__(self, *args: Any, help: str = "", **attributes: Any) -> None:  # noqa: A002  click's name
+        super().__init__(*args, **attributes)
+        self.help = help
+
+
 class _Sections(click.Command):
-    """Writes the shared options under a heading of their own, below those of the command."""
+    """Writes arguments, options and the shared options, each under a heading of their own."""
+
+    def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write nothing: `format_options` does, since older versions of click do not call this."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        own: list[tuple[str, str]] = []
-        shared: list[tuple[str, str]] = []
+        sections: dict[str, list[tuple[str, str]]] = {
+            "Arguments": [],
+            "Options": [],
+            "Connection and output": [],
+        }
         for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
-            if record is not None:
-                (shared if isinstance(param, _SharedOption) else own).append(record)
-        for heading, records in (("Options", own), ("Connection and output", shared)):
+            if isinstance(param, click.Argument):
+                described = getattr(param, "help", None) or ""
+                sections["Arguments"].append((param.make_metavar(ctx), described))
+            elif (record := param.get_help_record(ctx)) is not None:
+                shared = isinstance(param, _SharedOption)
+                sections["Connection and output" if shared else "Options"].append(record)
+        for heading, records in sections.items():
             if records:
                 with formatter.section(heading):
                     formatter.write_dl(records)

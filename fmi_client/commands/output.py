@@ -27,16 +27,19 @@ from rich.text import Text
 from fmi_client.commands.exits import ExitCode, exit_code
 from fmi_client.commands.options import Settings
 from fmi_client.errors import (
+    CohortUnknownError,
     ConnectionFailedError,
     FMIError,
     ServerInternalError,
     TemporaryError,
     Violation,
 )
+from fmi_client.outages import last_cause
 
 __all__ = [
     "age",
     "error_data",
+    "hint",
     "interval",
     "message_data",
     "moment",
@@ -51,6 +54,7 @@ __all__ = [
     "table",
     "text",
     "violations_table",
+    "write_file",
 ]
 
 _UNSAFE: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
@@ -168,6 +172,19 @@ def print_json(data: object, *, to_stderr: bool = False, line: bool = False) -> 
     )
 
 
+def write_file(file: str, data: bytes) -> None:
+    """Write what a command was asked for to a file, or to standard output for `-`.
+
+    Raises:
+        click.FileError: It cannot be written.
+    """
+    try:
+        with click.open_file(file, "wb") as opened:
+            opened.write(data)
+    except OSError as error:
+        raise click.FileError(file, error.strerror) from None
+
+
 def message_data(message: Message) -> dict[str, Any]:
     """Return a message of the contract as ProtoJSON, under the contract's names.
 
@@ -195,38 +212,48 @@ def error_data(error: FMIError) -> dict[str, Any]:
     }
 
 
-def show_error(error: FMIError, settings: Settings) -> ExitCode:
-    """Tell of an error on stderr; return the exit code for it."""
+def show_error(error: FMIError, settings: Settings, *, subject: str = "") -> ExitCode:
+    """Tell of an error on stderr; return the exit code for it.
+
+    Args:
+        error: What went wrong.
+        settings: Whether to tell a program or a person.
+        subject: What it went wrong with, for a person who did more than one thing.
+    """
     code = exit_code(error)
     if settings.json:
         print_json({"error": {**error_data(error), "exit_code": int(code)}}, to_stderr=True)
         return code
-    name = f"{error.reason}: " if error.reason else ""
     message = error.message
     if error.violations:
         # The list says it better than a sentence that strings the same rules together.
         start = message.find(str(error.violations[0]))
         message = message[:start].rstrip(": ") if start > 0 else message
     if isinstance(error, ConnectionFailedError):
-        message = f"cannot reach {settings.target}: {_cause(message, settings.target)}"
-    print_text(text(f"fmi: {name}{message}", "bold red"), to_stderr=True)
+        message = f"cannot reach {settings.target}: {last_cause(message, settings.target)}"
+    told = ": ".join(part for part in ("fmi", subject, error.reason, message) if part)
+    print_text(text(told, "bold red"), to_stderr=True)
     if error.violations:
         print_text(violations_table(error.violations), to_stderr=True, indent=2)
-    for note in getattr(error, "__notes__", ()):
-        show_note(note)
-    if isinstance(error, ConnectionFailedError):
-        show_note("`fmi doctor` with the same options finds out why.")
-    elif isinstance(error, TemporaryError) and error.retry_after_s is not None:
-        show_note(f"The server asks to wait {number(error.retry_after_s)} s.")
-    if error.request_id and isinstance(error, ServerInternalError):
-        show_note(f"The server's log has more under request id {error.request_id}.")
+    for note in (*getattr(error, "__notes__", ()), hint(error)):
+        if note:
+            show_note(note)
     return code
 
 
-def _cause(message: str, target: str) -> str:
-    """Return what gRPC says last when it tells of every address and layer that failed."""
-    message = message.removeprefix(f"{target}: ")
-    return message.rpartition(": ")[2] if message.startswith("failed to connect") else message
+def hint(error: FMIError) -> str:
+    """Say what a person at the command line can do about an error; empty where its text says it."""
+    match error:
+        case ConnectionFailedError():
+            return "`fmi doctor` with the same options finds out why."
+        case TemporaryError() if error.retry_after_s is not None:
+            return f"The server asks to wait {number(error.retry_after_s)} s."
+        case ServerInternalError() if error.request_id:
+            return f"The server's log has more under request id {error.request_id}."
+        case CohortUnknownError():
+            return "`fmi cohorts` lists the cohorts that the server has."
+        case _:
+            return ""
 
 
 def violations_table(violations: Sequence[Violation]) -> RenderableType:

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import IO, Any, Final
 
 import click
@@ -14,7 +15,7 @@ from fmi.v1 import error_pb2, packet_pb2
 from fmi_client.emitter import HeaderDefaults
 from fmi_client.errors import ContractError, Violation
 
-__all__ = ["numbers", "params", "read_packets", "standard_input"]
+__all__ = ["Entry", "Origin", "numbers", "params", "read_packets", "standard_input"]
 
 _REASON: Final = error_pb2.ErrorReason.Name(error_pb2.ERROR_REASON_CONTRACT_VIOLATION).removeprefix(
     "ERROR_REASON_"
@@ -22,9 +23,58 @@ _REASON: Final = error_pb2.ErrorReason.Name(error_pb2.ERROR_REASON_CONTRACT_VIOL
 _DECODER: Final = json.JSONDecoder()
 
 
-def read_packets(
-    stream: IO[str], name: str, defaults: HeaderDefaults
-) -> Iterator[packet_pb2.Packet | ContractError]:
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a packet was read.
+
+    Attributes:
+        file: The file's name; `-` for standard input.
+        line: The line on which its JSON document begins, from 1; None where that says nothing: for what
+            concerns the whole file, and for the items of the list that a file begins with.
+        item: Its number in a JSON list, from 1; None outside of one.
+    """
+
+    file: str
+    line: int | None = None
+    item: int | None = None
+
+    def __str__(self) -> str:
+        place = "standard input" if self.file == "-" else self.file
+        if self.line is not None:
+            place += f":{self.line}"
+        return place if self.item is None else f"{place} item {self.item}"
+
+    def data(self) -> dict[str, str | int]:
+        """Return it for programs: `file`, and of `line` and `item` those that there are."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A packet to send or to check, or what stands in its place.
+
+    Attributes:
+        packet: The packet; or why there is none.
+        own_id: The id that it came with; empty where it had none, whatever was filled in.
+        origin: Where it was read; None for a packet made from options.
+    """
+
+    packet: packet_pb2.Packet | ContractError
+    own_id: str = ""
+    origin: Origin | None = None
+
+    @property
+    def subject(self) -> str:
+        """What to call it in an error: its place and its own id, as far as there are any."""
+        place = str(self.origin) if self.origin is not None else ""
+        return f"{place} (packet {self.own_id})" if place and self.own_id else place
+
+    def data(self) -> dict[str, str | int]:
+        """Return where it was read for programs; nothing for a packet made from options."""
+        return self.origin.data() if self.origin is not None else {}
+
+
+def read_packets(stream: IO[str], defaults: HeaderDefaults) -> Iterator[Entry]:
     """Read packets from a JSON document, a JSON array, or JSON documents one after the other.
 
     Lines that are whole documents are read one by one, so that a pipe can go on for ever; anything else
@@ -32,31 +82,32 @@ def read_packets(
 
     Args:
         stream: Where they come from.
-        name: What to call it in an error.
         defaults: What a packet gets where it does not say it itself.
 
     Yields:
         Packets in order; in the place of what is no packet the error that says why. Text that is not
         JSON ends the reading, since nothing behind it can be trusted.
+
+    Raises:
+        ContractError: There is no packet, and nothing in the place of one.
     """
+    name = getattr(stream, "name", "<stdin>")
+    file = "-" if name == "<stdin>" else name
+    found = False
     try:
-        for place, value in _values(stream):
-            try:
-                if isinstance(value, Mapping):
-                    yield defaults.packet(value)
-                else:
-                    kind = type(value).__name__
-                    yield _error(f"{name} has no packet", place, f"is a {kind}, not a JSON object")
-            except ContractError as error:
-                error.add_note(f"in {name}, {place}")
-                yield error
+        for origin, value in _values(stream, file):
+            found = True
+            yield _entry(origin, value, defaults)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        yield _error(f"{name} is not JSON", place, error.msg)
+        yield _unreadable(Origin(file, error.lineno), "not JSON", place, error.msg)
     except UnicodeDecodeError as error:
-        yield _error(f"{name} is not UTF-8 text", f"byte {error.start}", error.reason)
+        yield _unreadable(Origin(file), "not UTF-8 text", f"byte {error.start}", error.reason)
     except RecursionError:
-        yield _error(f"{name} is not packets", "packet", "is nested too deep")
+        yield _unreadable(Origin(file), "not packets", "packet", "is nested too deep")
+    else:
+        if not found:
+            raise ContractError(f"no packets in {Origin(file)}")
 
 
 def standard_input(otherwise: str) -> IO[str]:
@@ -73,48 +124,72 @@ def standard_input(otherwise: str) -> IO[str]:
     return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig")
 
 
-def _values(stream: IO[str]) -> Iterator[tuple[str, Any]]:
+def _entry(origin: Origin, value: Any, defaults: HeaderDefaults) -> Entry:
+    if not isinstance(value, Mapping):
+        return _unreadable(origin, "no packet", "packet", "is not a JSON object")
+    try:
+        return Entry(defaults.packet(value), _own_id(value), origin)
+    except ContractError as error:
+        return Entry(error, _own_id(value), origin)
+
+
+def _own_id(value: Mapping[str, Any]) -> str:
+    header = value.get("header")
+    for fields in (value, header if isinstance(header, Mapping) else {}):
+        for name in ("packet_id", "packetId"):
+            if isinstance(fields.get(name), str) and fields[name]:
+                return str(fields[name])
+    return ""
+
+
+def _values(stream: IO[str], file: str) -> Iterator[tuple[Origin, Any]]:
+    start = 1
     first = stream.readline()
     while first and not first.strip():
+        start += 1
         first = stream.readline()
     try:
         value = json.loads(first)
     except json.JSONDecodeError:
-        yield from _documents(first + stream.read())
+        yield from _documents("\n" * (start - 1) + first + stream.read(), file)
         return
-    yield from _items(value, "line 1")
-    for line, content in enumerate(stream, start=2):
+    yield from _items(value, Origin(file, start), is_first=True)
+    for line, content in enumerate(stream, start=start + 1):
         if content.strip():
             try:
                 value = json.loads(content)
             except json.JSONDecodeError as error:
                 error.lineno += line - 1
                 raise
-            yield from _items(value, f"line {line}")
+            yield from _items(value, Origin(file, line))
 
 
-def _documents(content: str) -> Iterator[tuple[str, Any]]:
-    start, count = 0, 0
-    while True:
-        start += len(content[start:]) - len(content[start:].lstrip())
-        if start >= len(content):
-            if count == 0:
-                raise json.JSONDecodeError("there is nothing in it", content, start)
-            return
-        value, start = _DECODER.raw_decode(content, start)
-        count += 1
-        yield from _items(value, f"document {count}")
+def _documents(content: str, file: str) -> Iterator[tuple[Origin, Any]]:
+    line, end, is_first = 1, 0, True
+    while (start := _end_of_space(content, end)) < len(content):
+        line += content.count("\n", end, start)
+        value, end = _DECODER.raw_decode(content, start)
+        yield from _items(value, Origin(file, line), is_first=is_first)
+        line += content.count("\n", start, end)
+        is_first = False
 
 
-def _items(value: Any, place: str) -> Iterable[tuple[str, Any]]:
-    if isinstance(value, list):
-        return ((f"{place}, item {index}", item) for index, item in enumerate(value, start=1))
-    return ((place, value),)
+def _end_of_space(content: str, start: int) -> int:
+    while start < len(content) and content[start].isspace():
+        start += 1
+    return start
 
 
-def _error(message: str, place: str, detail: str) -> ContractError:
-    violation = Violation(place, "fmi.plain.json", detail)
-    return ContractError(message, reason=_REASON, violations=[violation])
+def _items(value: Any, origin: Origin, *, is_first: bool = False) -> Iterable[tuple[Origin, Any]]:
+    if not isinstance(value, list):
+        return ((origin, value),)
+    line = None if is_first else origin.line
+    return ((Origin(origin.file, line, item), found) for item, found in enumerate(value, start=1))
+
+
+def _unreadable(origin: Origin, message: str, field: str, description: str) -> Entry:
+    violation = Violation(field, "fmi.plain.json", description)
+    return Entry(ContractError(message, reason=_REASON, violations=[violation]), origin=origin)
 
 
 def numbers(

@@ -7,7 +7,6 @@ alike; these probes tell them apart.
 from __future__ import annotations
 
 import os
-import re
 import socket
 import ssl
 from collections.abc import Mapping
@@ -16,14 +15,13 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any, Final
 
+from fmi_client._target import Address
+
 __all__ = [
-    "Address",
-    "AddressError",
     "Certificate",
     "Greeting",
     "connect",
     "greet",
-    "parse_address",
     "proxies",
     "read_certificate",
     "tls_connect",
@@ -38,29 +36,6 @@ _SETTINGS: Final = 4
 _TLS_ALERT: Final = 0x15
 _NO_CHECK_TIME: Final = ssl.VerifyFlags(0x200000)
 """X509_V_FLAG_NO_CHECK_TIME of OpenSSL, which the ssl module does not name."""
-
-_URI: Final = re.compile(r"(?:dns|ipv4|ipv6):(?://[^/]*/)?(?P<rest>.+)")
-_HOST_PORT: Final = re.compile(
-    r"(?:\[(?P<v6>[0-9A-Fa-f:.%A-Za-z]+)\]|(?P<host>[^:\[\]/\s]+)):(?P<port>[0-9]{1,5})"
-)
-
-
-class AddressError(ValueError):
-    """The target is not an address; the text says what one looks like."""
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a server is: a host and a port, or the path of a socket."""
-
-    host: str = ""
-    port: int = 0
-    path: str = ""
-
-    def __str__(self) -> str:
-        if self.path:
-            return self.path
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,29 +66,6 @@ class Greeting(Enum):
     CLOSED = auto()
     SILENT = auto()
     OTHER = auto()
-
-
-def parse_address(target: str) -> Address:
-    """Read a gRPC target.
-
-    Raises:
-        AddressError: It is none, or of a kind that cannot be probed.
-    """
-    if target.startswith("unix:"):
-        return Address(path=target.removeprefix("unix:").removeprefix("//"))
-    if "://" in target and not target.startswith(("dns:", "ipv4:", "ipv6:")):
-        raise AddressError(f"{target!r} is a URL: leave out what is before the host, and any path")
-    uri = _URI.fullmatch(target)
-    match = _HOST_PORT.fullmatch(uri["rest"] if uri else target)
-    if match is None:
-        advice = (
-            "; an IPv6 address stands in brackets: [::1]:50061" if target.count(":") > 1 else ""
-        )
-        raise AddressError(f"{target!r} is not HOST:PORT, for example 127.0.0.1:50061{advice}")
-    port = int(match["port"])
-    if not 1 <= port <= 65_535:
-        raise AddressError(f"{port} is not a port; ports are 1 to 65535")
-    return Address(host=match["v6"] or match["host"], port=port)
 
 
 def connect(address: Address, timeout_s: float) -> socket.socket:

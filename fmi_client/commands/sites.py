@@ -10,7 +10,7 @@ from rich.text import Text
 
 from fmi.v1 import admin_service_pb2
 from fmi_client.commands.exits import ExitCode
-from fmi_client.commands.options import DefaultGroup, Settings, shared_options
+from fmi_client.commands.options import Argument, DefaultGroup, Settings, shared_options
 from fmi_client.commands.output import (
     age,
     message_data,
@@ -44,7 +44,7 @@ def command(_settings: Settings) -> None:
 
 
 @command.command("show")
-@click.argument("cohort", required=False)
+@click.argument("cohort", cls=Argument, required=False, help="The cohort. [default: all]")
 @shared_options
 def _show(settings: Settings, cohort: str | None) -> int:
     """List the sites of a COHORT, or of all (the word `show` may be left out)."""
@@ -60,7 +60,7 @@ def _show(settings: Settings, cohort: str | None) -> int:
 
 
 @command.command("quarantine")
-@click.argument("cohort", required=False)
+@click.argument("cohort", cls=Argument, required=False, help="The cohort. [default: all]")
 @click.option(
     "--release",
     nargs=2,

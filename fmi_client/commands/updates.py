@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Final
 
+from rich.cells import cell_len
 from rich.console import RenderableType
 from rich.text import Text
 
@@ -16,10 +17,15 @@ __all__ = ["headline", "settings_line", "update_view", "warm_start_view"]
 
 _SETTINGS: Final = ("controller", "evaluator", "operators")
 _METRICS: Final = "metrics"
-_MOST_ON_A_LINE: Final = 6
+_MOST_ITEMS: Final = 6
+_LINE_COLUMNS: Final = 78
+"""What a line may hold, so that it fits 80 columns where it is indented."""
+
+_NO_VALUE: Final[Mapping[str, str]] = {"below_quorum": "too few sites"}
+"""What the reasons of signals without a value say; others say it themselves."""
 
 _SOURCES: Final[Mapping[int, str]] = {
-    update_pb2.WARM_START_SOURCE_PROFILE_AND_REGIME: "class and regime",
+    update_pb2.WARM_START_SOURCE_PROFILE_AND_REGIME: "profile class and regime",
     update_pb2.WARM_START_SOURCE_REGIME: "regime",
     update_pb2.WARM_START_SOURCE_PROFILE_CLASS: "profile class",
     update_pb2.WARM_START_SOURCE_COHORT: "cohort",
@@ -43,30 +49,18 @@ def settings_line(update: update_pb2.Update) -> list[Text]:
             return _prior_lines(update.prior_update)
         case "warm_start":
             return [
-                _line(
-                    f"{safe(profile.profile_class)}: "
-                    + _some([f"{safe(n)} {number(v)}" for n, v in sorted(profile.init.items())])
-                )
+                line
                 for profile in update.warm_start.profiles
+                for line in _listed(
+                    [f"{safe(n)} {number(v)}" for n, v in sorted(profile.init.items())]
+                    or ["no values yet"],
+                    lead=f"{safe(profile.profile_class)}: ",
+                )
             ]
         case "policy_hint":
-            hint = update.policy_hint
-            if not hint.hint_id:
-                return [_line(safe(hint.reason) or "no hint")]
-            bundle = _some([f"{safe(n)} = {_param(v)}" for n, v in sorted(hint.bundle.items())])
-            return [
-                _line(
-                    f"{bundle}  effect {number(hint.effect)} (at least {number(hint.effect_lower)}), "
-                    f"{_sites(hint.sites)}"
-                )
-            ]
+            return _hint_lines(update.policy_hint)
         case "causal_consensus":
-            consensus = update.causal_consensus
-            edges = [
-                f"{safe(e.source)} -> {safe(e.target)} {number(e.weight)}" for e in consensus.edges
-            ]
-            more = f"; cycles: {len(consensus.cycles)}" if consensus.cycles else ""
-            return [_line((_some(edges) or "no relation has a quorum") + more)]
+            return _consensus_lines(update.causal_consensus)
         case _:
             return [_line("an update of a kind that this version does not know")]
 
@@ -126,13 +120,45 @@ def _prior_lines(prior: update_pb2.MetaPriorUpdate) -> list[Text]:
     for name, value in sorted(prior.prior.items()):
         spread = interval(prior.estimates[name]) if name in prior.estimates else ""
         shown.append(f"{safe(name)} {number(value)}" + (f" [{spread}]" if spread else ""))
-    missing = sum(not e.HasField("value") for e in prior.estimates.values())
-    lines = [_line(_some(shown) or "no settings have a value")]
-    tail = f"{_sites(prior.lineage.sites)}, confidence {share(prior.confidence)}"
-    if missing:
-        tail += f", {missing} without a value"
-    lines.append(_line(tail, "dim"))
+    lines = _listed(shown) or [_line("no settings have a value")]
+    made_from = f"{_sites(prior.lineage.sites)}, confidence {share(prior.confidence)}"
+    lines.append(_line(made_from, "dim"))
+    for reason, names in _missing_by_reason(prior).items():
+        lines += _listed(names, lead="no value yet: ", tail=f" ({reason})", style="dim")
     return lines
+
+
+def _missing_by_reason(prior: update_pb2.MetaPriorUpdate) -> dict[str, list[str]]:
+    missing: dict[str, list[str]] = {}
+    for name, estimate in sorted(prior.estimates.items()):
+        if not estimate.HasField("value"):
+            missing.setdefault(_why_none(estimate.reason), []).append(safe(name))
+    return missing
+
+
+def _why_none(reason: str) -> str:
+    return _NO_VALUE.get(reason) or safe(reason) or "no reason given"
+
+
+def _hint_lines(hint: update_pb2.MetaPolicyHint) -> list[Text]:
+    if not hint.hint_id:
+        return [_line(safe(hint.reason) or "no hint")]
+    bundle = _listed([f"{safe(n)} = {_param(v)}" for n, v in sorted(hint.bundle.items())])
+    effect = f"effect {number(hint.effect)} (at least {number(hint.effect_lower)})"
+    return [*bundle, _line(f"{effect}, {_sites(hint.sites)}", "dim")]
+
+
+def _consensus_lines(consensus: update_pb2.CausalConsensus) -> list[Text]:
+    edges = [f"{_relation(edge)} {number(edge.weight)}" for edge in consensus.edges]
+    lines = _listed(edges) or [_line("no relation has a quorum")]
+    if consensus.cycles:
+        lines.append(_line(f"cycles: {len(consensus.cycles)}", "dim"))
+    return lines
+
+
+def _relation(edge: update_pb2.ConsensusEdge) -> str:
+    kind = f" ({safe(edge.type)})" if edge.type not in ("", "direct") else ""
+    return f"{safe(edge.source)} -> {safe(edge.target)}{kind}"
 
 
 def _prior_view(prior: update_pb2.MetaPriorUpdate) -> Iterator[RenderableType]:
@@ -181,11 +207,14 @@ def _without_value(prior: update_pb2.MetaPriorUpdate) -> Iterator[RenderableType
     if not missing:
         return
     yield Text()
-    listed = table("without a value", "section", "sites", "reason", right=("sites",))
+    listed = table("no value yet", "section", "sites", "reason", right=("sites",))
     for name in sorted(missing, key=lambda n: (_section_order(missing[n].section), n)):
         estimate = missing[name]
         listed.add_row(
-            text(name), text(estimate.section), str(estimate.sites), text(estimate.reason)
+            text(name),
+            text(estimate.section),
+            str(estimate.sites),
+            _why_none(estimate.reason),
         )
     yield listed
 
@@ -228,11 +257,8 @@ def _consensus_view(consensus: update_pb2.CausalConsensus) -> Iterator[Renderabl
             right=("weight", "support", "sites", "I2"),
         )
         for edge in consensus.edges:
-            relation = text(f"{edge.source} -> {edge.target}")
-            if edge.type and edge.type != "direct":
-                relation.append(f" ({safe(edge.type)})", style="dim")
             listed.add_row(
-                relation,
+                Text(_relation(edge), overflow="fold"),
                 number(edge.weight),
                 interval(edge),
                 share(edge.support),
@@ -306,9 +332,29 @@ def _sites(count: int) -> str:
 
 
 def _some(items: list[str]) -> str:
-    more = len(items) - _MOST_ON_A_LINE
-    shown = ", ".join(items[:_MOST_ON_A_LINE])
-    return f"{shown} and {more} more" if more > 0 else shown
+    return ", ".join(_first(items))
+
+
+def _first(items: list[str]) -> list[str]:
+    """Return the first items, the last with how many more there are."""
+    more = len(items) - _MOST_ITEMS
+    if more <= 0:
+        return items
+    return [*items[: _MOST_ITEMS - 1], f"{items[_MOST_ITEMS - 1]} and {more} more"]
+
+
+def _listed(items: list[str], *, lead: str = "", tail: str = "", style: str = "") -> list[Text]:
+    """Write the first items one after the other; a line breaks between items, never in one."""
+    if not items:
+        return []
+    *others, last = _first(items)
+    indent = "  " if lead else ""
+    lines = [lead]
+    for piece in (*(f"{item}, " for item in others), f"{last}{tail}"):
+        if lines[-1].strip() and cell_len(lines[-1] + piece.rstrip()) > _LINE_COLUMNS:
+            lines.append(indent)
+        lines[-1] += piece
+    return [_line(line.rstrip(), style) for line in lines]
 
 
 def _line(content: str, style: str = "") -> Text:

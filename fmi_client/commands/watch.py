@@ -10,7 +10,7 @@ from rich.text import Text
 
 from fmi.v1 import interchange_service_pb2
 from fmi_client.commands.exits import ExitCode
-from fmi_client.commands.options import FMICommand, Settings, shared_options
+from fmi_client.commands.options import Argument, FMICommand, Settings, shared_options
 from fmi_client.commands.output import message_data, print_json, print_text, show_note, text
 from fmi_client.commands.session import open_client
 from fmi_client.commands.updates import headline, settings_line
@@ -22,7 +22,14 @@ _START: Final = re.compile(r"(?:(?P<cohort>[^:=]+)(?::(?P<kind>[^:=]+))?=)?(?P<r
 
 
 @click.command(name="watch", cls=FMICommand)
-@click.argument("patterns", nargs=-1, required=True, metavar="PATTERN...")
+@click.argument(
+    "patterns",
+    cls=Argument,
+    nargs=-1,
+    required=True,
+    metavar="PATTERN...",
+    help="Names of cohorts, or patterns of names.",
+)
 @click.option(
     "--kind",
     "kinds",
@@ -56,7 +63,8 @@ def command(
 
     In a PATTERN, * stands for any characters within a segment of a name, ** for any characters, ? for
     one. Put patterns in quotes, or the shell takes them for file names. First comes the newest update of
-    each cohort and kind, then every new one. A broken connection is opened again.
+    each cohort and kind, then every new one. A broken connection is opened again; standard error says
+    when it broke and when it was back.
 
     \b
       fmi watch healthcare
@@ -68,7 +76,8 @@ def command(
     starts = _starts(since, patterns, kinds)
     if starts and resume:
         raise click.UsageError("--since-revision and --resume exclude each other.")
-    token, left = "", count
+    token, seen = "", 0
+    told_nothing = bool(resume)  # behind a token, nothing new is what one expects
     try:
         with (
             open_client(settings) as client,
@@ -78,15 +87,20 @@ def command(
                 mode="every" if every else "latest",
                 start=starts or None,
                 resume_token=resume or "",
+                on_state=lambda state: show_note(f"-- {state} --"),
             ) as subscription,
         ):
             for event in subscription.events():
                 _tell(settings, event)
                 token = event.resume_token or token
-                if event.WhichOneof("event") == "update" and left is not None:
-                    left -= 1
-                    if left == 0:
-                        break
+                match event.WhichOneof("event"):
+                    case "update":
+                        seen += 1
+                        if seen == count:
+                            break
+                    case "snapshot_end" if not seen and not told_nothing:
+                        told_nothing = True
+                        _tell_nothing(patterns)
     finally:
         if token and not settings.json:
             show_note(f"go on from here with --resume {token}")
@@ -124,6 +138,13 @@ def _starts(
             for kind in wanted
         )
     return starts
+
+
+def _tell_nothing(patterns: tuple[str, ...]) -> None:
+    show_note(
+        f"-- no update matches {' '.join(patterns)} yet, waiting for the first "
+        "(`fmi cohorts` lists the cohorts) --"
+    )
 
 
 def _tell(settings: Settings, event: interchange_service_pb2.SubscribeResponse) -> None:

@@ -18,7 +18,18 @@ from fmi_client import errors
 from fmi_client.cli import cli
 from fmi_client.commands.exits import ExitCode, exit_code
 
-COMMANDS = ["emit", "validate", "watch", "get", "cohorts", "sites", "contract", "doctor", "demo"]
+COMMANDS = [
+    "emit",
+    "validate",
+    "watch",
+    "get",
+    "cohorts",
+    "sites",
+    "dictionaries",
+    "contract",
+    "doctor",
+    "demo",
+]
 
 
 def update_answer(_request=None):
@@ -35,6 +46,25 @@ def test_every_command_is_listed_and_has_help(fmi):
         told = fmi(name, "--help")
         assert told.exit_code == 0
         assert max(map(len, told.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("line", "metavar"),
+    [
+        (["emit", "file"], "[FILE]"),
+        (["validate"], "[FILE]"),
+        (["watch"], "PATTERN..."),
+        (["get"], "COHORT"),
+        (["cohorts", "put"], "FILE"),
+        (["sites", "quarantine"], "[COHORT]"),
+        (["dictionaries", "train"], "FILE..."),
+        (["dictionaries", "get"], "[ID]"),
+    ],
+)
+def test_arguments_are_described_under_a_heading_of_their_own(fmi, line, metavar):
+    _, told = fmi(*line, "--help").stdout.split("\nArguments:\n")
+    arguments, _ = told.split("\n\nOptions:\n") if "Options:" in told else (told, "")
+    assert re.fullmatch(rf" +{re.escape(metavar)}  +\w[^\n]+", arguments), told
 
 
 def test_help_loads_neither_rich_nor_a_command():
@@ -111,7 +141,9 @@ def test_the_token_goes_along_and_not_in_plain_text_beyond_this_machine(fmi, scr
         (["bogus"], "No such command 'bogus'"),
         (["get"], "Missing argument 'COHORT'"),
         (["get", "care", "--kind", "x"], "Invalid value for '--kind'"),
-        (["emit", "/nowhere/at/all.json"], "No such file"),
+        (["emit", "/nowhere/at/all.json"], "neither a file nor a type of packet"),
+        (["emit", "."], "Is a directory"),
+        (["validate", "/nowhere/at/all.json"], "No such file"),
         (["get", "care", "--timeout", "0"], "Invalid value for '--timeout'"),
         (["watch"], "Missing argument 'PATTERN...'"),
         (["get", "care", "--ca", "/nowhere.pem"], "does not exist"),

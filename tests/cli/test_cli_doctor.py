@@ -18,7 +18,6 @@ from cli_server import Script, contract_answer, serve
 from grpc_health.v1 import health_pb2
 
 from fmi_client.commands.exits import ExitCode
-from fmi_client.commands.probes import Address, AddressError, parse_address
 
 
 def judge(result):
@@ -172,25 +171,17 @@ def test_a_name_that_does_not_resolve(doctor):
     assert "does not resolve" in steps["address"][1]
 
 
-@pytest.mark.parametrize(
-    ("target", "address"),
-    [
-        ("localhost:1", Address("localhost", 1)),
-        ("[::1]:50061", Address("::1", 50061)),
-        ("dns:///a.example:443", Address("a.example", 443)),
-        ("dns:a.example:443", Address("a.example", 443)),
-        ("ipv6:[::1]:7", Address("::1", 7)),
-        ("unix:/run/fmi.sock", Address(path="/run/fmi.sock")),
-        ("unix:///run/fmi.sock", Address(path="/run/fmi.sock")),
-    ],
-)
-def test_addresses(target, address):
-    assert parse_address(target) == address
+@pytest.mark.parametrize("scheme", ["dns:///", "ipv4:"])
+def test_a_target_with_a_scheme_is_examined_like_one_without(doctor, script, scheme):
+    code, steps = doctor(f"{scheme}{script.target}")
+    assert code == ExitCode.OK
+    assert list(steps) == STEPS
 
 
-def test_hosts_with_paths_are_no_addresses():
-    with pytest.raises(AddressError):
-        parse_address("a.example:443/path")
+def test_what_only_grpc_can_resolve_is_tested_as_a_whole(doctor):
+    code, steps = doctor("unix-abstract:nobody-listens-here")
+    assert code == ExitCode.UNREACHABLE
+    assert list(steps) == ["address", "health"]
 
 
 def test_a_listener_that_never_answers(doctor, listener):

@@ -305,12 +305,90 @@ def test_a_bad_packet_does_not_harm_its_neighbours(ask, tmp_path):
         "accepted",
     ]
     fields = [[v["field"] for v in r["error"]["violations"]] for r in receipts if r["error"]]
-    assert fields == [["header.domain_id"], ["colour", 'msp.controller["tau"]'], ["line 4"]]
+    assert fields == [["header.domain_id"], ["colour", 'msp.controller["tau"]'], ["packet"]]
+    assert [(r["file"], r["line"]) for r in receipts] == [(str(file), n) for n in range(1, 6)]
     shown = ask("emit", str(file))
     assert shown.exit_code == ExitCode.REFUSED
     assert shown.stdout.count("accepted") == 2
     assert "2 accepted, 3 refused" in shown.stderr
-    assert "line 3" in shown.stderr
+    assert f"fmi: {file}:3: CONTRACT_VIOLATION" in shown.stderr
+
+
+OWN_ID = "0190b2c4-7e8a-7c3d-9f10-000000000001"
+REFUSED = {"type": "msp", "controller": {"tau": 1}}
+REFUSED_WITH_ID = {**REFUSED, "header": {"packetId": OWN_ID}}
+UNREADABLE_WITH_ID = {"type": "msp", "controller": {"tau": "x"}, "packet_id": OWN_ID}
+ITEMS = [PLAIN, REFUSED, REFUSED_WITH_ID, UNREADABLE_WITH_ID]
+
+
+@pytest.mark.parametrize("line", [["emit"], ["validate", "--offline"]], ids=["emit", "validate"])
+@pytest.mark.parametrize(
+    ("content", "places"),
+    [
+        ("\n" + "\n".join(map(json.dumps, ITEMS)), [{"line": n} for n in (2, 3, 4, 5)]),
+        ("\n".join(json.dumps(i, indent=1) for i in ITEMS), [{"line": n} for n in (1, 8, 14, 23)]),
+        (json.dumps(ITEMS), [{"item": n} for n in (1, 2, 3, 4)]),
+        (json.dumps(ITEMS, indent=2), [{"item": n} for n in (1, 2, 3, 4)]),
+        (
+            f"{json.dumps(ITEMS[:1])}\n{json.dumps(ITEMS[1:])}",
+            [{"item": 1}, *({"line": 2, "item": n} for n in (1, 2, 3))],
+        ),
+    ],
+    ids=["lines", "documents", "list", "indented-list", "lists"],
+)
+@pytest.mark.usefixtures("server")
+def test_a_refused_packet_is_told_by_its_place(ask, tmp_path, line, content, places):
+    file = tmp_path / "packets.json"
+    file.write_text(content)
+    told = ask(*line, "--json", str(file))
+    assert told.exit_code == ExitCode.REFUSED
+    entries = [json.loads(printed) for printed in told.stdout.splitlines()]
+    found = [{k: v for k, v in e.items() if k in ("file", "line", "item")} for e in entries]
+    assert found == [{"file": str(file), **place} for place in places]
+    # An id that was made up here is no help: nothing is stored under it.
+    assert [entry["packet_id"] for entry in entries[1:]] == ["", OWN_ID, OWN_ID]
+    output = ask(*line, str(file)).output
+    for place, own in zip(places[1:], ("", OWN_ID, OWN_ID), strict=True):
+        shown = str(file) + (f":{place['line']}" if "line" in place else "")
+        shown += f" item {place['item']}" if "item" in place else ""
+        assert shown + (f" (packet {own})" if own else "") in output
+    assert output.count("(packet") == 2
+
+
+@pytest.mark.parametrize("command", ["emit", "validate"])
+@pytest.mark.parametrize("content", ["", "[]", " \n"])
+def test_a_file_without_packets_is_told_and_no_success(ask, tmp_path, command, content):
+    file = tmp_path / "none.json"
+    file.write_text(content)
+    told = ask(command, str(file))
+    assert told.exit_code == ExitCode.REFUSED
+    assert told.stderr == f"fmi: no packets in {file}\n"
+    assert told.stdout == ""
+    as_json = ask(command, str(file), "--json")
+    assert json.loads(as_json.stderr)["error"]["message"] == f"no packets in {file}"
+
+
+def test_a_word_that_is_no_file_is_told_what_is_expected(ask):
+    told = ask("emit", "xsp")
+    assert told.exit_code == ExitCode.USAGE
+    usage, *_, error = told.stderr.splitlines()
+    assert usage.startswith("Usage: ")
+    assert usage.endswith("emit [OPTIONS] [FILE | - | msp | pop | ccs] ...")
+    assert error == (
+        "Error: 'xsp' is neither a file nor a type of packet; say what to send: a FILE, - (standard "
+        "input), msp, pop or ccs."
+    )
+
+
+def test_an_unknown_cohort_is_told_with_the_command_that_lists_them(ask, script):
+    script["Emit"] = RefusedError(grpc.StatusCode.NOT_FOUND, "COHORT_UNKNOWN", "no such cohort")
+    told = ask("emit", "msp", "--domain", "s", "--controller", "tau=1")
+    assert told.exit_code == ExitCode.NOT_FOUND
+    assert "`fmi cohorts` lists" in told.stderr
+    response = registry_service_pb2.ValidatePacketResponse()
+    response.refusal.reason = error_pb2.ERROR_REASON_COHORT_UNKNOWN
+    script["ValidatePacket"] = response
+    assert "`fmi cohorts` lists" in ask("validate", stdin=json.dumps(PLAIN)).stdout
 
 
 def test_batches_of_one_go_out_one_by_one(ask, server, tmp_path):
@@ -324,12 +402,15 @@ def test_batches_of_one_go_out_one_by_one(ask, server, tmp_path):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"", "there is nothing in it"),
-        (b"  \n ", "there is nothing in it"),
+        (b"", "no packets in standard input"),
+        (b"  \n ", "no packets in standard input"),
+        (b"[]", "no packets in standard input"),
+        (b"[]\n[]\n", "no packets in standard input"),
         (b"not json", "line 1, column 1"),
-        (b'{"type": "msp"', "line 1"),
+        (b'{"type": "msp"', "standard input:1: CONTRACT_VIOLATION: not JSON"),
+        (b'\n\n{"type": \n"msp"', "standard input:4: CONTRACT_VIOLATION: not JSON"),
         (b'{"type":"msp","domain_id":"s","controller":{"a":1}}\n{oops', "line 2, column 2"),
-        (b"\xff\xfe", "is not UTF-8 text"),
+        (b"\xff\xfe", "standard input: CONTRACT_VIOLATION: not UTF-8 text"),
         (b"[" * 100_000, "nested too deep"),
         (b"[[1]]", "not a JSON object"),
         (b"null", "not a JSON object"),

@@ -192,13 +192,44 @@ def test_tables_keep_to_the_width_and_lose_nothing(ask, script, width, monkeypat
     assert "…" not in result.stdout
 
 
-def test_piped_lines_are_not_broken(ask, script):
+def test_watch_breaks_lines_between_values_and_never_in_one(ask, script):
     def answer(_request):
         update = update_pb2.Update(cohort="care", kind=1, revision=1)
-        for index in range(6):
-            update.prior_update.prior[f"a_rather_long_name_of_a_signal_{index}"] = 0.123456
+        prior = update.prior_update
+        for index in range(8):
+            name = f"signal_{index}"
+            prior.prior[name] = 0.123456
+            prior.estimates[name].value = 0.123456
+            prior.estimates[name].lower, prior.estimates[name].upper = 0.1, 0.2
+        for name in ("gain", "loss"):
+            prior.estimates[name].reason = "below_quorum"
+        for index in range(4):
+            prior.estimates[f"a_rather_long_name_{index}"].reason = "of its own"
+        return [interchange_service_pb2.SubscribeResponse(update=update)]
+
+    script["Subscribe"] = answer
+    lines = ask("watch", "care", "--count", "1").stdout.splitlines()
+    value = "0.1235 [0.1 .. 0.2]"
+    assert lines[1:] == [
+        f"  signal_0 {value}, signal_1 {value},",
+        f"  signal_2 {value}, signal_3 {value},",
+        f"  signal_4 {value}, signal_5 {value} and 2 more",
+        "  0 sites, confidence 0.00",
+        "  no value yet: a_rather_long_name_0, a_rather_long_name_1,",
+        "    a_rather_long_name_2, a_rather_long_name_3 (of its own)",
+        "  no value yet: gain, loss (too few sites)",
+    ]
+    assert max(map(len, lines)) <= 80
+
+
+def test_piped_lines_are_not_broken(ask, script):
+    node = "a_rather_long_name_of_a_node_that_has_no_place_to_break"
+
+    def answer(_request):
+        update = update_pb2.Update(cohort="care", kind=4, revision=1)
+        update.causal_consensus.edges.add(source=node, target=f"{node}_too", weight=0.5)
         return [interchange_service_pb2.SubscribeResponse(update=update)]
 
     script["Subscribe"] = answer
     result = ask("watch", "care", "--count", "1")
-    assert len(result.stdout.splitlines()) == 3
+    assert result.stdout.splitlines()[1] == f"  {node} -> {node}_too 0.5"

@@ -187,10 +187,10 @@ def test_watch_shows_what_comes_and_where_to_go_on(ask, script):
     for part in (
         "care  prior  revision 3  2026-01-02 03:04:05Z",
         "tau 0.91 [0.88 .. 0.94]",
-        "5 sites, confidence 0.71, 1 without a value",
+        "5 sites, confidence 0.71\n  no value yet: drop (2 sites, 3 are needed)",
         "icu: tau 0.5",
-        "tau = 0.8, warm = false  effect 0.3 (at least 0.1)",
-        "dose -> outcome 0.41; cycles: 1",
+        "tau = 0.8, warm = false\n  effect 0.3 (at least 0.1)",
+        "dose -> outcome (lagged) 0.41\n  cycles: 1",
         "up to date (4 updates), live now",
         "revisions 4 to 5 were left out",
         "revision 6",
@@ -385,6 +385,14 @@ def test_cohorts_put_of_what_is_no_spec(ask, script, tmp_path, name, content, to
     assert "SPEC_INVALID" in result.stderr
     assert told in " ".join(result.stderr.split())
     assert "PutCohortSpec" not in script.requests
+
+
+def test_cohorts_put_tells_all_that_is_wrong_with_the_fields_once(ask, tmp_path):
+    file = tmp_path / "care.json"
+    file.write_text('{"nmae": "care", "signals": [{"name": "tau", "section": "kitchen"}]}')
+    told = " ".join(ask("cohorts", "put", str(file)).stderr.split())
+    for words in ("did you mean name?", "must be one of metrics, controller, evaluator, operators"):
+        assert told.count(words) == 1, told
 
 
 def test_an_unsafe_change_names_the_fields(ask, script, tmp_path):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from fmi_client import FMIClient, FMIEmitter, FMIEncoder
 from fmi_client.commands.exits import ExitCode
 from fmi_server.testing import running_server
 
@@ -79,6 +80,15 @@ def test_from_the_first_packet_to_the_prior(ask):
     assert (cohort["sites"], cohort["packets"], cohort["declared"]) == (5, 5, False)
     warm = json.loads(ask("get care --kind warm_start --json").stdout)
     assert 0.90 <= warm["profile"]["init"]["tau"] <= 0.93
+
+
+def test_a_cohort_that_a_packet_opens_is_told(ask):
+    line = "emit msp --domain s --cohort helathcare --controller tau=1"
+    warning = "opens cohort 'helathcare' with its first packet; is the name mistyped?"
+    told = ask(line)
+    assert told.exit_code == 0
+    assert warning in told.stdout
+    assert "warning" not in ask(line).output
 
 
 def test_a_packet_sent_twice_counts_once(ask):
@@ -218,3 +228,34 @@ def test_the_contract_is_written_as_the_server_has_it(ask, tmp_path):
     assert ask("contract --descriptors", str(file)).exit_code == 0
     names = {f.name for f in descriptor_pb2.FileDescriptorSet.FromString(file.read_bytes()).file}
     assert {"fmi/v1/packet.proto", "buf/validate/validate.proto"} <= names
+
+
+def test_a_dictionary_is_registered_fetched_and_used(ask, target, tmp_path):
+    assert ask("dictionaries get").exit_code == ExitCode.NOT_FOUND
+    emitter = FMIEmitter("site_1", cohort="packed")
+    packets = [emitter.emit_msp(controller={"tau": n / 300}) for n in range(300)]
+    trained, fetched = tmp_path / "trained.dict", tmp_path / "fetched.dict"
+    trained.write_bytes(FMIEncoder.train(packets, dictionary_bytes=1024))
+    number = FMIEncoder(dictionary=trained.read_bytes()).dictionary_id
+
+    told = ask(f"dictionaries register {trained}")
+    assert (told.exit_code, told.stdout) == (0, f"dictionary {number} is registered\n")
+    size = trained.stat().st_size
+    assert ask(f"dictionaries get {number}").stdout == f"dictionary {number}: {size} bytes\n"
+    assert json.loads(ask(f"dictionaries get --json --out {fetched}").stdout) == {
+        "dictionary_id": number,
+        "bytes": size,
+        "file": str(fetched),
+    }
+    assert ask("dictionaries get 7").exit_code == ExitCode.NOT_FOUND
+    encoder = FMIEncoder(dictionary=fetched.read_bytes())
+    with FMIClient(target, encoder=encoder) as client:
+        assert client.emit(packets[0]).ok
+
+
+def test_what_is_no_dictionary_is_refused(ask, tmp_path):
+    (tmp_path / "none").write_bytes(b"no dictionary")
+    told = ask(f"dictionaries register {tmp_path / 'none'}")
+    assert told.exit_code == ExitCode.REFUSED
+    assert "SPEC_INVALID" in told.stderr
+    assert ask("dictionaries register /nowhere/at/all").exit_code == ExitCode.USAGE

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import pydoc
+import re
 import subprocess
 import sys
 
@@ -32,6 +34,8 @@ def test_public_names():
         "Subscription",
         "TLSConfig",
         "Violation",
+        "consensus_to_dot",
+        "consensus_to_graphml",
     }
     assert all(hasattr(fmi_client, name) for name in fmi_client.__all__)
 
@@ -48,13 +52,19 @@ def test_both_clients_have_the_same_methods(one, other, only_async):
     def methods(kind):
         return {name for name in dir(kind) if not name.startswith("_")}
 
-    assert methods(one) - only_async <= methods(other) | {"admin"}
+    assert methods(one) - only_async <= methods(other)
     for name in methods(one) & methods(other):
         ours, theirs = getattr(one, name), getattr(other, name)
         if inspect.isfunction(ours) and name != "wait":
             assert list(inspect.signature(ours).parameters) == list(
                 inspect.signature(theirs).parameters
             ), name
+
+
+@pytest.mark.parametrize("client", [FMIClient, AsyncFMIClient])
+def test_help_shows_what_an_operator_can_do(client):
+    shown = pydoc.render_doc(client, renderer=pydoc.plaintext)
+    assert re.search(r"\| +admin\n \| +The operator's calls: ", shown)
 
 
 def test_constructors_have_the_same_arguments():

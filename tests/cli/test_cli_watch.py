@@ -1,0 +1,138 @@
+"""`fmi watch` against the project's own server: nothing to see, an outage, and what comes then."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+
+from fmi.v1 import interchange_service_pb2, update_pb2
+from fmi_client import AsyncFMIClient, FMIEmitter
+from fmi_client.commands.exits import ExitCode
+from fmi_server.testing import running_server
+
+PATIENCE_S = 20
+
+
+@asynccontextmanager
+async def fmi_process(*args: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-c", "from fmi_client.cli import main; main()"),
+        *args,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def line(stream: asyncio.StreamReader) -> str:
+    async with asyncio.timeout(PATIENCE_S):
+        return (await stream.readline()).decode().rstrip("\n")
+
+
+async def emit_five(target: str, cohort: str) -> None:
+    packets = [
+        FMIEmitter(f"site_{i}", cohort=cohort).emit_msp(controller={"tau": 0.9}) for i in range(5)
+    ]
+    async with AsyncFMIClient(target) as client:
+        await client.emit_many(packets)
+
+
+async def test_nothing_to_see_an_outage_and_then_an_update(tmp_path):
+    async with AsyncExitStack() as stack:
+        async with running_server(tmp_path) as server:
+            target = server.target
+            watch = ("watch", "ca?e", "--kind", "prior", "--json", "--target", target)
+            process = await stack.enter_async_context(fmi_process(*watch))
+            assert "snapshot_end" in json.loads(await line(process.stdout))
+            assert await line(process.stderr) == (
+                "-- no update matches ca?e yet, waiting for the first "
+                "(`fmi cohorts` lists the cohorts) --"
+            )
+        told = await line(process.stderr)
+        assert told.startswith(f"-- connection to {target} lost (")
+        assert told.endswith("), trying again --")
+        async with running_server(tmp_path, listen=target):
+            told = await line(process.stderr)
+            assert re.fullmatch(r"-- connected again after [0-9]+\.[0-9] s --", told)
+            await emit_five(target, "care")
+            events = [json.loads(await line(process.stdout)) for _ in range(2)]
+            assert "snapshot_end" in events[0]
+            assert events[1]["update"]["cohort"] == "care"
+            process.send_signal(signal.SIGINT)
+            async with asyncio.timeout(PATIENCE_S):
+                assert await process.wait() == ExitCode.INTERRUPTED
+            assert not (await process.stderr.read()).strip()  # once each, and nothing from the log
+
+
+def quiet(_request):
+    end = interchange_service_pb2.SnapshotEnd()
+    return [
+        interchange_service_pb2.SubscribeResponse(resume_token="t1", snapshot_end=end),  # noqa: S106
+        interchange_service_pb2.SubscribeResponse(resume_token="t2", snapshot_end=end),  # noqa: S106
+        interchange_service_pb2.SubscribeResponse(
+            resume_token="t3",  # noqa: S106
+            update=update_pb2.Update(cohort="care", kind=update_pb2.UPDATE_KIND_PRIOR, revision=1),
+        ),
+    ]
+
+
+def test_that_nothing_matches_is_told_once(ask, script):
+    script["Subscribe"] = quiet
+    result = ask("watch", "care", "retail/*", "--count", "1")
+    assert result.exit_code == ExitCode.OK
+    assert result.stderr.count("no update matches care retail/* yet") == 1
+
+
+def test_behind_a_token_nothing_new_is_no_surprise(ask, script):
+    script["Subscribe"] = quiet
+    result = ask("watch", "care", "--count", "1", "--resume", "t0")
+    assert "no update matches" not in result.stderr
+
+
+def test_a_server_that_is_not_there_is_told_before_watch_gives_up(fmi, unused_port):
+    result = fmi("watch", "care", "--target", f"127.0.0.1:{unused_port}")
+    assert result.exit_code == ExitCode.UNREACHABLE
+    first, *_ = result.stderr.splitlines()
+    assert first.startswith(f"-- no connection to 127.0.0.1:{unused_port} (")
+    assert result.stderr.count("trying again") == 1
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "watch care",
+        "get care",
+        "cohorts",
+        "sites",
+        "contract",
+        "emit msp --domain s --controller tau=1",
+        "doctor",
+    ],
+)
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        ("", "is not HOST:PORT"),
+        ("http://localhost:50061", "is a URL: leave out what is before the host"),
+        ("localhost", "the port is missing"),
+        ("localhost:99999", "99999 is not a port"),
+    ],
+)
+def test_an_impossible_target_is_wrong_usage_of_every_command(fmi, line, target, told):
+    result = fmi(*line.split(), "--target", target)
+    assert result.exit_code == ExitCode.USAGE
+    assert told in " ".join(result.output.split())
