@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from fmi.descriptors import CONTRACT_FILES, SERVICE_NAMES
-from fmi_server.cohort_files import read_cohort_folder
+from fmi.v1 import update_pb2
+from fmi_server.cohort_files import check_changes, read_cohort_folder
 from fmi_server.cohorts import CohortRegistry
 from fmi_server.config import RouterConfig, ServerSettings, SettingsError
 from fmi_server.contracts import FMIContractRegistry
@@ -33,7 +35,9 @@ from fmi_server.telemetry import FMITelemetry
 from fmi_server.transport.admin import AdminServicer
 from fmi_server.transport.handlers import bind
 from fmi_server.transport.interchange import InterchangeServicer
+from fmi_server.transport.parent import ParentLink
 from fmi_server.transport.registry import RegistryServicer
+from fmi_server.uplink import Uplink
 from fmi_server.version import VERSION
 
 __all__ = ["RunningServer", "check_settings", "running", "serve", "server_arguments"]
@@ -103,6 +107,13 @@ def check_settings(settings: ServerSettings, *, own_store: bool = True) -> None:
                 f"{name}: {address} is reachable from other machines, and this version has no TLS; "
                 "listen on 127.0.0.1, or say --insecure if the network itself is protected"
             )
+        if settings.parent is not None and not _loopback(_host(settings.parent)):
+            raise SettingsError(
+                f"parent: {settings.parent} is another machine, and this version has no TLS to it; say "
+                "--insecure if the network itself is protected"
+            )
+    if settings.parent is not None and settings.parent == settings.listen:
+        raise SettingsError(f"parent: {settings.parent} is this server itself")
     if own_store and settings.store == "sqlite":
         _check_folder(settings.data_dir)
 
@@ -119,7 +130,7 @@ async def running(
 
     Raises:
         SettingsError: It may not or cannot listen where it was told to.
-        SpecInvalidError: A cohort file is wrong.
+        CohortFilesError: Cohort files are wrong, or would change a cohort in a way that breaks its sites.
         StoreError: The store cannot be opened.
     """
     check_settings(settings, own_store=store is None)
@@ -142,14 +153,16 @@ async def running(
         max_inflight=settings.max_inflight,
     )
     # A wrong file stops the start before anything is opened.
-    specs = read_cohort_folder(settings.cohorts, cohorts) if settings.cohorts else []
+    files = read_cohort_folder(settings.cohorts, registry) if settings.cohorts else []
     server = grpc.aio.server(options=server_arguments(settings))
     health_servicer = health.aio.HealthServicer()
     _add_services(server, service, health_servicer, settings)
     port = _bind(server, settings.listen)
-    async with service:
-        for spec in specs:
-            await service.put_cohort_spec(spec, force=settings.force_cohorts)
+    async with service, _uplinked(settings, service):
+        if not settings.force_cohorts:
+            check_changes(files, cohorts)
+        for file in files:
+            await service.put_cohort_spec(file.spec, force=settings.force_cohorts)
         metrics = _serve_metrics(settings, telemetry)  # before the server, which it may not stop
         await server.start()
         for name in ("", *SERVICE_NAMES):
@@ -171,6 +184,36 @@ async def running(
             metrics()
 
 
+@contextlib.asynccontextmanager
+async def _uplinked(settings: ServerSettings, service: FMIService) -> AsyncIterator[None]:
+    """Send the priors to the parent, where there is one, for as long as the context lasts."""
+    if settings.parent is None or settings.parent_domain_id is None:
+        yield
+        return
+    publisher = service.releaser.publisher
+
+    def newest(cohort: str) -> update_pb2.Update | None:
+        found = publisher.log.latest.get((cohort, update_pb2.UPDATE_KIND_PRIOR))
+        return None if found is None else update_pb2.Update.FromString(found.payload)
+
+    async with ParentLink(settings.parent) as parent:
+        uplink = Uplink(
+            settings.parent_domain_id,
+            cohorts=lambda: [rules.name for rules in service.cohorts],
+            newest=newest,
+            send=parent.send,
+            telemetry=service.telemetry,
+            clock=time.time,
+        )
+        publisher.on_update(uplink.notice)
+        async with asyncio.TaskGroup() as tasks:
+            sending = tasks.create_task(uplink.run(), name="uplink")
+            try:
+                yield
+            finally:
+                sending.cancel()
+
+
 async def serve(settings: ServerSettings) -> None:
     """Run a server until SIGTERM or SIGINT, then drain. Prints a line when it listens."""
     async with running(settings) as server:
@@ -187,6 +230,8 @@ def _check_folder(folder: Path) -> None:
     absolute = present = folder.absolute()
     try:
         present = next(path for path in (absolute, *absolute.parents) if path.exists())
+        if not present.is_dir():
+            raise SettingsError(f"data_dir: {present} is not a folder, and the store needs one")
         # Rights alone do not tell: the file system may be read-only or may not take folders.
         with tempfile.TemporaryDirectory(dir=present, prefix=".fmi-check-"):
             return
@@ -238,6 +283,7 @@ def _add_services(
 
 
 def _bind(server: grpc.aio.Server, listen: str) -> int:
+    _probe(listen)
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError:
@@ -247,6 +293,26 @@ def _bind(server: grpc.aio.Server, listen: str) -> int:
             f"listen: cannot listen on {listen}; is something else listening there already?"
         )
     return port
+
+
+def _probe(listen: str) -> None:
+    """Find out why an address cannot be listened on, which gRPC's core tells in a log line only."""
+    host, _, port = listen.rpartition(":")
+    reasons = []
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise SettingsError(f"listen: {host} cannot be resolved: {error.strerror}") from None
+    for family, kind, protocol, _, address in found:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                # As gRPC does: the connections of a server that has ended do not keep its port.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+                return
+        except OSError as error:
+            reasons.append(error.strerror)
+    raise SettingsError(f"listen: cannot listen on {listen}: {reasons[0]}; choose another address")
 
 
 def _serve_metrics(settings: ServerSettings, telemetry: FMITelemetry) -> Callable[[], None]:
@@ -274,7 +340,7 @@ def _beyond_loopback(settings: ServerSettings) -> Iterator[tuple[str, str]]:
         ("listen", settings.listen),
         ("metrics_listen", settings.metrics_listen),
     ):
-        if address is not None and not _loopback(address.rpartition(":")[0].strip("[]")):
+        if address is not None and not _loopback(_host(address)):
             yield name, address
 
 
@@ -286,6 +352,10 @@ def _warn_of_open_listening(settings: ServerSettings) -> None:
             else "anybody who reaches it may read the metrics"
         )
         _log.warning("INSECURE: listening on %s without TLS; %s", address, what)
+
+
+def _host(address: str) -> str:
+    return address.rpartition(":")[0].strip("[]")
 
 
 def _loopback(host: str) -> bool:

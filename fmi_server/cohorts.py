@@ -6,11 +6,11 @@ types that the pipeline works with.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
@@ -28,6 +28,7 @@ from fmi_server.errors import (
     SpecInvalidError,
     Violation,
 )
+from fmi_server.spec_checks import spec_violations
 
 __all__ = [
     "CohortRegistry",
@@ -35,6 +36,8 @@ __all__ = [
     "IngestRules",
     "compile_spec",
 ]
+
+_log = logging.getLogger(__name__)
 
 DAY_S: Final = 86_400.0
 
@@ -95,13 +98,12 @@ def compile_spec(
         SpecInvalidError: The spec breaks rules; all of them are told.
         SettingUnsupportedError: It asks for privacy or access rules, which this version does not have.
     """
-    found = registry.message_violations(spec)
-    if found:
-        raise SpecInvalidError(found)
-    found = list(_cross_field_violations(spec))
-    if found:
-        raise SpecInvalidError(found)
-    _refuse_unsupported(spec)
+    found = spec_violations(spec, registry)
+    broken = [violation for violation in found if violation.reason != Reason.SETTING_UNSUPPORTED]
+    if broken:
+        raise SpecInvalidError(broken)
+    for lacking in found:
+        raise SettingUnsupportedError(lacking.field, lacking.description)
     filled = _fill(spec, defaults)
     aggregation = filled.aggregation
     return CohortRules(
@@ -112,7 +114,7 @@ def compile_spec(
         signals=MappingProxyType({signal.name: _signal_rule(signal) for signal in filled.signals}),
         guardrails=frozenset(signal.name for signal in filled.signals if signal.guardrail),
         free_signals=filled.free_signals,
-        aggregation=dataclasses.replace(
+        aggregation=replace(
             defaults,
             metrics_trim_alpha=aggregation.metrics_trim_alpha,
             vote_min_sites=aggregation.vote_min_sites,
@@ -235,7 +237,10 @@ class CohortRegistry:
         """
         rules, changed = self.check(spec, force=force)
         if changed:
+            forced = self.unsafe_changes(rules)
             self._rules[rules.name] = rules
+            for change in forced:
+                _log.warning("cohort %s was changed by force: %s", rules.name, change)
         return rules, changed
 
     def check(
@@ -246,19 +251,27 @@ class CohortRegistry:
         present = self._rules.get(rules.name)
         if present is None:
             return rules, True
-        changed = present.schema_hash != rules.schema_hash or not present.declared
-        if changed and present.declared and not force:
-            unsafe = list(_unsafe_changes(present, rules))
-            if unsafe:
-                raise SpecChangeUnsafeError(unsafe)
-        return rules, changed
+        unsafe = self.unsafe_changes(rules)
+        if unsafe and not force:
+            hint = "say force to do it all the same"
+            raise SpecChangeUnsafeError(
+                [replace(change, description=f"{change.description}; {hint}") for change in unsafe]
+            )
+        return rules, present.schema_hash != rules.schema_hash or not present.declared
+
+    def unsafe_changes(self, rules: CohortRules) -> list[Violation]:
+        """List what rules would change that breaks sites which are built against those in force."""
+        present = self._rules.get(rules.name)
+        if present is None or not present.declared:
+            return []
+        return list(_unsafe_changes(present, rules))
 
     def _opened(self, name: str) -> CohortRules:
         spec = cohort_pb2.CohortSpec()
         spec.CopyFrom(self._template.spec)
         spec.name = name
         schema_hash = hashlib.sha256(spec.SerializeToString(deterministic=True)).hexdigest()
-        return dataclasses.replace(self._template, name=name, spec=spec, schema_hash=schema_hash)
+        return replace(self._template, name=name, spec=spec, schema_hash=schema_hash)
 
 
 _SECTIONS: Final = {
@@ -287,7 +300,7 @@ def _signal_rule(signal: cohort_pb2.SignalSpec) -> SignalRule:
         upper=signal.upper if signal.HasField("upper") else None,
         transform=_TRANSFORMS[signal.transform],
         direction=_DIRECTIONS[signal.direction],
-        scale=signal.scale,
+        scale=signal.scale if signal.HasField("scale") else None,
         unit=signal.unit,
     )
 
@@ -300,8 +313,6 @@ def _fill(spec: cohort_pb2.CohortSpec, defaults: AggregationConfig) -> cohort_pb
         filled.free_signals = not filled.signals
     for signal in filled.signals:
         signal.transform = signal.transform or cohort_pb2.SIGNAL_TRANSFORM_LINEAR
-        if not signal.HasField("scale"):
-            signal.scale = 1.0
     aggregation = filled.aggregation
     for name in ("metrics_trim_alpha", "vote_min_sites", "weight_cap"):
         if not aggregation.HasField(name):
@@ -350,72 +361,6 @@ def _seconds(duration: Duration) -> float:
     return duration.seconds + duration.nanos / 1e9
 
 
-def _cross_field_violations(spec: cohort_pb2.CohortSpec) -> Iterator[Violation]:
-    seen: set[str] = set()
-    for index, signal in enumerate(spec.signals):
-        where = f"signals[{index}]"
-        if signal.name in seen:
-            yield _invalid(f"{where}.name", "signal_once", f"{signal.name!r} is declared twice")
-        seen.add(signal.name)
-        has_lower, has_upper = signal.HasField("lower"), signal.HasField("upper")
-        if signal.transform == cohort_pb2.SIGNAL_TRANSFORM_LOG and not (
-            has_lower and signal.lower > 0
-        ):
-            yield _invalid(
-                f"{where}.lower", "log_bounds", "transform log needs a lower bound above 0"
-            )
-        if signal.transform == cohort_pb2.SIGNAL_TRANSFORM_LOGIT and not (
-            has_lower and has_upper and signal.lower > 0 and signal.upper < 1
-        ):
-            yield _invalid(
-                f"{where}.lower", "logit_bounds", "transform logit needs bounds inside 0 and 1"
-            )
-        if signal.guardrail and not signal.direction:
-            yield _invalid(
-                f"{where}.guardrail", "guardrail_direction", "a guardrail needs a direction"
-            )
-        scored = signal.direction or signal.guardrail
-        if scored and signal.section != cohort_pb2.SIGNAL_SECTION_METRICS:
-            yield _invalid(
-                f"{where}.direction", "metric_direction", "only metrics have a direction"
-            )
-    release = spec.release
-    shortest = _seconds(release.min_interval) if release.HasField("min_interval") else 1.0
-    longest = _seconds(release.max_interval) if release.HasField("max_interval") else 60.0
-    if longest < shortest:
-        yield _invalid(
-            "release.max_interval",
-            "interval_order",
-            f"is {longest:g} s, but must be at least min_interval, {shortest:g} s",
-        )
-
-
-def _invalid(field: str, rule: str, description: str) -> Violation:
-    return Violation(field, f"fmi.cohort_spec.{rule}", description, Reason.SPEC_INVALID)
-
-
-def _refuse_unsupported(spec: cohort_pb2.CohortSpec) -> None:
-    privacy = spec.privacy
-    for name in ("dp_epsilon", "dp_delta", "dp_noise_sigma", "dp_epochs"):
-        if getattr(privacy, name):
-            raise SettingUnsupportedError(
-                f"privacy.{name}",
-                "this version has no differential privacy; remove it and do not rely on noise, or use "
-                "a version that has it",
-            )
-    if privacy.HasField("dp_sensitivity"):
-        raise SettingUnsupportedError(
-            "privacy.dp_sensitivity", "this version has no differential privacy; remove it"
-        )
-    for name in ("emit", "subscribe", "admin"):
-        if getattr(spec.access, name):
-            raise SettingUnsupportedError(
-                f"access.{name}",
-                "this version does not authenticate principals, so it cannot hold access rules; remove "
-                "them and keep the server on a network that only its sites reach",
-            )
-
-
 def _unsafe_changes(present: CohortRules, new: CohortRules) -> Iterator[Violation]:
     for name, old in present.signals.items():
         changed = new.signals.get(name)
@@ -423,7 +368,7 @@ def _unsafe_changes(present: CohortRules, new: CohortRules) -> Iterator[Violatio
             yield from _unsafe_signal_changes(old, changed)
         elif not new.free_signals:
             field = f'signals["{name}"]'
-            yield _unsafe(field, "signal_removed", "would be removed, so sites that send it break")
+            yield _unsafe(field, "signal_removed", "is removed, so sites that send it break")
         elif old.transform != "linear":
             # Undeclared, it would be taken, and averaged on another scale.
             yield _transform_change(old, "linear")
@@ -435,7 +380,7 @@ def _unsafe_changes(present: CohortRules, new: CohortRules) -> Iterator[Violatio
             yield _unsafe(
                 "free_signals",
                 "vocabulary_closed",
-                "would be closed, so undeclared signals are refused",
+                "is closed, so undeclared signals are refused",
             )
 
 
@@ -444,7 +389,7 @@ def _unsafe_signal_changes(old: SignalRule, new: SignalRule) -> Iterator[Violati
         yield _unsafe(
             f'signals["{old.name}"].section',
             "section_changed",
-            f"would change from {old.section} to {new.section}",
+            f"changes from {old.section} to {new.section}",
         )
     if new.transform != old.transform:
         yield _transform_change(old, new.transform)
@@ -455,7 +400,7 @@ def _transform_change(old: SignalRule, transform: str) -> Violation:
     return _unsafe(
         f'signals["{old.name}"].transform',
         "transform_changed",
-        f"would change from {old.transform} to {transform}",
+        f"changes from {old.transform} to {transform}",
     )
 
 
@@ -466,7 +411,7 @@ def _unsafe_bounds(old: SignalRule, new: SignalRule) -> Iterator[Violation]:
             yield _unsafe(
                 f'signals["{old.name}"].{name}',
                 "bounds_narrowed",
-                f"would be narrowed from [{old_lower:g}, {old_upper:g}] to [{lower:g}, {upper:g}]",
+                f"is narrowed from [{old_lower:g}, {old_upper:g}] to [{lower:g}, {upper:g}]",
             )
 
 
@@ -478,9 +423,4 @@ def _bounds(signal: SignalRule) -> tuple[float, float]:
 
 
 def _unsafe(field: str, rule: str, description: str) -> Violation:
-    return Violation(
-        field,
-        f"fmi.cohort_change.{rule}",
-        f"{description}; say force to do it all the same",
-        Reason.SPEC_CHANGE_UNSAFE,
-    )
+    return Violation(field, f"fmi.cohort_change.{rule}", description, Reason.SPEC_CHANGE_UNSAFE)

@@ -12,10 +12,10 @@ from typing import Any, Final, NoReturn
 
 import click
 import structlog
+import yaml
 
 from fmi_server import app
 from fmi_server.cohort_files import read_cohort_folder
-from fmi_server.cohorts import CohortRegistry
 from fmi_server.config import (
     PRIVACY_SETTINGS,
     ServerSettings,
@@ -88,19 +88,22 @@ def serve(config: Path | None, **flags: Any) -> None:
 @cli.command("check-config")
 @_setting_options
 def check_config(config: Path | None, **flags: Any) -> None:
-    """Check the settings and the cohort files, and start nothing."""
+    """Check the settings and the cohort files, and start nothing.
+
+    Prints the settings in force as YAML, which --config takes.
+    """
     settings = _settings(config, flags)
     for line in unknown_variables(os.environ):
         click.echo(f"warning: {line}", err=True)
-    registry = CohortRegistry(FMIContractRegistry())
     try:
         app.check_settings(settings)
-        specs = read_cohort_folder(settings.cohorts, registry) if settings.cohorts else []
-    except (FMIError, SettingsError) as error:
+        folder = settings.cohorts
+        files = read_cohort_folder(folder, FMIContractRegistry()) if folder else []
+    except SettingsError as error:
         _fail(error)
-    for name, value in settings.model_dump(mode="json").items():
-        click.echo(f"{name}: {value}")
-    click.echo(f"{len(specs)} cohort files are in order")
+    shown = settings.model_dump(mode="json")
+    click.echo(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True), nl=False)
+    click.echo(f"# {len(files)} cohort {'file is' if len(files) == 1 else 'files are'} in order")
 
 
 def _settings(config: Path | None, flags: dict[str, Any]) -> ServerSettings:

@@ -13,10 +13,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -153,72 +153,152 @@ _NO_PRIVACY: Final = (
     "or use a version that has it"
 )
 _CLIENT_VARIABLES: Final = frozenset({"FMI_TARGET", "FMI_TOKEN", "FMI_DOMAIN_ID", "FMI_DEBUG"})
+_SITE_NAME: Final = re.compile("[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
 _PLATFORM_VARIABLE: Final = re.compile(r"_SERVICE_HOST$|_PORT(_|$)")
 
 
 class SettingsError(Exception):
-    """A setting is wrong. The message is one line that names it and says what to do."""
+    """A setting is wrong. The message names it and says what to do, in a line for each thing."""
+
+
+# Units, for docs/settings.md; `tools/generate_settings.py` writes it.
+_ADDRESS: Final[dict[str, Any]] = {"unit": "HOST:PORT"}
+_FOLDER: Final[dict[str, Any]] = {"unit": "folder"}
+_BYTES: Final[dict[str, Any]] = {"unit": "bytes"}
+_SECONDS: Final[dict[str, Any]] = {"unit": "seconds"}
 
 
 class ServerSettings(BaseSettings):
     """How the server runs. Six of them suffice to start; each has a default.
 
-    The environment variable of `data_dir` is `FMI_DATA_DIR`, and so on.
+    The environment variable of `data_dir` is `FMI_DATA_DIR`, and so on. After a change of this class, run
+    `tools/generate_settings.py`.
     """
 
     model_config = SettingsConfigDict(env_prefix="FMI_", extra="forbid", frozen=True)
 
-    listen: str = Field(default="127.0.0.1:50061", description="address and port; port 0 picks one")
-    data_dir: Path = Field(default=Path("fmi-data"), description="where the SQLite store lives")
+    listen: str = Field(
+        default="127.0.0.1:50061",
+        description="address and port; port 0 picks one",
+        json_schema_extra=_ADDRESS,
+    )
+    data_dir: Path = Field(
+        default=Path("fmi-data"),
+        description="where the SQLite store lives",
+        json_schema_extra=_FOLDER,
+    )
     store: Literal["sqlite", "memory"] = Field(
         default="sqlite", description="where packets are kept"
     )
-    cohorts: Path | None = Field(default=None, description="folder of cohort files (*.yaml)")
+    cohorts: Path | None = Field(
+        default=None, description="folder of cohort files (*.yaml)", json_schema_extra=_FOLDER
+    )
     open_cohorts: bool = Field(default=True, description="open undeclared cohorts on demand")
     force_cohorts: bool = Field(
         default=False, description="put cohort files in force that would break sites"
+    )
+    parent: str | None = Field(
+        default=None,
+        description="address and port of a parent server that gets the priors; none by default",
+        json_schema_extra=_ADDRESS,
+    )
+    parent_domain_id: str | None = Field(
+        default=None,
+        description="the name of this server as a site of its parent",
+        json_schema_extra={"unit": "site name"},
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="the least severe log line that is written"
     )
     log_format: Literal["text", "json"] = Field(default="text", description="form of the log lines")
     metrics_listen: str | None = Field(
-        default=None, description="address and port of the Prometheus page; none by default"
+        default=None,
+        description="address and port of the Prometheus page; none by default",
+        json_schema_extra=_ADDRESS,
     )
     insecure: bool = Field(default=False, description="allow to listen beyond loopback without TLS")
     reflection: bool = Field(default=True, description="serve reflection and channelz")
     max_message_bytes: int = Field(
-        default=8 * 2**20, ge=2**16, le=2**30, description="largest gRPC message taken"
+        default=8 * 2**20,
+        ge=2**16,
+        le=2**30,
+        description="largest gRPC message taken",
+        json_schema_extra=_BYTES,
     )
     max_batch_packets: int = Field(
-        default=10_000, ge=1, le=1_000_000, description="most packets in one envelope or batch"
+        default=10_000,
+        ge=1,
+        le=1_000_000,
+        description="most packets in one envelope or batch",
+        json_schema_extra={"unit": "packets"},
     )
     max_batch_bytes: int = Field(
-        default=16 * 2**20, ge=2**16, le=2**30, description="most bytes an envelope may decode to"
+        default=16 * 2**20,
+        ge=2**16,
+        le=2**30,
+        description="most bytes an envelope may decode to",
+        json_schema_extra=_BYTES,
     )
     max_inflight: int = Field(
-        default=10_000, ge=1, description="Emit calls at work at once; past it they are refused"
+        default=10_000,
+        ge=1,
+        description="Emit calls at work at once; past it they are refused",
+        json_schema_extra={"unit": "calls"},
     )
-    max_subscribers: int = Field(default=10_000, ge=1, description="subscriptions at the same time")
+    max_subscribers: int = Field(
+        default=10_000,
+        ge=1,
+        description="subscriptions at the same time",
+        json_schema_extra={"unit": "subscriptions"},
+    )
     max_cohorts: int = Field(
-        default=10_000, ge=1, description="cohorts at most; no more are opened on demand past it"
+        default=10_000,
+        ge=1,
+        description="cohorts at most; no more are opened on demand past it",
+        json_schema_extra={"unit": "cohorts"},
     )
     progress_interval_s: float = Field(
-        default=20.0, gt=0, le=30, description="seconds between signs of life on a subscription"
+        default=20.0,
+        gt=0,
+        le=30,
+        description="seconds between signs of life on a subscription",
+        json_schema_extra=_SECONDS,
     )
     drain_s: float = Field(
-        default=10.0, ge=0, description="seconds that calls have to end after SIGTERM"
+        default=10.0,
+        ge=0,
+        description="seconds that calls have to end after SIGTERM",
+        json_schema_extra=_SECONDS,
     )
 
-    @field_validator("listen", "metrics_listen")
+    @field_validator("listen", "metrics_listen", "parent")
     @classmethod
     def _address(cls, value: str | None) -> str | None:
         if value is None:
             return None
         host, separator, port = value.rpartition(":")
-        if not separator or not host or not port.isdecimal() or int(port) > 65535:
+        given = separator and port.isdecimal() and int(port) <= 65535
+        if not given or not _is_host(host):
             raise ValueError("must be HOST:PORT, for example 127.0.0.1:50061 or [::1]:50061")
         return value
+
+    @field_validator("parent_domain_id")
+    @classmethod
+    def _site_name(cls, value: str | None) -> str | None:
+        if value is not None and not _SITE_NAME.fullmatch(value):
+            raise ValueError(
+                "must be 1 to 128 letters, digits and ._:@- that begin with a letter or a digit"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _both_of_a_parent(self) -> Self:
+        if (self.parent is None) != (self.parent_domain_id is None):
+            raise ValueError(
+                "parent and parent_domain_id belong together: the address of the parent, and the name "
+                "under which it knows this server"
+            )
+        return self
 
     @classmethod
     def settings_customise_sources(
@@ -234,6 +314,13 @@ class ServerSettings(BaseSettings):
         yaml_file = settings_cls.model_config.get("yaml_file")
         file = (YamlConfigSettingsSource(settings_cls),) if yaml_file else ()
         return (init_settings, env_settings, *file)
+
+
+def _is_host(text: str) -> bool:
+    try:
+        return bool(text.encode("idna"))
+    except UnicodeError:  # the resolver would raise it too: an empty label, or one that is too long
+        return False
 
 
 def load_settings(flags: dict[str, Any], *, config_file: Path | None = None) -> ServerSettings:

@@ -9,6 +9,7 @@ from typing import Final, Literal
 
 from google.protobuf.message import DecodeError
 
+from fmi.plain import DEFAULT_COHORT
 from fmi.v1 import packet_pb2
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.errors import (
@@ -20,7 +21,7 @@ from fmi_server.errors import (
 from fmi_server.storage.records import AppendOutcome, PacketRecord
 from fmi_server.validator import FMIValidator
 
-__all__ = ["Answer", "Candidate", "Intake", "PacketStatus", "settle"]
+__all__ = ["Answer", "Candidate", "Intake", "PacketStatus", "opening_warnings", "settle"]
 
 PacketStatus = Literal["accepted", "duplicate", "quarantined", "refused"]
 
@@ -136,6 +137,16 @@ class Intake:
                 "refused",
                 error=refusal,
             )
+
+
+def opening_warnings(cohort: str) -> tuple[str, ...]:
+    """Say that a packet opens a cohort that did not exist, which a mistyped name does as well.
+
+    There is nothing to say of the default cohort: its name is what stands where none was given.
+    """
+    if cohort == DEFAULT_COHORT:
+        return ()
+    return (f"header.cohort: opens cohort '{cohort}' with its first packet; is the name mistyped?",)
 
 
 def settle(candidate: Candidate, outcome: AppendOutcome) -> Answer:

@@ -281,8 +281,8 @@ class DictionaryUnknownError(FMIError):
     def __init__(self, dictionary_id: int) -> None:
         self.dictionary_id = dictionary_id
         super().__init__(
-            f"dictionary {dictionary_id} is not registered here; fetch the newest one with "
-            "GetDictionary, or encode without one"
+            f"dictionary {dictionary_id} is not registered here; register it (RegisterDictionary), use "
+            "the newest one that is (GetDictionary), or encode without one"
         )
 
     @property

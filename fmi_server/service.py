@@ -27,6 +27,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
 
@@ -39,7 +40,7 @@ from fmi_server.bus import Bus, FederationBusAdapter
 from fmi_server.cohorts import CohortRegistry, CohortRules
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.dictionaries import DictionaryShelf
-from fmi_server.emission import Answer, Candidate, Intake, settle
+from fmi_server.emission import Answer, Candidate, Intake, opening_warnings, settle
 from fmi_server.envelope import ByteBudget, EnvelopeDecoder, EnvelopeLimits
 from fmi_server.errors import (
     CohortUnknownError,
@@ -217,8 +218,9 @@ class FMIService:
             try:
                 typed = self.registry.coerce(packet)
                 kind = typed.WhichOneof("body") or kind
-                candidate = self._intake.inspect(typed, received_at_us=int(self._clock() * 1e6))
-                self._open_cohort(candidate)
+                candidate = self._open_cohort(
+                    self._intake.inspect(typed, received_at_us=int(self._clock() * 1e6))
+                )
                 outcome = await self._append(candidate)
                 answer = settle(candidate, outcome)
                 if answer.error is not None:
@@ -304,7 +306,10 @@ class FMIService:
 
     def inspect(self, packet: packet_pb2.Packet) -> Inspection:
         """Check a packet as `emit` would, and store nothing."""
-        return self.validator.inspect(packet)
+        found = self.validator.inspect(packet)
+        if found.violations or packet.header.cohort in self.cohorts:
+            return found
+        return replace(found, warnings=(*found.warnings, *opening_warnings(packet.header.cohort)))
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -382,16 +387,19 @@ class FMIService:
         """Open the cohort of a candidate of a batch; it is refused where no more may be opened."""
         if isinstance(item, Candidate):
             try:
-                self._open_cohort(item)
+                return self._open_cohort(item)
             except CohortUnknownError as error:
                 return Answer(item.record.packet_id, item.record.kind, "refused", error=error)
         return item
 
-    def _open_cohort(self, candidate: Candidate) -> None:
+    def _open_cohort(self, candidate: Candidate) -> Candidate:
+        """Open the cohort of a candidate where there is none yet, and warn of that."""
         name = candidate.record.cohort
-        if name not in self.cohorts:
-            self.cohorts.open(name)
-            self.telemetry.cohorts(len(self.cohorts))
+        if name in self.cohorts:
+            return candidate
+        self.cohorts.open(name)
+        self.telemetry.cohorts(len(self.cohorts))
+        return replace(candidate, warnings=(*candidate.warnings, *opening_warnings(name)))
 
     # Updates out
 

@@ -74,6 +74,12 @@ class FMITelemetry:
             buckets=_LATENCY_BUCKETS_S,
             registry=self.registry,
         )
+        self._uplink = Counter(
+            "fmi_uplink_packets",
+            "Priors sent to the parent, by what became of them.",
+            ("outcome",),
+            registry=self.registry,
+        )
         # The children are looked up once: the lookup by labels costs more than the count.
         self._packet_children: dict[tuple[str, str], Counter] = {}
 
@@ -107,6 +113,10 @@ class FMITelemetry:
     def conflated(self, count: int) -> None:
         """Count updates that a slow subscriber did not get."""
         self._conflated.inc(count)
+
+    def uplink(self, outcome: str) -> None:
+        """Count an attempt to send a prior to the parent: `sent`, `refused`, `unavailable` or `failed`."""
+        self._uplink.labels(outcome).inc()
 
     def subscribers(self, count: int) -> None:
         """Set the number of open subscriptions."""

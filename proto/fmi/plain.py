@@ -343,7 +343,7 @@ class _Reader:
                     self._evidence_number(
                         evidence.signals[signal], name, number, f'{path}.{name}["{signal}"]'
                     )
-            elif name in ("confidence", "samples"):
+            elif name in ("confidence", "samples", "sites") and not isinstance(item, Mapping):
                 self._evidence_number(evidence, name, item, f"{path}.{name}")
             elif name == "signals":
                 for signal, fields in self._mapping(item, f"{path}.signals").items():
@@ -354,7 +354,8 @@ class _Reader:
                 self.problem(
                     f"{path}.{name}",
                     "evidence",
-                    "must be confidence, samples, or a signal with its own confidence, samples, stderr",
+                    "must be confidence, samples, sites, or a signal with its own confidence, samples, "
+                    "stderr",
                 )
         return evidence
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 
 import pytest
 from google.protobuf import json_format
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fmi.v1 import cohort_pb2
-from fmi_server.cohort_files import read_cohort_file, read_cohort_folder
 from fmi_server.cohorts import CohortRegistry, IngestRules
 from fmi_server.config import AggregationConfig
 from fmi_server.contracts import FMIContractRegistry
@@ -111,7 +107,7 @@ def test_equal_meaning_has_an_equal_hash(cohorts):
     plain = cohorts.compile(spec(signals=[signal()]))
     written_out = cohorts.compile(
         spec(
-            signals=[signal(transform="SIGNAL_TRANSFORM_LINEAR", scale=1)],
+            signals=[signal(transform="SIGNAL_TRANSFORM_LINEAR")],
             freeSignals=False,
             aggregation={
                 "metricsTrimAlpha": 0.1,
@@ -199,6 +195,20 @@ def test_a_wrong_spec_names_the_field(cohorts, fields, where):
     assert where in fields_of(caught)
     assert caught.value.reason == Reason.SPEC_INVALID
     assert len(cohorts) == 0
+
+
+def test_rules_of_the_contract_and_across_fields_are_told_together(cohorts):
+    wrong = spec(
+        signals=[signal("a b"), signal("m", "METRICS", guardrail=True)],
+        release={"maxInterval": "0.1s"},
+    )
+    with pytest.raises(SpecInvalidError) as caught:
+        cohorts.declare(wrong)
+    assert fields_of(caught) == {
+        "signals[0].name": "string.pattern",
+        "signals[1].guardrail": "fmi.cohort_spec.guardrail_direction",
+        "release.max_interval": "fmi.cohort_spec.interval_order",
+    }
 
 
 def test_all_that_is_wrong_is_told_at_once(cohorts):
@@ -320,15 +330,17 @@ def test_bounds_on_a_signal_that_was_free_are_narrowed_bounds(cohorts):
     assert fields_of(caught).keys() == {'signals["new"].lower'}
 
 
-def test_a_wrong_spec_in_a_folder_names_its_file(tmp_path, cohorts):
-    written(
-        tmp_path, "{name: a, signals: [{name: x, section: metrics, lower: 2, upper: 1}]}", "a.yaml"
-    )
-    with pytest.raises(SpecInvalidError, match=r"a\.yaml: signals\[0\]"):
-        read_cohort_folder(tmp_path, cohorts)
-    written(tmp_path, "{name: a, privacy: {dp_epsilon: 1}}", "a.yaml")
-    with pytest.raises(SettingUnsupportedError, match=r"a\.yaml: privacy\.dp_epsilon"):
-        read_cohort_folder(tmp_path, cohorts)
+def test_a_forced_change_is_logged_with_the_cohort_and_what_changed(cohorts, caplog):
+    cohorts.declare(spec(**BASE))
+    cohorts.declare(spec(**changed(lower=0.05)), force=True)
+    assert not caplog.records, "a safe change needs no force"
+    cohorts.declare(spec(**changed(upper=0.8, section="EVALUATOR")), force=True)
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+    section, lower, upper = (record.getMessage() for record in caplog.records)
+    for line, field in ((section, "section"), (lower, "lower"), (upper, "upper")):
+        assert f'cohort care was changed by force: signals["tau"].{field}: ' in line
+    assert "changes from controller to evaluator" in section
+    assert "is narrowed from [0.05, 0.9] to [0.1, 0.8]" in upper
 
 
 @pytest.mark.parametrize(
@@ -410,115 +422,3 @@ def test_no_more_cohorts_are_opened_than_allowed():
     assert few.open("a").name == "a", "what is open stays open"
     few.declare(spec(name="d"))
     assert [rules.name for rules in few] == ["a", "b", "d"]
-
-
-# Files
-
-
-def written(tmp_path, text: str, name: str = "care.yaml"):
-    path = tmp_path / name
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def test_a_cohort_file_may_be_written_short(tmp_path, cohorts):
-    short = read_cohort_file(
-        written(
-            tmp_path,
-            """
-            name: care
-            signals:
-              - {name: tau, section: controller, lower: 0.001, transform: log}
-              - {name: loss, section: metrics, direction: lower_is_better, guardrail: true}
-            release: {min_interval: 0.5, max_interval: "90s"}
-            ingest: {max_age: 3600, schema_mismatch: refuse}
-            policy: {window: 60, quantum: {tau: 0.1, window: 5, section: 2}}
-            retention: {siteTtl: 7200}
-            """,
-        )
-    )
-    long = spec(
-        signals=[
-            signal(lower=0.001, transform="SIGNAL_TRANSFORM_LOG"),
-            signal("loss", "METRICS", direction="SIGNAL_DIRECTION_LOWER_IS_BETTER", guardrail=True),
-        ],
-        release={"minInterval": "0.5s", "maxInterval": "90s"},
-        ingest={"maxAge": "3600s", "schemaMismatch": "SCHEMA_MISMATCH_REFUSE"},
-        policy={"window": "60s", "quantum": {"tau": 0.1, "window": 5, "section": 2}},
-        retention={"siteTtl": "7200s"},
-    )
-    assert short == long
-    assert cohorts.compile(short).min_interval_s == 0.5
-
-
-def test_proto_json_is_a_cohort_file_too(tmp_path):
-    text = json_format.MessageToJson(spec(**BASE))
-    assert read_cohort_file(written(tmp_path, text, "care.json")) == spec(**BASE)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("name: [", "is not YAML"),
-        ("name: \t- x", "is not YAML"),
-        ("name: 2024-13-45", "is not YAML"),
-        ("a: " + "[" * 5000, "is not YAML"),
-        ("name: " + "9" * 5000, "is not YAML"),
-        ("&x {signals: *x}", "recursion"),
-        ("", "must have the fields of a CohortSpec"),
-        ("- name: care", "must have the fields of a CohortSpec"),
-        ("care", "must have the fields of a CohortSpec"),
-        ("nonsense: 1", 'no field named "nonsense"'),
-        ("name: 5", "name"),
-        ("name: !!python/object:os.system {}", "is not YAML"),
-        ("name: care\nsignals: 5", "signals"),
-        ("name: care\naggregation: [1]", "aggregation"),
-        ("name: care\nrelease: {min_interval: .inf}", "min_interval"),
-        ("name: care\nsignals: [{name: a, section: cellar}]", "section"),
-        ("name: care\nname: care\nsignals: [null]", "signals"),
-    ],
-)
-def test_a_file_that_is_no_cohort_file_is_told_in_one_line(tmp_path, text, said):
-    path = written(tmp_path, text)
-    with pytest.raises(SpecInvalidError, match=said) as caught:
-        read_cohort_file(path)
-    (violation,) = caught.value.violations
-    assert violation.field == str(path)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 600
-
-
-@settings(max_examples=150)
-@given(
-    content=st.binary(max_size=40)
-    | st.text(max_size=40).map(lambda t: t.encode("utf-8", "replace"))
-)
-def test_whatever_stands_in_a_file_is_a_spec_or_a_typed_error(tmp_path_factory, content):
-    path = tmp_path_factory.getbasetemp() / "any.yaml"
-    path.write_bytes(content)
-    with contextlib.suppress(SpecInvalidError):
-        read_cohort_file(path)
-
-
-def test_a_file_that_is_not_there_or_no_text_is_told(tmp_path):
-    with pytest.raises(SpecInvalidError, match="No such file"):
-        read_cohort_file(tmp_path / "nowhere.yaml")
-    latin = tmp_path / "latin.yaml"
-    latin.write_bytes(b"name: \xff\xfe\xfa")
-    with pytest.raises(SpecInvalidError, match="is not YAML"):
-        read_cohort_file(latin)
-
-
-def test_a_folder_is_read_whole(tmp_path, cohorts):
-    written(tmp_path, "name: b", "b.yml")
-    written(tmp_path, "not a cohort file", "README.md")
-    (tmp_path / "eu").mkdir()
-    written(tmp_path / "eu", '{"name": "eu/a"}', "a.json")
-    (tmp_path / "folder.yaml").mkdir()
-    assert [found.name for found in read_cohort_folder(tmp_path, cohorts)] == ["b", "eu/a"]
-    twice = written(tmp_path, "name: b", "z.yaml")
-    with pytest.raises(SpecInvalidError, match="'b' a second time") as caught:
-        read_cohort_folder(tmp_path, cohorts)
-    assert caught.value.violations[0].field == str(twice)
-    with pytest.raises(SpecInvalidError, match="is not a folder"):
-        read_cohort_folder(tmp_path / "nowhere", cohorts)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 START_S = 30.0
 
+LOCAL = ("--listen", "127.0.0.1:0")
+
 COMMAND = (str(Path(sysconfig.get_path("scripts")) / "fmi-server"), "serve")
 
 
@@ -35,6 +37,14 @@ class Ended:
         (line,) = [text for text in self.err.splitlines() if text.startswith("fmi-server: ")]
         assert "Traceback" not in self.err, self.err
         return line.removeprefix("fmi-server: ")
+
+
+def assert_refused(ended: Ended, *words: str) -> None:
+    """It stops with exit code 2 and one line that has the words; nothing ever listened."""
+    assert ended.code == 2, ended
+    assert ended.out == ""
+    for word in words:
+        assert word in ended.line, ended.line
 
 
 @dataclass

@@ -256,7 +256,8 @@ async def test_the_dry_run_says_what_emit_would_and_stores_nothing(client, data_
         answer = await dry(packet)
         assert answer.valid
         assert not answer.HasField("refusal")
-        assert not answer.warnings
+    opening = list(answer.warnings)
+    assert not (await dry(good)).warnings
     answer = await dry(warned)
     assert answer.valid
     warning = list(answer.warnings)
@@ -274,6 +275,7 @@ async def test_the_dry_run_says_what_emit_would_and_stores_nothing(client, data_
     assert set(await client.cohorts()) == {"care"}
 
     assert list((await client.emit(warned))[0].warnings) == warning != []
+    assert list((await client.emit(elsewhere))[0].warnings) == opening != []
     assert (await client.emit(doubtful))[0].refusal.message == reason != ""
     assert set((await refusal_of(client.emit(wrong))).violations) == violations != set()
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import socket
 import sqlite3
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
 import pytest
-from click.testing import CliRunner
+import yaml
 from server_harness import (
     DEADLINE_S,
     Client,
@@ -28,50 +26,12 @@ from server_harness import (
     refusal_of,
     spec,
 )
-from server_process import Ended, run, started
+from server_process import LOCAL, assert_refused, run, started
 
 from fmi.v1 import admin_service_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
-from fmi_server.commands import cli
-from fmi_server.config import ServerSettings
+from fmi_server.config import ServerSettings, load_settings
 from fmi_server.testing import running_server
-
-LOCAL = ("--listen", "127.0.0.1:0")
-
-CARE = """\
-name: care
-signals:
-  - {name: tau, section: controller, lower: 0, upper: 1}
-"""
-
-
-def assert_refused(ended: Ended, *words: str) -> None:
-    """It stops with exit code 2 and one line that has the words; nothing ever listened."""
-    assert ended.code == 2, ended
-    assert ended.out == ""
-    for word in words:
-        assert word in ended.line, ended.line
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch) -> Iterator[Callable[..., Ended]]:
-    """The command inside this process, for tables of settings: a process of its own takes a second."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("FMI_")]:
-        monkeypatch.delenv(name)
-
-    def invoke(*flags: str, env: dict[str, str] | None = None, name: str = "serve") -> Ended:
-        result = CliRunner().invoke(cli, [name, *flags], env=env)
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return Ended(result.exit_code, result.stdout, result.stderr)
-
-    yield invoke
-    root.handlers[:] = handlers
-    root.setLevel(level)
-
 
 # Settings
 
@@ -98,6 +58,7 @@ async def test_insecure_is_said_and_warned_of(tmp_path):
     [
         pytest.param(("--listen", "here"), {}, ("listen", "HOST:PORT", "here"), id="an address"),
         pytest.param(("--listen", "127.0.0.1:99999"), {}, ("listen", "99999"), id="a port"),
+        pytest.param(("--listen", "..:0"), {}, ("listen", "HOST:PORT", ".."), id="no host"),
         pytest.param(("--store", "tape"), {}, ("store", "sqlite", "tape"), id="a store"),
         pytest.param(("--log-level", "loud"), {}, ("log_level", "loud"), id="a log level"),
         pytest.param((), {"FMI_MAX_INFLIGHT": "none"}, ("max_inflight", "none"), id="a number"),
@@ -136,10 +97,60 @@ def test_a_check_of_good_settings_shows_them_and_leaves_nothing(command, tmp_pat
     flags = ("--data-dir", "a/b", "--max-inflight", "7", "--drain-s", "1.5")
     ended = command(*flags, env={"FMI_MAX_INFLGHT": "5"}, name="check-config")
     assert ended.code == 0, ended
-    for line in ("max_inflight: 7", "drain_s: 1.5", "data_dir: a/b", "0 cohort files are in order"):
+    for line in ("max_inflight: 7", "drain_s: 1.5", "data_dir: a/b"):
         assert line in ended.out.splitlines()
     assert "did you mean FMI_MAX_INFLIGHT?" in ended.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_check_prints_is_a_settings_file_that_says_the_same(command, tmp_path):
+    (tmp_path / "Kohörten").mkdir()
+    flags = (
+        "--cohorts",
+        "Kohörten",
+        "--no-open-cohorts",
+        "--metrics-listen",
+        "[::1]:9",
+        "--drain-s",
+        "0",
+    )
+    first = command(*flags, name="check-config")
+    assert first.code == 0, first
+    (tmp_path / "fmi.yaml").write_text(first.out)
+    again = command("--config", "fmi.yaml", name="check-config")
+    assert again == first
+    settings = load_settings({}, config_file=tmp_path / "fmi.yaml")
+    assert settings.cohorts == Path("Kohörten")
+    assert (settings.open_cohorts, settings.metrics_listen, settings.drain_s) == (
+        False,
+        "[::1]:9",
+        0,
+    )
+    assert settings.model_dump().keys() == yaml.safe_load(first.out).keys()
+
+
+@pytest.mark.parametrize(
+    ("names", "line"),
+    [
+        ((), "# 0 cohort files are in order"),
+        (("a",), "# 1 cohort file is in order"),
+        (("a", "b"), "# 2 cohort files are in order"),
+    ],
+)
+def test_a_check_counts_the_cohort_files(command, tmp_path, names, line):
+    for name in names:
+        (tmp_path / f"{name}.yaml").write_text(f"name: {name}\n")
+    ended = command("--cohorts", ".", name="check-config")
+    assert ended.out.splitlines()[-1] == line, ended
+
+
+@pytest.mark.parametrize("folder", ["afile", "afile/below"])
+@pytest.mark.parametrize("name", ["serve", "check-config"])
+def test_a_data_folder_that_is_a_file_is_told(command, tmp_path, name, folder):
+    (tmp_path / "afile").write_text("kept")
+    ended = command(*LOCAL, "--data-dir", folder, name=name)
+    assert_refused(ended, f"data_dir: {tmp_path / 'afile'} is not a folder")
+    assert (tmp_path / "afile").read_text() == "kept"
 
 
 def test_every_setting_has_a_flag(command):
@@ -197,17 +208,36 @@ async def test_flags_go_over_the_environment_over_the_file(tmp_path):
             path.unlink()
 
 
-async def test_a_port_in_use_is_told(tmp_path):
+async def test_a_port_in_use_is_told_by_nothing_but_our_line(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         ended = await run("--listen", address, "--data-dir", str(tmp_path))
-        assert_refused(ended, "listen", address)
+        assert_refused(ended, "listen", address, "Address already in use")
+        assert ended.err.count("\n") == 1, ended.err
         metrics = await run(
             *LOCAL, "--metrics-listen", address, "--data-dir", str(tmp_path / "other")
         )
         assert_refused(metrics, "metrics_listen", address)
+
+
+async def test_the_port_of_a_server_that_ended_is_free_at_once(tmp_path):
+    """Its connections keep the port busy for a while, in a state that stops nobody who may reuse it."""
+    async with started(*LOCAL, "--data-dir", str(tmp_path)) as server:
+        address = server.target
+        async with Client(address) as client, client.subscribed("**") as events:
+            await events.snapshot()
+            server.process.send_signal(signal.SIGTERM)
+            assert await server.process.wait() == 0
+    async with started("--listen", address, "--data-dir", str(tmp_path)) as server:
+        assert server.target == address
+
+
+async def test_an_address_of_another_machine_is_told(tmp_path):
+    elsewhere = "192.0.2.1:0"  # kept free for documentation by RFC 5737
+    ended = await run("--listen", elsewhere, "--insecure", "--data-dir", str(tmp_path))
+    assert_refused(ended, f"listen: cannot listen on {elsewhere}", "Cannot assign")
 
 
 async def test_metrics_are_served(tmp_path):
@@ -277,91 +307,6 @@ async def filled_database(data_dir: Path) -> Path:
     path = data_dir / "fmi.sqlite3"
     assert not path.with_name("fmi.sqlite3-wal").exists()
     return path
-
-
-# Cohort files
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        pytest.param("name: [", ("is not YAML",), id="no YAML"),
-        pytest.param("- care", ("CohortSpec",), id="a list"),
-        pytest.param("name: care\nsignal: []", ("signal",), id="an unknown field"),
-        pytest.param("name: Care Unit", ("name", "string.pattern"), id="a name that is none"),
-        pytest.param("description: x", ("name", "required"), id="no name"),
-        pytest.param(
-            "name: care\nsignals: [{name: tau, section: kitchen}]", ("section",), id="a section"
-        ),
-        pytest.param(
-            "name: care\nsignals: [{name: tau, section: controller, lower: 2, upper: 1}]",
-            ("lower must be less than upper",),
-            id="bounds",
-        ),
-        pytest.param(
-            "name: care\nprivacy: {dp_epsilon: 1.0}",
-            ("dp_epsilon", "no differential privacy"),
-            id="privacy that there is not",
-        ),
-        pytest.param(
-            "name: care\nrelease: {min_interval: soon}", ("min_interval", "soon"), id="a duration"
-        ),
-        pytest.param("name: 2024-01-01\n", ("name",), id="a date for a name"),
-        pytest.param("name: care\nsignals: 5\n", ("signals",), id="a number for a list"),
-    ],
-)
-def test_a_wrong_cohort_file_stops_the_start_and_touches_nothing(command, tmp_path, content, words):
-    (tmp_path / "cohorts").mkdir()
-    (tmp_path / "cohorts" / "care.yaml").write_text(content)
-    assert_refused(command(*LOCAL, "--data-dir", "data", "--cohorts", "cohorts"), *words)
-    assert not (tmp_path / "data" / "fmi.sqlite3").exists()
-
-
-async def test_a_cohort_declared_in_two_files_stops_the_start(tmp_path):
-    for name in ("a.yaml", "b.yaml"):
-        (tmp_path / name).write_text(CARE)
-    ended = await run(*LOCAL, "--data-dir", str(tmp_path), "--cohorts", str(tmp_path))
-    assert_refused(ended, "b.yaml", "care", "second time")
-
-
-async def test_an_unsafe_cohort_file_needs_force(tmp_path):
-    folder = tmp_path / "cohorts"
-    folder.mkdir()
-    flags = (*LOCAL, "--data-dir", str(tmp_path / "data"), "--cohorts", str(folder))
-    (folder / "care.yaml").write_text(CARE)
-    async with started(*flags) as server, Client(server.target) as client:
-        await client.emit(msp("site", "care", controller={"tau": 0.75}))
-        declared = (await client.cohorts())["care"].schema_hash
-    async with started(*flags) as server, Client(server.target) as client:
-        assert (await client.cohorts())["care"].schema_hash == declared
-
-    (folder / "care.yaml").write_text(CARE.replace("upper: 1", "upper: 0.5"))
-    assert_refused(await run(*flags), 'signals["tau"].upper', "force")
-    (folder / "care.yaml").rename(folder / "care.yml")
-    assert_refused(await run(*flags), 'signals["tau"].upper', "force")
-
-    async with started(*flags, "--force-cohorts") as server, Client(server.target) as client:
-        assert (await client.cohorts())["care"].schema_hash != declared
-        refusal = await refusal_of(client.emit(msp("site", "care", controller={"tau": 0.75})))
-        assert refusal.reason == "COHORT_RULE_VIOLATION"
-    async with started(*flags) as server, Client(server.target) as client:
-        assert (await client.sites())["care:site"].packets["msp"] == 1
-
-
-@pytest.mark.parametrize("declared", [True, False], ids=["some declared", "none declared"])
-async def test_closed_cohorts_are_closed(tmp_path, declared):
-    folder = tmp_path / "cohorts"
-    folder.mkdir()
-    if declared:
-        (folder / "care.yaml").write_text(CARE)
-    flags = (*LOCAL, "--data-dir", str(tmp_path / "data"), "--cohorts", str(folder))
-    async with (
-        started(*flags, "--no-open-cohorts") as server,
-        Client(server.target) as client,
-    ):
-        refusal = await refusal_of(client.emit(msp("site", "elsewhere")))
-        assert (refusal.code, refusal.reason) == (grpc.StatusCode.NOT_FOUND, "COHORT_UNKNOWN")
-        assert set(await client.cohorts()) == ({"care"} if declared else set())
 
 
 # The end

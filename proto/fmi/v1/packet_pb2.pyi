@@ -451,10 +451,15 @@ class Evidence(_message.Message):
     CONFIDENCE_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
     SIGNALS_FIELD_NUMBER: _builtins.int
+    SITES_FIELD_NUMBER: _builtins.int
     confidence: _builtins.float
     """Optional. Confidence in 0..1 for every signal that does not have its own. Unset means 1."""
     samples: _builtins.int
     """Optional. Samples behind every signal that does not have its own. Unset means unknown."""
+    sites: _builtins.float
+    """Optional. Effective sites behind the packet, where it sums up a cohort of its own; greater than 0. A
+    claim above the median of the cohort counts as the median. Unset means 1.
+    """
     @_builtins.property
     def signals(self) -> _containers.MessageMap[_builtins.str, Global___SignalEvidence]:
         """Optional. Evidence of single signals by name; a name must stand in a section of the packet."""
@@ -465,19 +470,24 @@ class Evidence(_message.Message):
         confidence: _builtins.float | None = ...,
         samples: _builtins.int | None = ...,
         signals: _abc.Mapping[_builtins.str, Global___SignalEvidence] | None = ...,
+        sites: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_confidence", b"_confidence", "_samples", b"_samples", "confidence", b"confidence", "samples", b"samples"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_confidence", b"_confidence", "_samples", b"_samples", "_sites", b"_sites", "confidence", b"confidence", "samples", b"samples", "sites", b"sites"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_confidence", b"_confidence", "_samples", b"_samples", "confidence", b"confidence", "samples", b"samples", "signals", b"signals"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_confidence", b"_confidence", "_samples", b"_samples", "_sites", b"_sites", "confidence", b"confidence", "samples", b"samples", "signals", b"signals", "sites", b"sites"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__confidence: _TypeAlias = _typing.Literal["confidence"]  # noqa: Y015
     _WhichOneofArgType__confidence: _TypeAlias = _typing.Literal["_confidence", b"_confidence"]  # noqa: Y015
     _WhichOneofReturnType__samples: _TypeAlias = _typing.Literal["samples"]  # noqa: Y015
     _WhichOneofArgType__samples: _TypeAlias = _typing.Literal["_samples", b"_samples"]  # noqa: Y015
+    _WhichOneofReturnType__sites: _TypeAlias = _typing.Literal["sites"]  # noqa: Y015
+    _WhichOneofArgType__sites: _TypeAlias = _typing.Literal["_sites", b"_sites"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__confidence) -> _WhichOneofReturnType__confidence | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__samples) -> _WhichOneofReturnType__samples | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sites) -> _WhichOneofReturnType__sites | None: ...
 
 Global___Evidence: _TypeAlias = Evidence  # noqa: Y015
 
