@@ -32,12 +32,12 @@ from fmi_server.aggregation import (
     PriorRelease,
     ReputationBook,
     SiteContext,
+    SiteGroups,
     WarmStart,
     WarmStartRequest,
     decide_policy,
     describe_contexts,
     pool_causes,
-    site_scores,
     warm_start,
 )
 from fmi_server.cohorts import CohortRules
@@ -314,8 +314,8 @@ class CohortState:
         self._judge()
         reputations = self._trust.snapshot()
         prior = self._matrix.release(self._estimator, reputations, now)
-        contexts = list(self._contexts())
-        classes = Counter(context.profile_class for context in contexts)
+        groups = self._groups()
+        classes = Counter({name: len(sites) for name, sites in groups.by_class.items()})
         quorum = self.min_sites
         # A class below the quorum gets no profile: it could say nothing of its own, and its name may be
         # the doing of a single site.
@@ -325,11 +325,11 @@ class CohortState:
         outcomes = [entry[2] for site in self._sites.values() for entry in site.outcomes]
         return ReleasedStatistics(
             prior=prior,
-            contexts=describe_contexts(self._matrix, contexts, self._estimator),
+            contexts=describe_contexts(self._matrix, groups, self._estimator),
             warm_starts={
                 name: warm_start(
                     self._matrix,
-                    contexts,
+                    groups,
                     WarmStartRequest(profile_class=name),
                     self._estimator,
                     reputation=reputations,
@@ -368,7 +368,7 @@ class CohortState:
         """Find the warm start for a site."""
         return warm_start(
             self._matrix,
-            self._contexts(),
+            self._groups(),
             request,
             self._estimator,
             reputation=self._trust.snapshot(),
@@ -418,15 +418,16 @@ class CohortState:
         """Move the reputation of the sites that sent something new, one step each."""
         if not self._touched:
             return
-        sites, values = self._matrix.transformed_values()
-        scores = dict(zip(sites, site_scores(values).tolist(), strict=True))
-        self._trust.update({name: scores[name] for name in self._touched if name in scores})
+        scores = self._matrix.score_sites(self._touched)
+        self._trust.update(scores)
         # Who could not be judged among too few sites is judged when there are enough.
-        self._touched = {name for name in self._touched if math.isnan(scores.get(name, 0.0))}
+        self._touched = {name for name, score in scores.items() if math.isnan(score)}
 
-    def _contexts(self) -> Iterator[SiteContext]:
-        for domain_id, site in self._sites.items():
-            yield SiteContext(domain_id, site.profile_class, site.regime_tag, site.concepts)
+    def _groups(self) -> SiteGroups:
+        return SiteGroups(
+            SiteContext(domain_id, site.profile_class, site.regime_tag, site.concepts)
+            for domain_id, site in self._sites.items()
+        )
 
 
 def _emitted_at(packet: packet_pb2.Packet) -> float:

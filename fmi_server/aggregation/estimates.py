@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Self
 
 import numpy as np
@@ -82,8 +83,37 @@ class EstimateTable:
             reason=np.full(rows, None, dtype=object),
         )
 
+    @classmethod
+    def stacked(cls, tables: Sequence[Self]) -> Self:
+        """Return one table of the rows of several, at least one."""
+        if len(tables) == 1:
+            return tables[0]
+        columns = {
+            field.name: np.concatenate([getattr(table, field.name) for table in tables])
+            for field in fields(cls)
+        }
+        return cls(**columns)
+
     def __len__(self) -> int:
         return len(self.value)
+
+    def selected(self, rows: NDArray[np.int64]) -> Self:
+        """Return some of the rows."""
+        return type(self)(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    def replaced(self, rows: NDArray[np.int64], fresh: Self, count: int) -> Self:
+        """Return a table of `count` rows in which some stand anew.
+
+        This one stays as it is, because releases share it. Rows that it does not have must be anew.
+        """
+        columns: dict[str, NDArray[np.generic]] = {}
+        for field in fields(self):
+            old = getattr(self, field.name)
+            column = np.empty(count, dtype=old.dtype)
+            column[: len(old)] = old
+            column[rows] = getattr(fresh, field.name)
+            columns[field.name] = column
+        return type(self)(**columns)  # type: ignore[arg-type]
 
     def degrees_of_freedom(self) -> NDArray[np.int64]:
         """Return those of Student's t per row; below 1 there is no interval."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +13,14 @@ from fmi_server.aggregation.estimates import Estimate, EstimateTable
 from fmi_server.aggregation.estimators import MAX_MAGNITUDE, EstimatorSettings, estimate
 from fmi_server.aggregation.resident import ResidentMatrix
 from fmi_server.aggregation.transforms import SignalRule, TransformTable
-from fmi_server.aggregation.trust import START_REPUTATION
+from fmi_server.aggregation.trust import START_REPUTATION, site_scores
 from fmi_server.aggregation.vocabulary import Vocabulary
 
 __all__ = ["CohortMatrix", "IgnoredValue", "PriorRelease", "PutReport"]
 
 _WEIGHT_DIGITS = 2
 _LEAST_TRUST = 0.01
+_BLOCK_CELLS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +90,32 @@ class PriorRelease:
         return {name: self.table.row(row) for row, name in enumerate(self.names)}
 
 
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """Hold the estimates of all rows, told or not, and what they were computed with."""
+
+    table: EstimateTable
+    settings: EstimatorSettings
+    cap: float
+    trust: NDArray[np.float64]
+
+    def is_for(
+        self,
+        settings: EstimatorSettings,
+        cap: float,
+        columns: NDArray[np.int64],
+        trust: NDArray[np.float64],
+    ) -> bool:
+        same = settings == self.settings and cap == self.cap
+        return same and np.array_equal(trust, self.trust[columns])
+
+
 class CohortMatrix:
     """Keep each site's newest value of each signal and release robust estimates of them.
 
     A packet touches one column; its cost does not depend on the number of sites. A signal that a
     newer packet does not carry keeps the newest value that the site sent for it, until `expire`.
-    Values stand clipped and transformed, `+inf` where there is none. Both axes grow by doubling.
+    Values stand clipped and transformed, `+inf` where there is none.
 
     Which names there are, and in which section a name is told, is `Vocabulary`'s to say.
 
@@ -130,15 +151,18 @@ class CohortMatrix:
         self._cells = ResidentMatrix()
         # Lower bound on every confidence held: says when all weights are alike.
         self._lowest_confidence = 1.0
-        self._cached: EstimateTable | None = None
-        self._cached_settings: EstimatorSettings | None = None
-        self._cached_weights: tuple[float, NDArray[np.float64]] | None = None
+        self._last: _Computed | None = None
         self._add_rows()
 
     @property
     def sites(self) -> tuple[str, ...]:
         """Return the ids of the sites that hold a column."""
         return tuple(self._cells.column_of)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the resident arrays."""
+        return self._cells.nbytes
 
     @property
     def signals(self) -> tuple[str, ...]:
@@ -248,22 +272,21 @@ class CohortMatrix:
             now: time of the release, passed on.
         """
         count, cells = len(self._names.rules), self._cells
-        cap, trust = self._site_weights(reputation)
+        cap, trust = self._confidence_cap(), self._trust_by_column(reputation)
         self._mark_reweighted(settings, cap, trust)
         rows = np.flatnonzero(cells.dirty)
-        if rows.size == count or self._cached is None:
+        if rows.size == count or self._last is None:
             rows = np.arange(count)
-            self._cached = self._estimate(rows, slice(None), settings, cap, trust)
+            table = self._estimate(rows, slice(None), settings, cap, trust)
         elif rows.size:
             fresh = self._estimate(rows, slice(None), settings, cap, trust)
-            self._cached = _merged(self._cached, rows, fresh, count)
+            table = self._last.table.replaced(rows, fresh, count)
+        else:
+            table = self._last.table
         cells.dirty[:] = False
-        self._cached_settings = settings
-        self._cached_weights = (cap, trust)
+        self._last = _Computed(table, settings, cap, trust)
         told = self._told_rows()
-        table = self._cached
-        if len(told) < count:
-            table = _selected(table, self._told_index())
+        table = self._told_of(table)
         valued = np.isfinite(table.value)
         oldest, newest = cells.window()
         return PriorRelease(
@@ -286,19 +309,34 @@ class CohortMatrix:
         settings: EstimatorSettings,
         reputation: Mapping[str, float] | None = None,
     ) -> EstimateTable:
-        """Estimate every signal from some of the sites only; nothing is cached."""
-        held = self._cells.column_of
-        columns = np.array([held[site] for site in site_ids if site in held], dtype=np.int64)
-        cap, trust = self._site_weights(reputation)
-        return self._estimate(self._told_index(), columns, settings, cap, trust[columns])
+        """Estimate every signal from some of the sites only.
 
-    def transformed_values(self) -> tuple[tuple[str, ...], NDArray[np.float64]]:
-        """Return site ids and their transformed values, signals x sites, `+inf` where missing."""
-        columns = np.fromiter(self._cells.column_of.values(), dtype=np.int64)
-        values = self._cells.values
-        if len(self._told_rows()) < len(values):
-            values = values[self._told_index()]
-        return self.sites, values[:, columns]
+        Of all sites it is what the last release says, as long as nothing changed since.
+
+        Args:
+            site_ids: sites, each once; those that hold nothing are left out.
+            settings: as in `release`.
+            reputation: as in `release`.
+        """
+        held, last = self._cells.column_of, self._last
+        asked = [site for site in site_ids if site in held]
+        columns = np.array([held[site] for site in asked], dtype=np.int64)
+        cap, trust = self._confidence_cap(), _rounded_trust(asked, reputation)
+        unchanged = len(asked) == len(held) and not self._cells.dirty.any()
+        if unchanged and last is not None and last.is_for(settings, cap, columns, trust):
+            return self._told_of(last.table)
+        return self._estimate(self._told_index(), columns, settings, cap, trust)
+
+    def score_sites(self, site_ids: Collection[str]) -> dict[str, float]:
+        """Return how well some sites agree with all others, by `trust.site_scores`; NaN where unjudged.
+
+        Sites that hold nothing are left out.
+        """
+        held = self._cells.column_of
+        asked = [site for site in site_ids if site in held]
+        columns = np.array([held[site] for site in asked], dtype=np.int64)
+        scores = site_scores(self._cells.values, rows=self._told_index(), columns=columns)
+        return dict(zip(asked, scores.tolist(), strict=True))
 
     def _told_rows(self) -> dict[str, int]:
         return self._names.told(self._cells.values)
@@ -344,45 +382,50 @@ class CohortMatrix:
         cap: float,
         trust: NDArray[np.float64],
     ) -> EstimateTable:
-        cells = self._cells
-        everything = rows.size == len(self._names.rules)
-        values = (cells.values if everything else cells.values[rows])[:, columns]
-        weights = None
-        if self._lowest_confidence < cap or np.unique(trust[cells.occupied[columns]]).size > 1:
-            confidence = (cells.confidence if everything else cells.confidence[rows])[:, columns]
-            weights = np.minimum(confidence, cap)
-            weights *= trust
-        table = estimate(values, weights, settings, self._transforms.tolerance(rows))
-        return self._transforms.back(rows, table)
+        sites = trust[self._cells.occupied[columns]]
+        alike = self._lowest_confidence >= cap and (not sites.size or sites.min() == sites.max())
+        # In blocks, so that temporaries stay small beside the matrix.
+        height = max(1, _BLOCK_CELLS // max(1, trust.size))
+        tables = []
+        for start in range(0, max(1, rows.size), height):
+            part = rows[start : start + height]
+            span = _span(part)
+            values = self._cells.values[span][:, columns]
+            weights = None
+            if not alike:
+                weights = np.minimum(self._cells.confidence[span][:, columns], cap)
+                weights *= trust
+            table = estimate(values, weights, settings, self._transforms.tolerance(part))
+            tables.append(self._transforms.back(part, table))
+        return EstimateTable.stacked(tables)
 
-    def _site_weights(
-        self, reputation: Mapping[str, float] | None
-    ) -> tuple[float, NDArray[np.float64]]:
-        cells = self._cells
-        declared = cells.site_confidence[cells.occupied]
-        cap = round(float(np.median(declared)), _WEIGHT_DIGITS) if declared.size else 1.0
-        trust = np.ones(len(cells.occupied))
-        if reputation is not None and cells.column_of:
-            columns = np.fromiter(cells.column_of.values(), dtype=np.int64)
-            held = [reputation.get(s, START_REPUTATION) for s in cells.column_of]
-            trust[columns] = np.maximum(np.round(held, _WEIGHT_DIGITS), _LEAST_TRUST)
-        return cap, trust
+    def _confidence_cap(self) -> float:
+        declared = self._cells.site_confidence[self._cells.occupied]
+        return round(float(np.median(declared)), _WEIGHT_DIGITS) if declared.size else 1.0
+
+    def _trust_by_column(self, reputation: Mapping[str, float] | None) -> NDArray[np.float64]:
+        held = self._cells.column_of
+        trust = np.ones(len(self._cells.occupied))
+        trust[np.fromiter(held.values(), dtype=np.int64)] = _rounded_trust(held, reputation)
+        return trust
+
+    def _told_of(self, table: EstimateTable) -> EstimateTable:
+        told = self._told_index()
+        return table if told.size == len(table) else table.selected(told)
 
     def _mark_reweighted(
         self, settings: EstimatorSettings, cap: float, trust: NDArray[np.float64]
     ) -> None:
         """Mark the rows that new weights concern."""
-        cells = self._cells
-        if self._cached_weights is None or settings != self._cached_settings:
+        cells, last = self._cells, self._last
+        if last is None or settings != last.settings or cap != last.cap:
             cells.dirty[:] = True
             return
-        old_cap, old_trust = self._cached_weights
-        if cap != old_cap:
-            cells.dirty[:] = True
         # Columns are never taken away, so the old ones lead.
-        moved = np.flatnonzero(trust[: len(old_trust)] != old_trust)
+        moved = np.flatnonzero(trust[: len(last.trust)] != last.trust)
         if moved.size:
-            cells.dirty[:] |= (cells.values[:, moved] < np.inf).any(axis=1)
+            for row in np.flatnonzero(~cells.dirty):
+                cells.dirty[row] = bool((cells.values[row, moved] < np.inf).any())
 
     def _add_rows(self) -> None:
         """Add the rows that new names need. A row that is used again has the transform it needs."""
@@ -391,19 +434,17 @@ class CohortMatrix:
             self._cells.add_row()
 
 
-def _selected(table: EstimateTable, rows: NDArray[np.int64]) -> EstimateTable:
-    return EstimateTable(**{f.name: getattr(table, f.name)[rows] for f in fields(EstimateTable)})
+def _rounded_trust(
+    site_ids: Collection[str], reputation: Mapping[str, float] | None
+) -> NDArray[np.float64]:
+    if reputation is None:
+        return np.ones(len(site_ids))
+    held = np.array([reputation.get(site, START_REPUTATION) for site in site_ids])
+    return np.maximum(np.round(held, _WEIGHT_DIGITS), _LEAST_TRUST)
 
 
-def _merged(
-    held: EstimateTable, rows: NDArray[np.int64], fresh: EstimateTable, count: int
-) -> EstimateTable:
-    """Return `held` with some rows replaced; it is never changed, releases share it."""
-    columns: dict[str, NDArray[np.generic]] = {}
-    for field in fields(EstimateTable):
-        old, new = getattr(held, field.name), getattr(fresh, field.name)
-        column = np.empty(count, dtype=old.dtype)
-        column[: len(old)] = old
-        column[rows] = new
-        columns[field.name] = column
-    return EstimateTable(**columns)  # type: ignore[arg-type]
+def _span(rows: NDArray[np.int64]) -> NDArray[np.int64] | slice:
+    """Return rising rows as a slice where they follow each other, which spares a copy of them."""
+    if rows.size and rows[-1] - rows[0] == rows.size - 1:
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows

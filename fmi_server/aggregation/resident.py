@@ -9,15 +9,16 @@ from numpy.typing import NDArray
 
 __all__ = ["ResidentMatrix"]
 
-_FIRST_SIZE = 16
+_LEAST_GROWTH = 16
 
 
 class ResidentMatrix:
     """Keep newest value, declared confidence and time of every (signal, site).
 
     Rows are signals and only grow; a site holds one column, and the column of a dropped site goes
-    to the next new one. Both axes grow by doubling, so a write costs the same however many sites
-    there are. Empty cells hold value `+inf`, confidence 0 and time `+inf`.
+    to the next new one. Both axes grow by an eighth: a write costs the same however many sites
+    there are, and little memory stands idle. Empty cells hold value `+inf`, confidence 0 and time
+    `+inf`.
     """
 
     def __init__(self) -> None:
@@ -46,6 +47,11 @@ class ResidentMatrix:
         return self._confidence[: self._rows, : self._width]
 
     @property
+    def nbytes(self) -> int:
+        """Return the bytes of the three matrices, with what is kept free for growth."""
+        return self._values.nbytes + self._confidence.nbytes + self._seen.nbytes
+
+    @property
     def dirty(self) -> NDArray[np.bool_]:
         """Return which rows changed, a view that the owner clears."""
         return self._dirty[: self._rows]
@@ -63,7 +69,7 @@ class ResidentMatrix:
     def add_row(self) -> None:
         """Add an empty row, dirty because nobody has seen it yet."""
         if self._rows == self._values.shape[0]:
-            self._grow(max(_FIRST_SIZE, 2 * self._rows), self._values.shape[1])
+            self._grow(_next_size(self._rows), self._values.shape[1])
         self._dirty[self._rows] = True
         self._rows += 1
 
@@ -148,7 +154,7 @@ class ResidentMatrix:
         else:
             column = self._width
             if column == self._values.shape[1]:
-                self._grow(self._values.shape[0], max(_FIRST_SIZE, 2 * column))
+                self._grow(self._values.shape[0], _next_size(column))
             self._width += 1
         self.column_of[site_id] = column
         self._occupied[column] = True
@@ -166,6 +172,10 @@ class ResidentMatrix:
             held = getattr(self, name)
             flags[: len(held)] = held
             setattr(self, name, flags)
+
+
+def _next_size(size: int) -> int:
+    return size + max(_LEAST_GROWTH, size // 8)
 
 
 def _grown(held: NDArray[np.float64], shape: tuple[int, ...], fill: float) -> NDArray[np.float64]:

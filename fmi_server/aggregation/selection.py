@@ -167,28 +167,21 @@ def _rank_moments(
     start: NDArray[np.int64],
     stop: NDArray[np.int64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the sums of (x - centre) and its square over the ranks start <= rank < stop."""
-    first, second = np.zeros(len(ordered)), np.zeros(len(ordered))
-    outer, inner = int(start.min()), int(start.max())
-    inner_stop, outer_stop = int(stop.min()), int(stop.max())
-    if inner >= inner_stop:
-        inner = inner_stop = outer
-    # The ranks that survive in every row need no mask; only the ragged ends do.
-    for begin, end, masked in (
-        (outer, inner, True),
-        (inner, inner_stop, False),
-        (inner_stop, outer_stop, True),
-    ):
-        if begin >= end:
-            continue
-        offset = ordered[:, begin:end] - centre[:, None]
-        if masked:
-            rank = np.arange(begin, end)
-            inside = (rank >= start[:, None]) & (rank < stop[:, None])
-            offset = np.where(inside, offset, 0.0)
-        first += offset.sum(axis=1)
-        second += np.einsum("ij,ij->i", offset, offset)
-    return first, second
+    """Return the sums of (x - centre) and its square over the ranks start <= rank < stop.
+
+    Each row is summed by itself, so that its sums do not depend on the other rows to the last digit: what
+    is computed in parts equals what is computed at once.
+    """
+    outer = int(start.min())
+    within = ordered[:, outer : int(stop.max())]
+    # One cell more, because the end of the last row must be a place too.
+    offset = np.zeros(within.size + 1)
+    np.subtract(within, centre[:, None], out=offset[:-1].reshape(within.shape))
+    begin = np.arange(len(within)) * within.shape[1] - outer
+    ends = np.stack([begin + start, begin + stop], axis=1).ravel()
+    first = np.add.reduceat(offset, ends)[::2]
+    np.multiply(offset, offset, out=offset)
+    return first, np.add.reduceat(offset, ends)[::2]
 
 
 def _weighted_sums(
@@ -204,20 +197,18 @@ def _weighted_sums(
     # page fault per 4 kB, which is most of the time this function would take.
     block = min(rows, max(1, _BLOCK_CELLS // max(1, sites)))
     scratch = np.empty((2, block, sites))
-    inside = np.empty((2, block, sites), dtype=bool)
+    inside = np.empty((block, sites), dtype=bool)
     for start in range(0, rows, block):
         part = slice(start, min(start + block, rows))
         size = part.stop - start
-        alive, finite = scratch[0, :size], scratch[1, :size]
-        kept, below = inside[0, :size], inside[1, :size]
-        np.greater_equal(values[part], low[part, None], out=kept)
-        np.less_equal(values[part], high[part, None], out=below)
-        np.logical_and(kept, below, out=kept)
+        alive, moved, kept = scratch[0, :size], scratch[1, :size], inside[:size]
+        # Moved into the window, missing values are finite: a weight of zero times inf would be NaN.
+        np.minimum(values[part], high[part, None], out=moved)
+        np.maximum(moved, low[part, None], out=moved)
+        np.equal(values[part], moved, out=kept)
         np.multiply(weights[part], kept, out=alive)
-        # A weight of zero times a missing value would be NaN; min() makes it finite.
-        np.minimum(values[part], high[part, None], out=finite)
         alive.sum(axis=1, out=total[part])
-        np.einsum("ij,ij->i", alive, finite, out=weighted[part])
+        np.einsum("ij,ij->i", alive, moved, out=weighted[part])
         np.einsum("ij,ij->i", alive, alive, out=squares[part])
         alive.max(axis=1, out=peak[part], initial=0.0)
     return total, weighted, squares, peak

@@ -7,7 +7,7 @@ caught, and nothing here claims that they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,9 @@ START_REPUTATION = 0.5
 """Reputation of a site nobody has judged yet."""
 
 _MAD_TO_SIGMA = 1.4826022185056018
+
+# Cells taken at once: the temporaries of a block stay in the cache.
+_BLOCK_CELLS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +71,9 @@ def leave_one_out_z(
     """Return each value's distance from the median of the *others*, in robust sigmas.
 
     `z = |x - med| / max(1.4826 * MAD, relative_floor * |med|)`, with median and MAD of the other
-    sites. The leave-one-out median of a row takes at most three values, so three sorts answer
-    all sites of a row exactly. A spread of zero gives 0 where the value agrees and
-    `inf` where it does not.
+    sites. The leave-one-out median of a row takes at most three values and its MAD three for each
+    of them, so one sort answers all sites of a row exactly. A spread of zero gives 0 where the
+    value agrees and `inf` where it does not.
 
     Args:
         values: signals x sites, `+inf` where missing, on the scale they are averaged on.
@@ -79,38 +82,44 @@ def leave_one_out_z(
     Returns:
         Same shape; NaN where missing or where a signal has fewer than `min_sites` sites.
     """
-    settings = settings or TrustSettings()
     result = np.full(values.shape, np.nan)
-    sites = np.count_nonzero(values < np.inf, axis=1)
-    rows = np.flatnonzero(sites >= settings.min_sites)
-    if not rows.size:
-        return result
-    values, sites = values[rows], sites[rows]
-    ordered = np.sort(values, axis=1)
-    others = _median_of_others(values, ordered, sites)
-    mad = np.full(values.shape, np.nan)
-    for candidate in _possible_medians(ordered, sites):
-        distance = np.abs(values - candidate[:, None])
-        spread = _median_of_others(distance, np.sort(distance, axis=1), sites)
-        mad = np.where(others == candidate[:, None], spread, mad)
-    gap = np.abs(values - others)
-    sigma = np.maximum(_MAD_TO_SIGMA * mad, settings.relative_floor * np.abs(others))
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        z = np.where(gap == 0.0, 0.0, gap / sigma)
-    result[rows] = np.where(values < np.inf, z, np.nan)
+    rows = np.arange(len(values))
+    for part, z in _z_by_blocks(values, settings or TrustSettings(), rows, slice(None)):
+        result[part] = z
     return result
 
 
 def site_scores(
-    values: NDArray[np.float64], settings: TrustSettings | None = None
+    values: NDArray[np.float64],
+    settings: TrustSettings | None = None,
+    *,
+    rows: NDArray[np.int64] | None = None,
+    columns: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float64]:
-    """Return per site the mean over its signals of min(1, (2.5 / z)^2); NaN where unjudged."""
+    """Return per site the mean over its signals of min(1, (2.5 / z)^2); NaN where unjudged.
+
+    The rows are taken in blocks, so that the memory needed does not grow with their number.
+
+    Args:
+        values: as in `leave_one_out_z`.
+        settings: rules; None for the defaults.
+        rows: signals that count; None for all.
+        columns: sites to judge, each against all; None judges every site.
+    """
     settings = settings or TrustSettings()
-    z = leave_one_out_z(values, settings)
-    with np.errstate(divide="ignore", over="ignore"):
-        fit = np.minimum(1.0, (settings.tolerance_z / z) ** 2)
-    judged = np.count_nonzero(~np.isnan(fit), axis=0)
-    total = np.where(np.isnan(fit), 0.0, fit).sum(axis=0)
+    rows = np.arange(len(values)) if rows is None else rows
+    count = values.shape[1] if columns is None else columns.size
+    judged: NDArray[np.int64] = np.zeros(count, dtype=np.int64)
+    total = np.zeros(count)
+    chosen = slice(None) if columns is None else columns
+    for _, z in _z_by_blocks(values, settings, rows, chosen):
+        with np.errstate(divide="ignore", over="ignore"):
+            fit = np.minimum(1.0, (settings.tolerance_z / z) ** 2)
+        known = ~np.isnan(fit)
+        judged += np.count_nonzero(known, axis=0)
+        # Row by row: the sum then depends neither on the blocks nor on who else is judged.
+        for row in np.where(known, fit, 0.0):
+            total += row
     return np.where(judged > 0, total / np.maximum(judged, 1), np.nan)
 
 
@@ -163,29 +172,126 @@ class ReputationBook:
         return dict(self._reputation)
 
 
-def _median_of_others(
-    values: NDArray[np.float64], ordered: NDArray[np.float64], sites: NDArray[np.int64]
+@dataclass(frozen=True, slots=True)
+class _Others:
+    """What the others of a site say, for every row and place of the site.
+
+    The place is 0, 1 or 2: how many of two values of the row are smaller than the site's. Median and
+    spread of the others depend on nothing else, nor do the places of its distance.
+
+    Attributes:
+        edges: rows x 2, the two values.
+        centre: rows x 3, median of the others by place.
+        gap_edges: rows x 3 x 2, the two distances from that median by place.
+        sigma: rows x 3 x 3, spread of the others by place of the value, then of its distance.
+    """
+
+    edges: NDArray[np.float64]
+    centre: NDArray[np.float64]
+    gap_edges: NDArray[np.float64]
+    sigma: NDArray[np.float64]
+
+    @classmethod
+    def of(
+        cls, ordered: NDArray[np.float64], sites: NDArray[np.int64], relative_floor: float
+    ) -> _Others:
+        """Read them off sorted rows of at least three sites each."""
+        low, high = (sites - 2) // 2, (sites - 1) // 2
+        ranks = np.stack([low, low + 1, high, high + 1], axis=1)
+        middle = np.take_along_axis(ordered, ranks, axis=1)
+        centre = _medians_without_one(middle)
+        gaps = _nearest_distances(ordered, sites, centre, ranks)
+        sigma = _MAD_TO_SIGMA * _medians_without_one(gaps)
+        sigma = np.maximum(sigma, relative_floor * np.abs(centre)[:, :, None])
+        return cls(middle[:, ::2], centre, gaps[:, :, ::2], sigma)
+
+    def z(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the distances of values of these rows; NaN where missing."""
+        place = np.add(values > self.edges[:, :1], values > self.edges[:, 1:], dtype=np.intp)
+        place += 3 * np.arange(len(values))[:, None]
+        gap = np.abs(values - self.centre.take(place))
+        near, far = (self.gap_edges[:, :, side].take(place) for side in (0, 1))
+        place *= 3
+        place += gap > near
+        place += gap > far
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            z = gap / self.sigma.take(place)
+        z[gap == 0.0] = 0.0
+        z[np.isposinf(values)] = np.nan
+        return z
+
+
+def _z_by_blocks(
+    values: NDArray[np.float64],
+    settings: TrustSettings,
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64] | slice,
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+    """Yield some of the rows with the z of the asked sites, in turn."""
+    height = max(1, _BLOCK_CELLS // max(1, values.shape[1]))
+    for start in range(0, rows.size, height):
+        part = rows[start : start + height]
+        block = values[part]
+        ordered = np.sort(block, axis=1)
+        sites = np.count_nonzero(ordered < np.inf, axis=1)
+        enough = np.flatnonzero(sites >= settings.min_sites)
+        if enough.size < part.size:
+            part, block = part[enough], block[enough]
+            ordered, sites = ordered[enough], sites[enough]
+        if part.size:
+            others = _Others.of(ordered, sites, settings.relative_floor)
+            yield part, others.z(block[:, columns])
+
+
+def _medians_without_one(middle: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the medians that are left when one value goes, by the place of that value.
+
+    Args:
+        middle: ... x 4, of `n` sorted values those of ranks l, l + 1, h and h + 1, where l and h are the
+            middle ranks of `n - 1` values.
+
+    Returns:
+        ... x 3: without a value up to rank l, one up to rank h, one above.
+    """
+    a, b, c, d = np.moveaxis(middle, -1, 0)
+    return np.stack(
+        [first + (second - first) / 2.0 for first, second in ((b, d), (a, d), (a, c))], -1
+    )
+
+
+def _nearest_distances(
+    ordered: NDArray[np.float64],
+    sites: NDArray[np.int64],
+    centre: NDArray[np.float64],
+    ranks: NDArray[np.int64],
 ) -> NDArray[np.float64]:
-    """Return per cell the median of the row's other values; any number where missing."""
-    line = np.arange(len(ordered))
-    remaining = sites - 1
-    low, high = (remaining - 1) // 2, remaining // 2
-    # Without a value at or below a rank, the rank's place is taken by the next larger value.
-    picks: list[NDArray[np.float64]] = []
-    for rank in (low, high):
-        here, after = ordered[line, rank][:, None], ordered[line, rank + 1][:, None]
-        picks.append(np.where(values > here, here, after))
-    low_pick, high_pick = picks
-    return low_pick + (high_pick - low_pick) / 2.0
+    """Return some order statistics of the distances from each centre, without sorting distances.
 
+    The m nearest values stand side by side in a sorted row, and the m-th smallest distance is the smaller
+    one of the largest distances in two neighbouring windows of m values: the first one that reaches as far
+    above the centre as below, found by bisection, and the one before it.
 
-def _possible_medians(
-    ordered: NDArray[np.float64], sites: NDArray[np.int64]
-) -> list[NDArray[np.float64]]:
-    """Return the values that a leave-one-out median of the row can take."""
-    line = np.arange(len(ordered))
-    remaining = sites - 1
-    low, high = (remaining - 1) // 2, remaining // 2
-    a, b = ordered[line, low], ordered[line, low + 1]
-    c, d = ordered[line, high], ordered[line, high + 1]
-    return [first + (second - first) / 2.0 for first, second in ((a, c), (a, d), (b, d))]
+    Args:
+        ordered: sorted rows, `+inf` where missing.
+        sites: values per row.
+        centre: rows x centres, each between smallest and largest value of the row.
+        ranks: rows x ranks wanted, from 0.
+
+    Returns:
+        rows x centres x ranks.
+    """
+    line = np.arange(len(ordered))[:, None, None]
+    middle, reach = centre[:, :, None], ranks[:, None, :]
+    last = sites[:, None, None] - 1 - reach
+    shape = np.broadcast_shapes(middle.shape, reach.shape)
+    first: NDArray[np.int64] = np.zeros(shape, dtype=np.int64)
+    stop = np.broadcast_to(last + 1, shape).copy()
+    for _ in range(int(stop.max()).bit_length()):
+        start = np.minimum((first + stop) // 2, last)
+        far_enough = ordered[line, start + reach] - middle >= middle - ordered[line, start]
+        open_ = first < stop
+        stop = np.where(open_ & far_enough, start, stop)
+        first = np.where(open_ & ~far_enough, start + 1, first)
+    above = ordered[line, np.minimum(first, last) + reach] - middle
+    below = middle - ordered[line, np.maximum(first - 1, 0)]
+    return np.where(first > last, below, np.where(first > 0, np.minimum(above, below), above))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -26,6 +26,7 @@ __all__ = [
     "InitValue",
     "RegimeContext",
     "SiteContext",
+    "SiteGroups",
     "WarmStart",
     "WarmStartRequest",
     "WarmStartSource",
@@ -50,6 +51,27 @@ class SiteContext:
     profile_class: str = ""
     regime_tag: str = ""
     concepts: Mapping[str, float] = field(default_factory=dict)
+
+
+class SiteGroups:
+    """Sites by profile class and by regime tag, grouped once for as many warm starts as are wanted.
+
+    Attributes:
+        by_class: ids of the sites of each profile class.
+        by_tag: sites of each regime.
+        untagged_sites: how many stand in none, because they have no tag.
+    """
+
+    def __init__(self, contexts: Iterable[SiteContext]) -> None:
+        self.by_class: dict[str, list[str]] = defaultdict(list)
+        self.by_tag: dict[str, list[SiteContext]] = defaultdict(list)
+        self.untagged_sites = 0
+        for site in contexts:
+            self.by_class[site.profile_class].append(site.site_id)
+            if site.regime_tag:
+                self.by_tag[site.regime_tag].append(site)
+            else:
+                self.untagged_sites += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +147,7 @@ class WarmStart:
 
 def describe_contexts(
     matrix: CohortMatrix,
-    contexts: Iterable[SiteContext],
+    groups: SiteGroups,
     settings: EstimatorSettings,
 ) -> ContextReport:
     """Describe each tagged regime by the medians of its concepts and settings.
@@ -134,8 +156,7 @@ def describe_contexts(
     without values; its name may be the doing of a single site, and whoever publishes the report
     leaves it out. Sites without a tag are counted only; their ids are not published.
     """
-    sites = list(contexts)
-    by_tag = _by_tag(sites)
+    by_tag = groups.by_tag
     large = [tag for tag, members in by_tag.items() if len(members) >= settings.min_sites]
     described = set(sorted(large, key=lambda tag: (-len(by_tag[tag]), tag))[:MAX_REGIMES])
     regimes = []
@@ -155,13 +176,12 @@ def describe_contexts(
         }
         concepts = _median_concepts(members, settings.min_sites)
         regimes.append(RegimeContext(tag, len(members), concepts, values, None))
-    untagged = sum(1 for site in sites if not site.regime_tag)
-    return ContextReport(tuple(regimes), untagged)
+    return ContextReport(tuple(regimes), groups.untagged_sites)
 
 
 def warm_start(
     matrix: CohortMatrix,
-    contexts: Iterable[SiteContext],
+    groups: SiteGroups,
     request: WarmStartRequest,
     settings: EstimatorSettings,
     *,
@@ -180,20 +200,7 @@ def warm_start(
     angle: with one shared concept every angle is zero. Regimes below `min_sites` sites are not
     matched, because nothing could be said about them.
     """
-    sites = list(contexts)
-    regime, distance, shared = _nearest_regime(_by_tag(sites), request, settings.min_sites)
-    of_class = (
-        {site.site_id for site in sites if request.profile_class == site.profile_class}
-        if request.profile_class
-        else set()
-    )
-    of_regime = {site.site_id for site in sites if regime is not None and site.regime_tag == regime}
-    groups: tuple[tuple[WarmStartSource, Sequence[str]], ...] = (
-        ("profile_and_regime", sorted(of_class & of_regime)),
-        ("regime", sorted(of_regime)),
-        ("profile_class", sorted(of_class)),
-        ("cohort", matrix.sites),
-    )
+    regime, distance, shared = _nearest_regime(groups.by_tag, request, settings.min_sites)
     wanted = [
         (row, name)
         for row, name in enumerate(matrix.signals)
@@ -201,14 +208,15 @@ def warm_start(
     ]
     init: dict[str, InitValue] = {}
     source: WarmStartSource = "none"
-    for label, members in groups:
-        if len(members) < settings.min_sites or len(init) == len(wanted):
-            continue
-        table = matrix.estimate_sites(members, settings, reputation)
-        found = _init_values(table, [(r, n) for r, n in wanted if n not in init], label)
-        init.update(found)
-        if found and source == "none":
-            source = label
+    for label, members in _from_near_to_far(matrix, groups, request.profile_class, regime):
+        if len(members) >= settings.min_sites:
+            table = matrix.estimate_sites(members, settings, reputation)
+            found = _init_values(table, [(r, n) for r, n in wanted if n not in init], label)
+            init.update(found)
+            if found and source == "none":
+                source = label
+        if len(init) == len(wanted):
+            break
     return WarmStart(request.profile_class, init, source, regime, distance, shared)
 
 
@@ -225,12 +233,15 @@ def _init_values(
     return values
 
 
-def _by_tag(sites: Iterable[SiteContext]) -> dict[str, list[SiteContext]]:
-    by_tag: dict[str, list[SiteContext]] = defaultdict(list)
-    for site in sites:
-        if site.regime_tag:
-            by_tag[site.regime_tag].append(site)
-    return by_tag
+def _from_near_to_far(
+    matrix: CohortMatrix, groups: SiteGroups, profile_class: str, regime: str | None
+) -> Iterator[tuple[WarmStartSource, Sequence[str]]]:
+    of_class = groups.by_class.get(profile_class, []) if profile_class else []
+    of_regime = [] if regime is None else [site.site_id for site in groups.by_tag[regime]]
+    yield "profile_and_regime", sorted(set(of_class).intersection(of_regime))
+    yield "regime", sorted(of_regime)
+    yield "profile_class", sorted(of_class)
+    yield "cohort", matrix.sites
 
 
 def _median_concepts(members: Sequence[SiteContext], min_sites: int) -> dict[str, float]:
@@ -250,6 +261,8 @@ def _nearest_regime(
 ) -> tuple[str | None, float | None, tuple[str, ...]]:
     if len(by_tag.get(request.regime_tag, ())) >= min_sites:
         return request.regime_tag, 0.0, ()
+    if not request.concepts:
+        return None, None, ()
     best: tuple[float, str, tuple[str, ...]] | None = None
     for tag, members in by_tag.items():
         if len(members) < min_sites:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fmi_server.aggregation import (
     TrustSettings,
     leave_one_out_z,
     site_scores,
+    trust,
 )
 
 
@@ -41,6 +43,62 @@ def test_z_agrees_with_leaving_each_site_out(values, missing):
     expected = z_by_removal(values, settings)
     np.testing.assert_allclose(found[: len(values)], expected, rtol=1e-9)
     assert np.isnan(found[len(values) :]).all()
+
+
+@given(
+    st.lists(st.sampled_from([-2.0, 0.0, 1.0, 1.5, 7.0]), min_size=5, max_size=14),
+    st.integers(0, 3),
+)
+def test_z_agrees_where_many_values_are_equal(values, missing):
+    row = np.array([[*values, *[np.inf] * missing]])
+    expected = z_by_removal(values, TrustSettings())
+    np.testing.assert_allclose(leave_one_out_z(row)[0, : len(values)], expected, rtol=1e-9)
+
+
+def uneven(rows=37, sites=41):
+    """Make rows of which some have too few sites, some liars, and some but one value."""
+    rng = np.random.default_rng(5)
+    values = rng.normal(1.0, 0.1, (rows, sites))
+    values[rng.random(values.shape) > 0.6] = np.inf
+    values[3, 4:] = np.inf
+    values[5, values[5] < np.inf] = 2.0
+    values[:, 1] *= 30.0
+    return values
+
+
+@pytest.mark.parametrize("cells", [1, 100, 1000])
+def test_blocks_change_no_score(cells, monkeypatch):
+    values = uneven()
+    at_once, z_at_once = site_scores(values), leave_one_out_z(values)
+    monkeypatch.setattr(trust, "_BLOCK_CELLS", cells)
+    np.testing.assert_array_equal(site_scores(values), at_once)
+    np.testing.assert_array_equal(leave_one_out_z(values), z_at_once)
+
+
+def test_who_is_judged_alone_gets_the_score_it_gets_among_all():
+    values = uneven()
+    scores = site_scores(values)
+    for columns in ([7], [1, 0, 40], list(range(41))):
+        found = site_scores(values, columns=np.array(columns))
+        np.testing.assert_array_equal(found, scores[columns])
+    assert site_scores(values, columns=np.array([], dtype=np.int64)).size == 0
+
+
+def test_signals_that_do_not_count_move_no_score():
+    values = uneven()
+    rows = np.array([0, 2, 3, 9, 30])
+    np.testing.assert_array_equal(site_scores(values, rows=rows), site_scores(values[rows]))
+
+
+def test_the_memory_of_judging_does_not_grow_with_the_signals():
+    values = np.random.default_rng(0).normal(size=(800, 1000))
+    peaks = []
+    for rows in (200, 800):
+        tracemalloc.start()
+        site_scores(values[:rows])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 def test_signals_with_few_sites_are_not_judged():

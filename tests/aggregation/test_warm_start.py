@@ -7,6 +7,7 @@ from fmi_server.aggregation import (
     CohortMatrix,
     EstimatorSettings,
     SiteContext,
+    SiteGroups,
     WarmStartRequest,
     describe_contexts,
     warm_start,
@@ -37,7 +38,7 @@ def contexts():
 
 
 def test_class_and_regime_come_first(matrix, contexts):
-    found = warm_start(matrix, contexts, WarmStartRequest("clinic", "night"), RULES)
+    found = warm_start(matrix, SiteGroups(contexts), WarmStartRequest("clinic", "night"), RULES)
     tau = found.init["tau"]
     assert (found.source, found.regime, found.regime_distance) == ("profile_and_regime", "night", 0)
     assert (tau.source, tau.sites) == ("profile_and_regime", 6)
@@ -45,13 +46,13 @@ def test_class_and_regime_come_first(matrix, contexts):
 
 
 def test_each_value_says_where_it_came_from(matrix, contexts):
-    found = warm_start(matrix, contexts, WarmStartRequest("clinic", "night"), RULES)
+    found = warm_start(matrix, SiteGroups(contexts), WarmStartRequest("clinic", "night"), RULES)
     # One night clinic and one day clinic know `rare`; only the cohort has enough sites.
     assert (found.init["rare"].source, found.init["rare"].sites) == ("cohort", 4)
 
 
 def test_metrics_start_nothing(matrix, contexts):
-    found = warm_start(matrix, contexts, WarmStartRequest("clinic"), RULES)
+    found = warm_start(matrix, SiteGroups(contexts), WarmStartRequest("clinic"), RULES)
     assert set(found.init) == {"tau", "rare"}
 
 
@@ -60,7 +61,7 @@ def test_metrics_start_nothing(matrix, contexts):
 )
 def test_the_nearest_regime_by_concepts(matrix, contexts, load, risk, regime):
     request = WarmStartRequest(concepts={"load": load, "risk": risk})
-    found = warm_start(matrix, contexts, request, RULES)
+    found = warm_start(matrix, SiteGroups(contexts), request, RULES)
     centre = {"night": (0.1, 0.9), "day": (0.9, 0.2)}[regime]
     expected = np.linalg.norm(np.subtract((load, risk), centre)) / np.sqrt(2)
     assert (found.regime, found.source) == (regime, "regime")
@@ -70,36 +71,38 @@ def test_the_nearest_regime_by_concepts(matrix, contexts, load, risk, regime):
 
 def test_a_regime_must_share_half_of_the_concepts(matrix, contexts):
     request = WarmStartRequest(concepts={"load": 0.1, "x": 1.0, "y": 1.0})
-    found = warm_start(matrix, contexts, request, RULES)
+    found = warm_start(matrix, SiteGroups(contexts), request, RULES)
     assert (found.regime, found.regime_distance, found.source) == (None, None, "cohort")
 
 
 def test_the_fallback_is_labelled(matrix, contexts):
-    lab = warm_start(matrix, contexts, WarmStartRequest("lab", "unknown"), RULES)
+    lab = warm_start(matrix, SiteGroups(contexts), WarmStartRequest("lab", "unknown"), RULES)
     assert (lab.source, lab.regime) == ("profile_class", None)
     assert lab.init["tau"].value == pytest.approx(9.11)
-    other = warm_start(matrix, contexts, WarmStartRequest("bank"), RULES)
+    other = warm_start(matrix, SiteGroups(contexts), WarmStartRequest("bank"), RULES)
     assert (other.source, other.init["tau"].sites) == ("cohort", 13)
-    other_class = warm_start(matrix, contexts, WarmStartRequest("bank", "day"), RULES)
+    other_class = warm_start(matrix, SiteGroups(contexts), WarmStartRequest("bank", "day"), RULES)
     assert (other_class.source, other_class.init["tau"].sites) == ("regime", 4)
-    nothing = warm_start(CohortMatrix(), [], WarmStartRequest("bank"), RULES)
+    nothing = warm_start(CohortMatrix(), SiteGroups([]), WarmStartRequest("bank"), RULES)
     assert (nothing.source, nothing.init) == ("none", {})
 
 
 def test_a_small_regime_is_never_matched(matrix):
     contexts = [SiteContext("s0", "", "lonely", {"load": 0.5})]
-    found = warm_start(matrix, contexts, WarmStartRequest("", "lonely", {"load": 0.5}), RULES)
+    found = warm_start(
+        matrix, SiteGroups(contexts), WarmStartRequest("", "lonely", {"load": 0.5}), RULES
+    )
     assert (found.regime, found.source) == (None, "cohort")
 
 
 def test_a_liar_in_the_regime_does_not_move_the_start(matrix, contexts):
     matrix.put("s0", {"controller": {"tau": 1e9}}, now=1.0)
-    found = warm_start(matrix, contexts, WarmStartRequest("clinic", "night"), RULES)
+    found = warm_start(matrix, SiteGroups(contexts), WarmStartRequest("clinic", "night"), RULES)
     assert 1.01 <= found.init["tau"].value <= 1.05
 
 
 def test_contexts_describe_regimes_by_medians(matrix, contexts):
-    report = describe_contexts(matrix, contexts, RULES)
+    report = describe_contexts(matrix, SiteGroups(contexts), RULES)
     day, night = report.regimes
     assert (day.name, day.sites, day.withheld) == ("day", 4, None)
     assert day.concepts == {"load": 0.9, "risk": 0.2}
@@ -111,12 +114,14 @@ def test_contexts_describe_regimes_by_medians(matrix, contexts):
 
 def test_a_regime_of_few_sites_discloses_no_values(matrix, contexts):
     few = [SiteContext("s0", "", "lonely", {"load": 0.123}), *contexts[1:]]
-    report = describe_contexts(matrix, few, RULES)
+    report = describe_contexts(matrix, SiteGroups(few), RULES)
     lonely = next(regime for regime in report.regimes if regime.name == "lonely")
     assert (lonely.sites, lonely.withheld) == (1, "below_quorum")
     assert (dict(lonely.concepts), dict(lonely.settings)) == ({}, {})
 
 
 def test_ids_of_untagged_sites_are_not_published(matrix, contexts):
-    names = {regime.name for regime in describe_contexts(matrix, contexts, RULES).regimes}
+    names = {
+        regime.name for regime in describe_contexts(matrix, SiteGroups(contexts), RULES).regimes
+    }
     assert names == {"day", "night"}
