@@ -399,6 +399,7 @@ class CohortState:
                 for name, own in evidence.signals.items()
                 if own.HasField("confidence")
             },
+            size=evidence.sites if evidence.HasField("sites") else 1.0,
         )
         self._touched.add(domain_id)
         for value in report.ignored:

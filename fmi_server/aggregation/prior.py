@@ -196,6 +196,7 @@ class CohortMatrix:
         now: float,
         confidence: float = 1.0,
         signal_confidence: Mapping[str, float] | None = None,
+        size: float = 1.0,
     ) -> PutReport:
         """Take a site's packet: each value it carries replaces the site's older one.
 
@@ -208,13 +209,16 @@ class CohortMatrix:
             now: time of the packet in seconds.
             confidence: declared confidence, 0..1, of all values without an own one.
             signal_confidence: declared confidence per signal.
+            size: effective sites that the packet stands for, where it sums up others.
 
         Raises:
             ValueError: a value is not finite or beyond `MAX_MAGNITUDE`, a confidence lies
-                outside 0..1 or `now` is not finite; nothing is changed.
+                outside 0..1, `size` is not positive or `now` is not finite; nothing is changed.
         """
         if not math.isfinite(now):
             raise ValueError("now must be finite")
+        if not 0.0 < size < math.inf:
+            raise ValueError(f"size must be positive, got {size}")
         own = signal_confidence or {}
         for declared in (confidence, *own.values()):
             if not 0.0 <= declared <= 1.0:
@@ -235,7 +239,7 @@ class CohortMatrix:
             return PutReport(0, 0, tuple(ignored))
         self._lowest_confidence = min(self._lowest_confidence, float(weights.min()))
         self._names.values_came()
-        applied, changed = self._cells.write(site_id, rows, fresh, weights, now)
+        applied, changed = self._cells.write(site_id, rows, fresh, weights, now, size)
         return PutReport(applied, changed, tuple(ignored))
 
     def drop(self, site_id: str) -> bool:
@@ -260,10 +264,11 @@ class CohortMatrix:
         """Estimate every signal anew that changed, and give the others as they were.
 
         The weight of a value is `min(declared confidence, cohort median confidence) *
-        reputation`. The cohort median is taken over the sites' mean confidences, one site one
-        vote, so that fewer than half of them cannot raise it beyond an honest one. Median and
-        reputations are rounded to steps of 0.01: a smaller move recomputes nothing, and the
-        result depends on what is held alone, never on the way there.
+        min(size / cohort median size, 1) * reputation`. The medians are taken over the sites, one
+        site one vote, so that fewer than half of them cannot raise them beyond an honest one.
+        Median confidence, relative sizes and reputations are rounded to steps of 0.01: a smaller
+        move recomputes nothing, and the result depends on what is held alone, never on the way
+        there.
 
         Args:
             settings: estimator rules.
@@ -321,7 +326,8 @@ class CohortMatrix:
         held, last = self._cells.column_of, self._last
         asked = [site for site in site_ids if site in held]
         columns = np.array([held[site] for site in asked], dtype=np.int64)
-        cap, trust = self._confidence_cap(), _rounded_trust(asked, reputation)
+        cap = self._confidence_cap()
+        trust = _rounded_trust(asked, reputation) * self._relative_size()[columns]
         unchanged = len(asked) == len(held) and not self._cells.dirty.any()
         if unchanged and last is not None and last.is_for(settings, cap, columns, trust):
             return self._told_of(last.table)
@@ -407,7 +413,15 @@ class CohortMatrix:
         held = self._cells.column_of
         trust = np.ones(len(self._cells.occupied))
         trust[np.fromiter(held.values(), dtype=np.int64)] = _rounded_trust(held, reputation)
-        return trust
+        return trust * self._relative_size()
+
+    def _relative_size(self) -> NDArray[np.float64]:
+        sizes = self._cells.site_size
+        counted = sizes[self._cells.occupied]
+        if not counted.size or counted.min() == counted.max():
+            return np.ones(len(sizes))
+        relative = np.minimum(sizes / np.median(counted), 1.0)
+        return np.maximum(np.round(relative, _WEIGHT_DIGITS), _LEAST_TRUST)
 
     def _told_of(self, table: EstimateTable) -> EstimateTable:
         told = self._told_index()

@@ -32,6 +32,7 @@ class ResidentMatrix:
         self._dirty = np.zeros(0, dtype=bool)
         self._occupied = np.zeros(0, dtype=bool)
         self._site_confidence: NDArray[np.float64] = np.zeros(0)
+        self._site_size: NDArray[np.float64] = np.ones(0)
         self._site_seen: NDArray[np.float64] = np.full(0, -np.inf)
         # A lower bound on the oldest time of the site; spares `expire` the whole matrix.
         self._site_oldest: NDArray[np.float64] = np.full(0, np.inf)
@@ -66,6 +67,11 @@ class ResidentMatrix:
         """Return per column the mean declared confidence of the site's newest packet, a view."""
         return self._site_confidence[: self._width]
 
+    @property
+    def site_size(self) -> NDArray[np.float64]:
+        """Return per column how many sites the site's newest packet stands for, a view."""
+        return self._site_size[: self._width]
+
     def add_row(self) -> None:
         """Add an empty row, dirty because nobody has seen it yet."""
         if self._rows == self._values.shape[0]:
@@ -80,6 +86,7 @@ class ResidentMatrix:
         values: NDArray[np.float64],
         confidence: NDArray[np.float64],
         now: float,
+        size: float = 1.0,
     ) -> tuple[int, int]:
         """Write one site's cells unless newer ones stand there; return applied and changed."""
         column = self._column(site_id)
@@ -98,6 +105,7 @@ class ResidentMatrix:
             if now >= self._site_seen[column]:
                 self._site_seen[column] = now
                 self._site_confidence[column] = confidence.mean()
+                self._site_size[column] = size
         return int(rows.size), int(np.count_nonzero(changed))
 
     def drop(self, site_id: str) -> bool:
@@ -111,6 +119,7 @@ class ResidentMatrix:
         self._seen[:, column] = np.inf
         self._occupied[column] = False
         self._site_confidence[column] = 0.0
+        self._site_size[column] = 1.0
         self._site_seen[column] = -np.inf
         self._site_oldest[column] = np.inf
         self._free.append(column)
@@ -165,6 +174,7 @@ class ResidentMatrix:
         self._confidence = _grown(self._confidence, (rows, columns), 0.0)
         self._seen = _grown(self._seen, (rows, columns), np.inf)
         self._site_confidence = _grown(self._site_confidence, (columns,), 0.0)
+        self._site_size = _grown(self._site_size, (columns,), 1.0)
         self._site_seen = _grown(self._site_seen, (columns,), -np.inf)
         self._site_oldest = _grown(self._site_oldest, (columns,), np.inf)
         for name, size in (("_dirty", rows), ("_occupied", columns)):

@@ -306,6 +306,27 @@ def test_weights_are_capped_confidence_times_reputation():
     assert release.prior()["a"] == pytest.approx(expected)
 
 
+def test_a_site_that_stands_for_more_weighs_more_up_to_the_median():
+    def prior_of(*sizes):
+        matrix = CohortMatrix()
+        for site, (value, size) in enumerate(zip([0.0, 1.0, 2.0, 3.0, 4.0], sizes, strict=True)):
+            matrix.put(f"s{site}", {"controller": {"tau": value}}, now=1.0, size=size)
+        return matrix.release(EstimatorSettings(weight_cap=1.0), None, 1.0).prior()["tau"]
+
+    # Of the survivors 1, 2 and 3 the first stands for a quarter of the median.
+    assert prior_of(8, 2, 8, 8, 8) == pytest.approx((0.25 * 1 + 2 + 3) / 2.25)
+    assert prior_of(8, 2, 8, 1e12, 8) == prior_of(8, 2, 8, 8, 8)
+    assert prior_of(5, 5, 5, 5, 5) == prior_of(1, 1, 1, 1, 1) == 2.0
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])
+def test_a_size_that_is_none_is_refused(bad):
+    matrix = CohortMatrix()
+    with pytest.raises(ValueError, match="size"):
+        matrix.put("s", {"controller": {"tau": 1.0}}, now=1.0, size=bad)
+    assert matrix.sites == ()
+
+
 def test_a_site_nobody_has_judged_has_the_start_reputation():
     left, right = filled([1.0, 2.0, 3.0, 4.0, 9.0, 9.5]), filled([1.0, 2.0, 3.0, 4.0, 9.0, 9.5])
     known = {"site-1": 1.0, "site-2": 1.0}

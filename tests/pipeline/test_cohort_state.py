@@ -383,6 +383,45 @@ def test_two_liars_do_not_move_the_prior_out_of_the_honest_range(honest, lies, t
         assert result.prior_update.estimates["tau"].tolerated >= 2
 
 
+SHARES = st.sampled_from([0.0, 5e-324, 0.5, 1.0])
+LIE = st.fixed_dictionaries(
+    {
+        "value": st.floats(-1e150, 1e150),
+        "confidence": st.sampled_from([0.0, 5e-324, 0.5, 1.0]),
+        "sites": st.sampled_from([5e-324, 0.5, 1.0, 1e12]),
+        "section": st.sampled_from(["controller", "metrics", "evaluator"]),
+        "at": st.sampled_from([-1e5, 0.0, 1.0, 200.0]),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    honest=st.lists(st.tuples(st.floats(-100, 100), SHARES), min_size=5, max_size=9),
+    lies=st.lists(st.lists(LIE, min_size=1, max_size=4), min_size=1, max_size=2),
+    estimator=st.sampled_from(["trimmed_mean", "median"]),
+    releases=st.integers(1, 2),
+)
+def test_whatever_liars_send_the_prior_stays_in_the_honest_range(honest, lies, estimator, releases):
+    how = {"maxByzantine": 2, "metricsAggregation": estimator}
+    state = CohortState(rules(aggregation=how))
+    for turn in range(releases):
+        for i, (value, confidence) in enumerate(honest):
+            packet = msp(f"s{i}", controller={"tau": value}, confidence=confidence, at=NOW + turn)
+            state.count(packet)
+        for i, packets in enumerate(lies):
+            for lie in packets:
+                packet = msp(f"liar{i}", confidence=lie["confidence"], at=NOW + turn + lie["at"])
+                getattr(packet.msp, lie["section"])["tau"] = lie["value"]
+                packet.msp.evidence.sites = lie["sites"]
+                state.count(packet)
+        found = AGGREGATOR.result(state, now=NOW + turn).prior_update
+        told = [value for value, _ in honest]
+        assert min(told) <= found.prior["tau"] <= max(told)
+        assert found.estimates["tau"].section == "controller"
+        assert 0.0 <= found.estimates["tau"].confidence <= 1.0
+
+
 def test_without_weights_the_prior_is_the_trimmed_mean():
     values = [0.3, 0.1, 0.9, 0.5, 0.4]
     found = priors(counted(taus(*values)))
@@ -394,7 +433,6 @@ def test_without_weights_the_prior_is_the_trimmed_mean():
 
 EXTREMES = st.sampled_from([1e150, -1e150, 5e-324, -5e-324, 0.0, 1.0, -1.0, 1e-300, 0.5])
 POSITIVE = st.sampled_from([5e-324, 1e-300, 1e-9, 1.0, 1e150])
-SHARES = st.sampled_from([0.0, 5e-324, 0.5, 1.0])
 LARGEST = 1.7976931348623157e308
 
 

@@ -141,11 +141,11 @@ def test_the_flat_form_of_the_overview_is_a_packet_of_each_type():
             "controller": {},
             "evaluator": {"g_min": 0.01},
             "operators": {},
-            "evidence": {"confidence": 0.5, "samples": 10},
+            "evidence": {"confidence": 0.5, "samples": 10, "sites": 2.5},
         }
     )
     assert msp.msp.evaluator["g_min"] == 0.01
-    assert msp.msp.evidence.samples == 10
+    assert (msp.msp.evidence.samples, msp.msp.evidence.sites) == (10, 2.5)
 
 
 @pytest.mark.parametrize("kind", ["msp", "MSP", PacketType.MSP])
