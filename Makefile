@@ -8,10 +8,10 @@ PROTO_BIN := .venv-proto/bin
 IMAGE := build/contract.binpb
 RELEASED_IMAGE := proto/released.binpb
 
-.PHONY: help demo test test-lowest check format proto proto-check proto-release serve bench wheel clean
+.PHONY: help demo test test-lowest check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-peers bench-warm-start wheel clean
 
 help: ## Show what there is
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 demo: .venv-demo/ready ## Run the federation on real data and draw a chart
 	.venv-demo/bin/python -m fmi_demo
@@ -54,11 +54,23 @@ serve: $(VENV)/ready ## Run a development server on 127.0.0.1:50061
 bench: $(VENV)/ready ## Measure the hot paths beside bare references, in one run
 	$(BIN)/python benchmarks/emit.py
 
+bench-aggregation: $(VENV)/ready ## Measure the aggregation core beside numpy and scipy, in one run
+	$(BIN)/python -m benchmarks.aggregation
+
+bench-peers: .venv-bench-peers/ready ## The same beside Flower; and ByzFL, where it is installed
+	.venv-bench-peers/bin/python -m benchmarks.aggregation
+
+bench-confidence: $(VENV)/ready ## Simulate what a stated confidence holds, and draw it
+	$(BIN)/python benchmarks/confidence.py
+
+bench-warm-start: .venv-bench/ready ## Measure what a warm start is worth on real tables, with lying sites
+	.venv-bench/bin/python -m benchmarks.warm_start
+
 wheel: $(VENV)/ready ## Build the wheel and the source distribution
 	$(BIN)/python -m build
 
 clean: ## Remove environments and what was built
-	rm -rf $(VENV) .venv-proto .venv-demo .venv-lowest build dist demo-output .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-proto .venv-demo .venv-bench .venv-bench-peers .venv-lowest build dist demo-output .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +80,16 @@ $(VENV)/ready: pyproject.toml
 .venv-demo/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/python -m pip install --quiet --editable '.[demo]'
+	@touch $@
+
+.venv-bench/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --editable '.[bench]'
+	@touch $@
+
+.venv-bench-peers/ready: requirements/bench-peers.txt
+	$(PYTHON) -m venv .venv-bench-peers
+	.venv-bench-peers/bin/python -m pip install --quiet --requirement requirements/bench-peers.txt
 	@touch $@
 
 .venv-lowest/ready: pyproject.toml requirements/lowest.txt

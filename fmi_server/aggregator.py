@@ -10,14 +10,14 @@ from typing import Any, Final
 
 from fmi.plain import DEFAULT_PROFILE_CLASS
 from fmi.v1 import packet_pb2, update_pb2
-from fmi_server.aggregation import Estimate, ParamValue, WarmStart
+from fmi_server.aggregation import Estimate, ParamValue, WarmStart, WarmStartRequest
 from fmi_server.cohort_state import CohortState, ReleasedStatistics
 from fmi_server.cohorts import CohortRegistry, CohortRules
 from fmi_server.config import AggregationConfig
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.errors import PacketRefusedError
 
-__all__ = ["AggregationResult", "FMIAggregator", "warm_start_message"]
+__all__ = ["AggregationResult", "FMIAggregator"]
 
 SETTINGS_SECTIONS: Final = frozenset({"controller", "evaluator", "operators"})
 """The sections whose signals are settings, which a consumer can apply. Metrics can only be watched."""
@@ -127,6 +127,15 @@ class FMIAggregator:
         """Put another state in the place of a cohort's present one."""
         self._states[state.rules.name] = state
 
+    def warm_start(
+        self, state: CohortState, request: WarmStartRequest
+    ) -> update_pb2.WarmStartProfile:
+        """Find the warm start for a site in a resident state."""
+        profile = _warm_start_message(state.warm_start(request))
+        sites, window = state.signals_held()
+        profile.lineage.CopyFrom(_signals_lineage(state.packets["msp"], sites, window, state.rules))
+        return profile
+
     def result(self, state: CohortState, *, now: float) -> AggregationResult:
         """Compute the aggregates of a resident state.
 
@@ -137,10 +146,10 @@ class FMIAggregator:
         statistics = state.release(now)
         rules = state.rules
         profiles = {
-            name: warm_start_message(found) for name, found in statistics.warm_starts.items()
+            name: _warm_start_message(found) for name, found in statistics.warm_starts.items()
         }
         for profile in profiles.values():
-            profile.lineage.CopyFrom(_signals_lineage(statistics, rules))
+            profile.lineage.CopyFrom(_prior_lineage(statistics, rules))
         told = _within_budget(
             {statistics.main_class, DEFAULT_PROFILE_CLASS},
             {name: len(profile.init) for name, profile in profiles.items()},
@@ -157,8 +166,7 @@ class FMIAggregator:
         )
 
 
-def warm_start_message(found: WarmStart) -> update_pb2.WarmStartProfile:
-    """Write a warm start in the contract's types, without its lineage."""
+def _warm_start_message(found: WarmStart) -> update_pb2.WarmStartProfile:
     profile = update_pb2.WarmStartProfile(
         profile_class=found.profile_class,
         context_selector=update_pb2.ContextSelector(
@@ -184,16 +192,23 @@ def warm_start_message(found: WarmStart) -> update_pb2.WarmStartProfile:
     return profile
 
 
-def _signals_lineage(statistics: ReleasedStatistics, rules: CohortRules) -> update_pb2.Lineage:
+def _prior_lineage(statistics: ReleasedStatistics, rules: CohortRules) -> update_pb2.Lineage:
     prior = statistics.prior
+    window = (prior.oldest, prior.newest)
+    lineage = _signals_lineage(statistics.packets["msp"], prior.sites, window, rules)
+    lineage.trimmed = int(prior.table.trimmed.sum())
+    return lineage
+
+
+def _signals_lineage(
+    packets: int, sites: int, window: tuple[float | None, float | None], rules: CohortRules
+) -> update_pb2.Lineage:
     lineage = update_pb2.Lineage(
-        packets=statistics.packets["msp"],
-        sites=prior.sites,
-        estimator=rules.aggregation.metrics_aggregation,
-        trimmed=int(prior.table.trimmed.sum()),
+        packets=packets, sites=sites, estimator=rules.aggregation.metrics_aggregation
     )
-    if prior.oldest is not None and prior.newest is not None:
-        lineage.window.FromNanoseconds(round((prior.newest - prior.oldest) * 1e9))
+    oldest, newest = window
+    if oldest is not None and newest is not None:
+        lineage.window.FromNanoseconds(round((newest - oldest) * 1e9))
     return lineage
 
 
@@ -203,7 +218,7 @@ def _prior_message(
     release = statistics.prior
     update = update_pb2.MetaPriorUpdate(
         cohorts=[rules.name],
-        lineage=_signals_lineage(statistics, rules),
+        lineage=_prior_lineage(statistics, rules),
         untagged_sites=statistics.contexts.untagged_sites,
     )
     if len(statistics.reputations) <= MAX_REPUTATIONS_TOLD:

@@ -374,6 +374,10 @@ class CohortState:
             reputation=self._trust.snapshot(),
         )
 
+    def signals_held(self) -> tuple[int, tuple[float | None, float | None]]:
+        """Return how many sites hold a value, and the oldest and newest time of these."""
+        return len(self._matrix.sites), self._matrix.window
+
     def _hear(self, packet: packet_pb2.Packet) -> SiteRecord:
         """Note what the header says of a site."""
         header = packet.header

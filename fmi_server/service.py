@@ -34,8 +34,8 @@ from typing import Any, Final, Self, TypeVar, cast
 from fmi.plain import DEFAULT_PROFILE_CLASS
 from fmi.v1 import cohort_pb2, packet_pb2, update_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
-from fmi_server.aggregation import WarmStart, WarmStartRequest
-from fmi_server.aggregator import FMIAggregator, warm_start_message
+from fmi_server.aggregation import WarmStartRequest
+from fmi_server.aggregator import FMIAggregator
 from fmi_server.bus import Bus, FederationBusAdapter
 from fmi_server.cohorts import CohortRegistry, CohortRules
 from fmi_server.contracts import FMIContractRegistry
@@ -462,12 +462,14 @@ class FMIService:
         )
         found = await self.uninterrupted(self._find_warm_start(cohort, request))
         latest = self.releaser.publisher.log.latest.get((cohort, update_pb2.UPDATE_KIND_PRIOR))
-        return warm_start_message(found), latest.revision if latest else 0
+        return found, latest.revision if latest else 0
 
-    async def _find_warm_start(self, cohort: str, request: WarmStartRequest) -> WarmStart:
+    async def _find_warm_start(
+        self, cohort: str, request: WarmStartRequest
+    ) -> update_pb2.WarmStartProfile:
         state, lock = await self.releaser.reading(cohort)
         async with lock:
-            return await asyncio.to_thread(state.warm_start, request)
+            return await asyncio.to_thread(self.aggregator.warm_start, state, request)
 
     async def release(self, cohort: str) -> list[update_pb2.Update]:
         """Release a cohort now; return what was published, which is nothing where nothing changed.

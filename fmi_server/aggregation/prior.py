@@ -160,6 +160,11 @@ class CohortMatrix:
         return tuple(self._cells.column_of)
 
     @property
+    def window(self) -> tuple[float | None, float | None]:
+        """Return a lower bound on the oldest time held and the newest time; None when empty."""
+        return self._cells.window()
+
+    @property
     def nbytes(self) -> int:
         """Return the bytes of the resident arrays."""
         return self._cells.nbytes

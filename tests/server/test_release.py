@@ -272,6 +272,9 @@ async def test_a_warm_start_is_for_the_class_and_the_regime(client):
     assert exact.context_selector.source == source.WARM_START_SOURCE_PROFILE_AND_REGIME
     assert exact.context_selector.regime == "winter"
     assert exact.origins["tau"].sites == 4
+    assert (exact.lineage.packets, exact.lineage.sites) == (12, 12)
+    assert exact.lineage.estimator == "trimmed_mean"
+    assert exact.lineage.HasField("window")
 
     nearest = await warm_start(client, "care", profile_class="small", concepts={"cold": 0.1})
     assert nearest.init["tau"] == pytest.approx(0.4)
