@@ -24,12 +24,13 @@ _sym_db = _symbol_database.Default()
 
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from fmi.v1 import cohort_pb2 as fmi_dot_v1_dot_cohort__pb2
+from fmi.v1 import interchange_service_pb2 as fmi_dot_v1_dot_interchange__service__pb2
 from fmi.v1 import packet_pb2 as fmi_dot_v1_dot_packet__pb2
 from fmi.v1 import update_pb2 as fmi_dot_v1_dot_update__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66mi/v1/admin_service.proto\x12\x06\x66mi.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x13\x66mi/v1/cohort.proto\x1a\x13\x66mi/v1/packet.proto\x1a\x13\x66mi/v1/update.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x14\n\x12ListCohortsRequest\"E\n\x13ListCohortsResponse\x12.\n\x07\x63ohorts\x18\x01 \x03(\x0b\x32\x14.fmi.v1.CohortStatusR\x07\x63ohorts\"\xab\x03\n\x0c\x43ohortStatus\x12\x16\n\x06\x63ohort\x18\x01 \x01(\tR\x06\x63ohort\x12\x1a\n\x08\x64\x65\x63lared\x18\x02 \x01(\x08R\x08\x64\x65\x63lared\x12\x14\n\x05sites\x18\x03 \x01(\rR\x05sites\x12\x18\n\x07packets\x18\x04 \x01(\x04R\x07packets\x12 \n\x0bquarantined\x18\x05 \x01(\x04R\x0bquarantined\x12\x14\n\x05\x64irty\x18\x06 \x01(\x08R\x05\x64irty\x12\x41\n\trevisions\x18\x07 \x03(\x0b\x32#.fmi.v1.CohortStatus.RevisionsEntryR\trevisions\x12;\n\x0breleased_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nreleasedAt\x12 \n\x0bsubscribers\x18\t \x01(\rR\x0bsubscribers\x12\x1f\n\x0bschema_hash\x18\n \x01(\tR\nschemaHash\x1a<\n\x0eRevisionsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x04R\x05value:\x02\x38\x01\"u\n\x14PutCohortSpecRequest\x12.\n\x04spec\x18\x01 \x01(\x0b\x32\x12.fmi.v1.CohortSpecB\x06\xbaH\x03\xc8\x01\x01R\x04spec\x12\x14\n\x05\x66orce\x18\x02 \x01(\x08R\x05\x66orce\x12\x17\n\x07\x64ry_run\x18\x03 \x01(\x08R\x06\x64ryRun\"R\n\x15PutCohortSpecResponse\x12\x1f\n\x0bschema_hash\x18\x01 \x01(\tR\nschemaHash\x12\x18\n\x07\x63hanged\x18\x02 \x01(\x08R\x07\x63hanged\"g\n\x10ListSitesRequest\x12S\n\x06\x63ohort\x18\x01 \x01(\tB;\xbaH8r6(\x80\x01\x32\x31^([a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*)?$R\x06\x63ohort\"=\n\x11ListSitesResponse\x12(\n\x05sites\x18\x01 \x03(\x0b\x32\x12.fmi.v1.SiteStatusR\x05sites\"\xb3\x03\n\nSiteStatus\x12\x16\n\x06\x63ohort\x18\x01 \x01(\tR\x06\x63ohort\x12\x1b\n\tdomain_id\x18\x02 \x01(\tR\x08\x64omainId\x12#\n\rprofile_class\x18\x03 \x01(\tR\x0cprofileClass\x12\x39\n\x07packets\x18\x04 \x03(\x0b\x32\x1f.fmi.v1.SiteStatus.PacketsEntryR\x07packets\x12\x1e\n\nduplicates\x18\x05 \x01(\x04R\nduplicates\x12 \n\x0bquarantined\x18\x06 \x01(\x04R\x0bquarantined\x12\x39\n\nfirst_seen\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tfirstSeen\x12\x37\n\tlast_seen\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08lastSeen\x12\x1e\n\nreputation\x18\t \x01(\x01R\nreputation\x1a:\n\x0cPacketsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x04R\x05value:\x02\x38\x01\"\xc8\x01\n\x15ListQuarantineRequest\x12S\n\x06\x63ohort\x18\x01 \x01(\tB;\xbaH8r6(\x80\x01\x32\x31^([a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*)?$R\x06\x63ohort\x12%\n\tpage_size\x18\x02 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x08pageSize\x12\x33\n\npage_token\x18\x03 \x01(\tB\x14\xbaH\x11r\x0f\x32\r^[0-9]{0,19}$R\tpageToken\"u\n\x16ListQuarantineResponse\x12\x33\n\x07packets\x18\x01 \x03(\x0b\x32\x19.fmi.v1.QuarantinedPacketR\x07packets\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xac\x01\n\x11QuarantinedPacket\x12&\n\x06packet\x18\x01 \x01(\x0b\x32\x0e.fmi.v1.PacketR\x06packet\x12\x16\n\x06reason\x18\x02 \x01(\tR\x06reason\x12\x1a\n\x08sequence\x18\x03 \x01(\x04R\x08sequence\x12;\n\x0breceived_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nreceivedAt\"\x8e\x02\n\x14SetQuarantineRequest\x12K\n\tdomain_id\x18\x01 \x01(\tB.\xbaH+r&2$^[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}$\xc8\x01\x01R\x08\x64omainId\x12\x65\n\tpacket_id\x18\x02 \x01(\tBH\xbaHEr@2>^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$\xc8\x01\x01R\x08packetId\x12 \n\x0bquarantined\x18\x03 \x01(\x08R\x0bquarantined\x12 \n\x06reason\x18\x04 \x01(\tB\x08\xbaH\x05r\x03(\x80\x08R\x06reason\"1\n\x15SetQuarantineResponse\x12\x18\n\x07\x63hanged\x18\x01 \x01(\x08R\x07\x63hanged\"h\n\x11ReleaseNowRequest\x12S\n\x06\x63ohort\x18\x01 \x01(\tB;\xbaH8r3(\x80\x01\x32.^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*$\xc8\x01\x01R\x06\x63ohort\">\n\x12ReleaseNowResponse\x12(\n\x07updates\x18\x01 \x03(\x0b\x32\x0e.fmi.v1.UpdateR\x07updates\"=\n\x19RegisterDictionaryRequest\x12 \n\x04\x64\x61ta\x18\x01 \x01(\x0c\x42\x0c\xbaH\tz\x04\x18\x80\x80@\xc8\x01\x01R\x04\x64\x61ta\"A\n\x1aRegisterDictionaryResponse\x12#\n\rdictionary_id\x18\x01 \x01(\rR\x0c\x64ictionaryId2\xa7\x04\n\x0c\x41\x64minService\x12\x46\n\x0bListCohorts\x12\x1a.fmi.v1.ListCohortsRequest\x1a\x1b.fmi.v1.ListCohortsResponse\x12L\n\rPutCohortSpec\x12\x1c.fmi.v1.PutCohortSpecRequest\x1a\x1d.fmi.v1.PutCohortSpecResponse\x12@\n\tListSites\x12\x18.fmi.v1.ListSitesRequest\x1a\x19.fmi.v1.ListSitesResponse\x12O\n\x0eListQuarantine\x12\x1d.fmi.v1.ListQuarantineRequest\x1a\x1e.fmi.v1.ListQuarantineResponse\x12L\n\rSetQuarantine\x12\x1c.fmi.v1.SetQuarantineRequest\x1a\x1d.fmi.v1.SetQuarantineResponse\x12\x43\n\nReleaseNow\x12\x19.fmi.v1.ReleaseNowRequest\x1a\x1a.fmi.v1.ReleaseNowResponse\x12[\n\x12RegisterDictionary\x12!.fmi.v1.RegisterDictionaryRequest\x1a\".fmi.v1.RegisterDictionaryResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66mi/v1/admin_service.proto\x12\x06\x66mi.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x13\x66mi/v1/cohort.proto\x1a fmi/v1/interchange_service.proto\x1a\x13\x66mi/v1/packet.proto\x1a\x13\x66mi/v1/update.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x14\n\x12ListCohortsRequest\"E\n\x13ListCohortsResponse\x12.\n\x07\x63ohorts\x18\x01 \x03(\x0b\x32\x14.fmi.v1.CohortStatusR\x07\x63ohorts\"\xab\x03\n\x0c\x43ohortStatus\x12\x16\n\x06\x63ohort\x18\x01 \x01(\tR\x06\x63ohort\x12\x1a\n\x08\x64\x65\x63lared\x18\x02 \x01(\x08R\x08\x64\x65\x63lared\x12\x14\n\x05sites\x18\x03 \x01(\rR\x05sites\x12\x18\n\x07packets\x18\x04 \x01(\x04R\x07packets\x12 \n\x0bquarantined\x18\x05 \x01(\x04R\x0bquarantined\x12\x14\n\x05\x64irty\x18\x06 \x01(\x08R\x05\x64irty\x12\x41\n\trevisions\x18\x07 \x03(\x0b\x32#.fmi.v1.CohortStatus.RevisionsEntryR\trevisions\x12;\n\x0breleased_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nreleasedAt\x12 \n\x0bsubscribers\x18\t \x01(\rR\x0bsubscribers\x12\x1f\n\x0bschema_hash\x18\n \x01(\tR\nschemaHash\x1a<\n\x0eRevisionsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x04R\x05value:\x02\x38\x01\"u\n\x14PutCohortSpecRequest\x12.\n\x04spec\x18\x01 \x01(\x0b\x32\x12.fmi.v1.CohortSpecB\x06\xbaH\x03\xc8\x01\x01R\x04spec\x12\x14\n\x05\x66orce\x18\x02 \x01(\x08R\x05\x66orce\x12\x17\n\x07\x64ry_run\x18\x03 \x01(\x08R\x06\x64ryRun\"R\n\x15PutCohortSpecResponse\x12\x1f\n\x0bschema_hash\x18\x01 \x01(\tR\nschemaHash\x12\x18\n\x07\x63hanged\x18\x02 \x01(\x08R\x07\x63hanged\"g\n\x10ListSitesRequest\x12S\n\x06\x63ohort\x18\x01 \x01(\tB;\xbaH8r6(\x80\x01\x32\x31^([a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*)?$R\x06\x63ohort\"=\n\x11ListSitesResponse\x12(\n\x05sites\x18\x01 \x03(\x0b\x32\x12.fmi.v1.SiteStatusR\x05sites\"\xb3\x03\n\nSiteStatus\x12\x16\n\x06\x63ohort\x18\x01 \x01(\tR\x06\x63ohort\x12\x1b\n\tdomain_id\x18\x02 \x01(\tR\x08\x64omainId\x12#\n\rprofile_class\x18\x03 \x01(\tR\x0cprofileClass\x12\x39\n\x07packets\x18\x04 \x03(\x0b\x32\x1f.fmi.v1.SiteStatus.PacketsEntryR\x07packets\x12\x1e\n\nduplicates\x18\x05 \x01(\x04R\nduplicates\x12 \n\x0bquarantined\x18\x06 \x01(\x04R\x0bquarantined\x12\x39\n\nfirst_seen\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tfirstSeen\x12\x37\n\tlast_seen\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08lastSeen\x12\x1e\n\nreputation\x18\t \x01(\x01R\nreputation\x1a:\n\x0cPacketsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x04R\x05value:\x02\x38\x01\"\xc8\x01\n\x15ListQuarantineRequest\x12S\n\x06\x63ohort\x18\x01 \x01(\tB;\xbaH8r6(\x80\x01\x32\x31^([a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*)?$R\x06\x63ohort\x12%\n\tpage_size\x18\x02 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x08pageSize\x12\x33\n\npage_token\x18\x03 \x01(\tB\x14\xbaH\x11r\x0f\x32\r^[0-9]{0,19}$R\tpageToken\"u\n\x16ListQuarantineResponse\x12\x33\n\x07packets\x18\x01 \x03(\x0b\x32\x19.fmi.v1.QuarantinedPacketR\x07packets\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xac\x01\n\x11QuarantinedPacket\x12&\n\x06packet\x18\x01 \x01(\x0b\x32\x0e.fmi.v1.PacketR\x06packet\x12\x16\n\x06reason\x18\x02 \x01(\tR\x06reason\x12\x1a\n\x08sequence\x18\x03 \x01(\x04R\x08sequence\x12;\n\x0breceived_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nreceivedAt\"\x8e\x02\n\x14SetQuarantineRequest\x12K\n\tdomain_id\x18\x01 \x01(\tB.\xbaH+r&2$^[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}$\xc8\x01\x01R\x08\x64omainId\x12\x65\n\tpacket_id\x18\x02 \x01(\tBH\xbaHEr@2>^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$\xc8\x01\x01R\x08packetId\x12 \n\x0bquarantined\x18\x03 \x01(\x08R\x0bquarantined\x12 \n\x06reason\x18\x04 \x01(\tB\x08\xbaH\x05r\x03(\x80\x08R\x06reason\"1\n\x15SetQuarantineResponse\x12\x18\n\x07\x63hanged\x18\x01 \x01(\x08R\x07\x63hanged\"h\n\x11ReleaseNowRequest\x12S\n\x06\x63ohort\x18\x01 \x01(\tB;\xbaH8r3(\x80\x01\x32.^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*$\xc8\x01\x01R\x06\x63ohort\">\n\x12ReleaseNowResponse\x12(\n\x07updates\x18\x01 \x03(\x0b\x32\x0e.fmi.v1.UpdateR\x07updates\"=\n\x19RegisterDictionaryRequest\x12 \n\x04\x64\x61ta\x18\x01 \x01(\x0c\x42\x0c\xbaH\tz\x04\x18\x80\x80@\xc8\x01\x01R\x04\x64\x61ta\"A\n\x1aRegisterDictionaryResponse\x12#\n\rdictionary_id\x18\x01 \x01(\rR\x0c\x64ictionaryId\"\xc9\x01\n\x16ListSubscribersRequest\x12S\n\x06\x63ohort\x18\x01 \x01(\tB;\xbaH8r6(\x80\x01\x32\x31^([a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*)?$R\x06\x63ohort\x12%\n\tpage_size\x18\x02 \x01(\rB\x08\xbaH\x05*\x03\x18\xfa\x01R\x08pageSize\x12\x33\n\npage_token\x18\x03 \x01(\tB\x14\xbaH\x11r\x0f\x32\r^[0-9]{0,18}$R\tpageToken\"}\n\x17ListSubscribersResponse\x12:\n\x0bsubscribers\x18\x01 \x03(\x0b\x32\x18.fmi.v1.SubscriberStatusR\x0bsubscribers\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xbd\x02\n\x10SubscriberStatus\x12\x1e\n\nsubscriber\x18\x01 \x01(\tR\nsubscriber\x12\x18\n\x07\x63ohorts\x18\x02 \x03(\tR\x07\x63ohorts\x12(\n\x05kinds\x18\x03 \x03(\x0e\x32\x12.fmi.v1.UpdateKindR\x05kinds\x12(\n\x04mode\x18\x04 \x01(\x0e\x32\x14.fmi.v1.DeliveryModeR\x04mode\x12=\n\x0c\x63onnected_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0b\x63onnectedAt\x12\x12\n\x04live\x18\x06 \x01(\x08R\x04live\x12\x16\n\x06\x62\x65hind\x18\x07 \x01(\x04R\x06\x62\x65hind\x12\x12\n\x04sent\x18\x08 \x01(\x04R\x04sent\x12\x1c\n\tconflated\x18\t \x01(\x04R\tconflated\"\xc5\x01\n\x12ListAppliedRequest\x12S\n\x06\x63ohort\x18\x01 \x01(\tB;\xbaH8r6(\x80\x01\x32\x31^([a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*)?$R\x06\x63ohort\x12%\n\tpage_size\x18\x02 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x08pageSize\x12\x33\n\npage_token\x18\x03 \x01(\tB\x14\xbaH\x11r\x0f\x32\r^[0-9]{0,18}$R\tpageToken\"n\n\x13ListAppliedResponse\x12/\n\x07\x61pplied\x18\x01 \x03(\x0b\x32\x15.fmi.v1.AppliedStatusR\x07\x61pplied\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x90\x03\n\rAppliedStatus\x12\x1e\n\nsubscriber\x18\x01 \x01(\tR\nsubscriber\x12\x16\n\x06\x63ohort\x18\x02 \x01(\tR\x06\x63ohort\x12&\n\x04kind\x18\x03 \x01(\x0e\x32\x12.fmi.v1.UpdateKindR\x04kind\x12)\n\x10\x61pplied_revision\x18\x04 \x01(\x04R\x0f\x61ppliedRevision\x12\x39\n\napplied_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tappliedAt\x12\'\n\x0fnewest_revision\x18\x06 \x01(\x04R\x0enewestRevision\x12\'\n\x0f\x66\x61iled_revision\x18\x07 \x01(\x04R\x0e\x66\x61iledRevision\x12\x37\n\tfailed_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08\x66\x61iledAt\x12.\n\x07\x66\x61ilure\x18\t \x01(\x0b\x32\x14.fmi.v1.ApplyFailureR\x07\x66\x61ilure2\xc3\x05\n\x0c\x41\x64minService\x12\x46\n\x0bListCohorts\x12\x1a.fmi.v1.ListCohortsRequest\x1a\x1b.fmi.v1.ListCohortsResponse\x12L\n\rPutCohortSpec\x12\x1c.fmi.v1.PutCohortSpecRequest\x1a\x1d.fmi.v1.PutCohortSpecResponse\x12@\n\tListSites\x12\x18.fmi.v1.ListSitesRequest\x1a\x19.fmi.v1.ListSitesResponse\x12O\n\x0eListQuarantine\x12\x1d.fmi.v1.ListQuarantineRequest\x1a\x1e.fmi.v1.ListQuarantineResponse\x12L\n\rSetQuarantine\x12\x1c.fmi.v1.SetQuarantineRequest\x1a\x1d.fmi.v1.SetQuarantineResponse\x12\x43\n\nReleaseNow\x12\x19.fmi.v1.ReleaseNowRequest\x1a\x1a.fmi.v1.ReleaseNowResponse\x12[\n\x12RegisterDictionary\x12!.fmi.v1.RegisterDictionaryRequest\x1a\".fmi.v1.RegisterDictionaryResponse\x12R\n\x0fListSubscribers\x12\x1e.fmi.v1.ListSubscribersRequest\x1a\x1f.fmi.v1.ListSubscribersResponse\x12\x46\n\x0bListApplied\x12\x1a.fmi.v1.ListAppliedRequest\x1a\x1b.fmi.v1.ListAppliedResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -60,44 +61,68 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RELEASENOWREQUEST'].fields_by_name['cohort']._serialized_options = b'\272H8r3(\200\0012.^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*$\310\001\001'
   _globals['_REGISTERDICTIONARYREQUEST'].fields_by_name['data']._loaded_options = None
   _globals['_REGISTERDICTIONARYREQUEST'].fields_by_name['data']._serialized_options = b'\272H\tz\004\030\200\200@\310\001\001'
-  _globals['_LISTCOHORTSREQUEST']._serialized_start=163
-  _globals['_LISTCOHORTSREQUEST']._serialized_end=183
-  _globals['_LISTCOHORTSRESPONSE']._serialized_start=185
-  _globals['_LISTCOHORTSRESPONSE']._serialized_end=254
-  _globals['_COHORTSTATUS']._serialized_start=257
-  _globals['_COHORTSTATUS']._serialized_end=684
-  _globals['_COHORTSTATUS_REVISIONSENTRY']._serialized_start=624
-  _globals['_COHORTSTATUS_REVISIONSENTRY']._serialized_end=684
-  _globals['_PUTCOHORTSPECREQUEST']._serialized_start=686
-  _globals['_PUTCOHORTSPECREQUEST']._serialized_end=803
-  _globals['_PUTCOHORTSPECRESPONSE']._serialized_start=805
-  _globals['_PUTCOHORTSPECRESPONSE']._serialized_end=887
-  _globals['_LISTSITESREQUEST']._serialized_start=889
-  _globals['_LISTSITESREQUEST']._serialized_end=992
-  _globals['_LISTSITESRESPONSE']._serialized_start=994
-  _globals['_LISTSITESRESPONSE']._serialized_end=1055
-  _globals['_SITESTATUS']._serialized_start=1058
-  _globals['_SITESTATUS']._serialized_end=1493
-  _globals['_SITESTATUS_PACKETSENTRY']._serialized_start=1435
-  _globals['_SITESTATUS_PACKETSENTRY']._serialized_end=1493
-  _globals['_LISTQUARANTINEREQUEST']._serialized_start=1496
-  _globals['_LISTQUARANTINEREQUEST']._serialized_end=1696
-  _globals['_LISTQUARANTINERESPONSE']._serialized_start=1698
-  _globals['_LISTQUARANTINERESPONSE']._serialized_end=1815
-  _globals['_QUARANTINEDPACKET']._serialized_start=1818
-  _globals['_QUARANTINEDPACKET']._serialized_end=1990
-  _globals['_SETQUARANTINEREQUEST']._serialized_start=1993
-  _globals['_SETQUARANTINEREQUEST']._serialized_end=2263
-  _globals['_SETQUARANTINERESPONSE']._serialized_start=2265
-  _globals['_SETQUARANTINERESPONSE']._serialized_end=2314
-  _globals['_RELEASENOWREQUEST']._serialized_start=2316
-  _globals['_RELEASENOWREQUEST']._serialized_end=2420
-  _globals['_RELEASENOWRESPONSE']._serialized_start=2422
-  _globals['_RELEASENOWRESPONSE']._serialized_end=2484
-  _globals['_REGISTERDICTIONARYREQUEST']._serialized_start=2486
-  _globals['_REGISTERDICTIONARYREQUEST']._serialized_end=2547
-  _globals['_REGISTERDICTIONARYRESPONSE']._serialized_start=2549
-  _globals['_REGISTERDICTIONARYRESPONSE']._serialized_end=2614
-  _globals['_ADMINSERVICE']._serialized_start=2617
-  _globals['_ADMINSERVICE']._serialized_end=3168
+  _globals['_LISTSUBSCRIBERSREQUEST'].fields_by_name['cohort']._loaded_options = None
+  _globals['_LISTSUBSCRIBERSREQUEST'].fields_by_name['cohort']._serialized_options = b'\272H8r6(\200\00121^([a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*)?$'
+  _globals['_LISTSUBSCRIBERSREQUEST'].fields_by_name['page_size']._loaded_options = None
+  _globals['_LISTSUBSCRIBERSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\005*\003\030\372\001'
+  _globals['_LISTSUBSCRIBERSREQUEST'].fields_by_name['page_token']._loaded_options = None
+  _globals['_LISTSUBSCRIBERSREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\021r\0172\r^[0-9]{0,18}$'
+  _globals['_LISTAPPLIEDREQUEST'].fields_by_name['cohort']._loaded_options = None
+  _globals['_LISTAPPLIEDREQUEST'].fields_by_name['cohort']._serialized_options = b'\272H8r6(\200\00121^([a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*)?$'
+  _globals['_LISTAPPLIEDREQUEST'].fields_by_name['page_size']._loaded_options = None
+  _globals['_LISTAPPLIEDREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\005*\003\030\350\007'
+  _globals['_LISTAPPLIEDREQUEST'].fields_by_name['page_token']._loaded_options = None
+  _globals['_LISTAPPLIEDREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\021r\0172\r^[0-9]{0,18}$'
+  _globals['_LISTCOHORTSREQUEST']._serialized_start=197
+  _globals['_LISTCOHORTSREQUEST']._serialized_end=217
+  _globals['_LISTCOHORTSRESPONSE']._serialized_start=219
+  _globals['_LISTCOHORTSRESPONSE']._serialized_end=288
+  _globals['_COHORTSTATUS']._serialized_start=291
+  _globals['_COHORTSTATUS']._serialized_end=718
+  _globals['_COHORTSTATUS_REVISIONSENTRY']._serialized_start=658
+  _globals['_COHORTSTATUS_REVISIONSENTRY']._serialized_end=718
+  _globals['_PUTCOHORTSPECREQUEST']._serialized_start=720
+  _globals['_PUTCOHORTSPECREQUEST']._serialized_end=837
+  _globals['_PUTCOHORTSPECRESPONSE']._serialized_start=839
+  _globals['_PUTCOHORTSPECRESPONSE']._serialized_end=921
+  _globals['_LISTSITESREQUEST']._serialized_start=923
+  _globals['_LISTSITESREQUEST']._serialized_end=1026
+  _globals['_LISTSITESRESPONSE']._serialized_start=1028
+  _globals['_LISTSITESRESPONSE']._serialized_end=1089
+  _globals['_SITESTATUS']._serialized_start=1092
+  _globals['_SITESTATUS']._serialized_end=1527
+  _globals['_SITESTATUS_PACKETSENTRY']._serialized_start=1469
+  _globals['_SITESTATUS_PACKETSENTRY']._serialized_end=1527
+  _globals['_LISTQUARANTINEREQUEST']._serialized_start=1530
+  _globals['_LISTQUARANTINEREQUEST']._serialized_end=1730
+  _globals['_LISTQUARANTINERESPONSE']._serialized_start=1732
+  _globals['_LISTQUARANTINERESPONSE']._serialized_end=1849
+  _globals['_QUARANTINEDPACKET']._serialized_start=1852
+  _globals['_QUARANTINEDPACKET']._serialized_end=2024
+  _globals['_SETQUARANTINEREQUEST']._serialized_start=2027
+  _globals['_SETQUARANTINEREQUEST']._serialized_end=2297
+  _globals['_SETQUARANTINERESPONSE']._serialized_start=2299
+  _globals['_SETQUARANTINERESPONSE']._serialized_end=2348
+  _globals['_RELEASENOWREQUEST']._serialized_start=2350
+  _globals['_RELEASENOWREQUEST']._serialized_end=2454
+  _globals['_RELEASENOWRESPONSE']._serialized_start=2456
+  _globals['_RELEASENOWRESPONSE']._serialized_end=2518
+  _globals['_REGISTERDICTIONARYREQUEST']._serialized_start=2520
+  _globals['_REGISTERDICTIONARYREQUEST']._serialized_end=2581
+  _globals['_REGISTERDICTIONARYRESPONSE']._serialized_start=2583
+  _globals['_REGISTERDICTIONARYRESPONSE']._serialized_end=2648
+  _globals['_LISTSUBSCRIBERSREQUEST']._serialized_start=2651
+  _globals['_LISTSUBSCRIBERSREQUEST']._serialized_end=2852
+  _globals['_LISTSUBSCRIBERSRESPONSE']._serialized_start=2854
+  _globals['_LISTSUBSCRIBERSRESPONSE']._serialized_end=2979
+  _globals['_SUBSCRIBERSTATUS']._serialized_start=2982
+  _globals['_SUBSCRIBERSTATUS']._serialized_end=3299
+  _globals['_LISTAPPLIEDREQUEST']._serialized_start=3302
+  _globals['_LISTAPPLIEDREQUEST']._serialized_end=3499
+  _globals['_LISTAPPLIEDRESPONSE']._serialized_start=3501
+  _globals['_LISTAPPLIEDRESPONSE']._serialized_end=3611
+  _globals['_APPLIEDSTATUS']._serialized_start=3614
+  _globals['_APPLIEDSTATUS']._serialized_end=4014
+  _globals['_ADMINSERVICE']._serialized_start=4017
+  _globals['_ADMINSERVICE']._serialized_end=4724
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from fmi.v1 import cohort_pb2 as _cohort_pb2
+from fmi.v1 import interchange_service_pb2 as _interchange_service_pb2
 from fmi.v1 import packet_pb2 as _packet_pb2
 from fmi.v1 import update_pb2 as _update_pb2
 from google.protobuf import descriptor as _descriptor
@@ -570,3 +571,241 @@ class RegisterDictionaryResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RegisterDictionaryResponse: _TypeAlias = RegisterDictionaryResponse  # noqa: Y015
+
+@_typing.final
+class ListSubscribersRequest(_message.Message):
+    """A request for the open subscriptions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COHORT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    cohort: _builtins.str
+    """Optional. Only those whose filter matches this cohort; see `PacketHeader.cohort`. Unset means all."""
+    page_size: _builtins.int
+    """Optional. The most wanted, up to 250. Unset (0) means 100."""
+    page_token: _builtins.str
+    """Optional. The `next_page_token` of the page before."""
+    def __init__(
+        self,
+        *,
+        cohort: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohort", b"cohort", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSubscribersRequest: _TypeAlias = ListSubscribersRequest  # noqa: Y015
+
+@_typing.final
+class ListSubscribersResponse(_message.Message):
+    """Open subscriptions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBSCRIBERS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Output only. Where the next page begins; empty where there is none."""
+    @_builtins.property
+    def subscribers(self) -> _containers.RepeatedCompositeFieldContainer[Global___SubscriberStatus]:
+        """Output only. Those that are open longest first."""
+
+    def __init__(
+        self,
+        *,
+        subscribers: _abc.Iterable[Global___SubscriberStatus] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "subscribers", b"subscribers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSubscribersResponse: _TypeAlias = ListSubscribersResponse  # noqa: Y015
+
+@_typing.final
+class SubscriberStatus(_message.Message):
+    """An open subscription."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBSCRIBER_FIELD_NUMBER: _builtins.int
+    COHORTS_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    CONNECTED_AT_FIELD_NUMBER: _builtins.int
+    LIVE_FIELD_NUMBER: _builtins.int
+    BEHIND_FIELD_NUMBER: _builtins.int
+    SENT_FIELD_NUMBER: _builtins.int
+    CONFLATED_FIELD_NUMBER: _builtins.int
+    subscriber: _builtins.str
+    """Output only. The name that it gave; empty where it gave none."""
+    mode: _interchange_service_pb2.DeliveryMode.ValueType
+    """Output only. How updates are delivered when it is slow."""
+    live: _builtins.bool
+    """Output only. Whether it has its snapshot, or what it missed."""
+    behind: _builtins.int
+    """Output only. Updates that are not given to it yet: in latest mode cohorts and kinds with something
+    new, in every mode the updates between its place and the newest, which may not all be for it.
+    """
+    sent: _builtins.int
+    """Output only. Updates given to it."""
+    conflated: _builtins.int
+    """Output only. Updates left out because newer ones overtook them."""
+    @_builtins.property
+    def cohorts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Output only. The patterns of cohort names that it asked for."""
+
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[_update_pb2.UpdateKind.ValueType]:
+        """Output only. The kinds that it asked for; empty means all."""
+
+    @_builtins.property
+    def connected_at(self) -> _timestamp_pb2.Timestamp:
+        """Output only. When it was opened."""
+
+    def __init__(
+        self,
+        *,
+        subscriber: _builtins.str = ...,
+        cohorts: _abc.Iterable[_builtins.str] | None = ...,
+        kinds: _abc.Iterable[_update_pb2.UpdateKind.ValueType] | None = ...,
+        mode: _interchange_service_pb2.DeliveryMode.ValueType = ...,
+        connected_at: _timestamp_pb2.Timestamp | None = ...,
+        live: _builtins.bool = ...,
+        behind: _builtins.int = ...,
+        sent: _builtins.int = ...,
+        conflated: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["connected_at", b"connected_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["behind", b"behind", "cohorts", b"cohorts", "conflated", b"conflated", "connected_at", b"connected_at", "kinds", b"kinds", "live", b"live", "mode", b"mode", "sent", b"sent", "subscriber", b"subscriber"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubscriberStatus: _TypeAlias = SubscriberStatus  # noqa: Y015
+
+@_typing.final
+class ListAppliedRequest(_message.Message):
+    """A request for what was applied."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COHORT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    cohort: _builtins.str
+    """Optional. The cohort; see `PacketHeader.cohort`. Unset means all."""
+    page_size: _builtins.int
+    """Optional. The most wanted, up to 1000. Unset (0) means 100."""
+    page_token: _builtins.str
+    """Optional. The `next_page_token` of the page before."""
+    def __init__(
+        self,
+        *,
+        cohort: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohort", b"cohort", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAppliedRequest: _TypeAlias = ListAppliedRequest  # noqa: Y015
+
+@_typing.final
+class ListAppliedResponse(_message.Message):
+    """What was applied."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APPLIED_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Output only. Where the next page begins; empty where there is none."""
+    @_builtins.property
+    def applied(self) -> _containers.RepeatedCompositeFieldContainer[Global___AppliedStatus]:
+        """Output only. The longest without a report first."""
+
+    def __init__(
+        self,
+        *,
+        applied: _abc.Iterable[Global___AppliedStatus] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAppliedResponse: _TypeAlias = ListAppliedResponse  # noqa: Y015
+
+@_typing.final
+class AppliedStatus(_message.Message):
+    """What a subscriber reported of a cohort and kind."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBSCRIBER_FIELD_NUMBER: _builtins.int
+    COHORT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    APPLIED_REVISION_FIELD_NUMBER: _builtins.int
+    APPLIED_AT_FIELD_NUMBER: _builtins.int
+    NEWEST_REVISION_FIELD_NUMBER: _builtins.int
+    FAILED_REVISION_FIELD_NUMBER: _builtins.int
+    FAILED_AT_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    subscriber: _builtins.str
+    """Output only. The subscriber."""
+    cohort: _builtins.str
+    """Output only. The cohort."""
+    kind: _update_pb2.UpdateKind.ValueType
+    """Output only. The kind."""
+    applied_revision: _builtins.int
+    """Output only. The revision that it applied last; 0 where it applied none yet."""
+    newest_revision: _builtins.int
+    """Output only. The newest revision released."""
+    failed_revision: _builtins.int
+    """Output only. The revision that failed last, if none as new was applied since; else 0."""
+    @_builtins.property
+    def applied_at(self) -> _timestamp_pb2.Timestamp:
+        """Output only. When it said so. Unset where it applied none yet."""
+
+    @_builtins.property
+    def failed_at(self) -> _timestamp_pb2.Timestamp:
+        """Output only. When it said so. Unset where nothing failed."""
+
+    @_builtins.property
+    def failure(self) -> _interchange_service_pb2.ApplyFailure:
+        """Output only. Why it failed. Unset where nothing failed."""
+
+    def __init__(
+        self,
+        *,
+        subscriber: _builtins.str = ...,
+        cohort: _builtins.str = ...,
+        kind: _update_pb2.UpdateKind.ValueType = ...,
+        applied_revision: _builtins.int = ...,
+        applied_at: _timestamp_pb2.Timestamp | None = ...,
+        newest_revision: _builtins.int = ...,
+        failed_revision: _builtins.int = ...,
+        failed_at: _timestamp_pb2.Timestamp | None = ...,
+        failure: _interchange_service_pb2.ApplyFailure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["applied_at", b"applied_at", "failed_at", b"failed_at", "failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_at", b"applied_at", "applied_revision", b"applied_revision", "cohort", b"cohort", "failed_at", b"failed_at", "failed_revision", b"failed_revision", "failure", b"failure", "kind", b"kind", "newest_revision", b"newest_revision", "subscriber", b"subscriber"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppliedStatus: _TypeAlias = AppliedStatus  # noqa: Y015

@@ -70,6 +70,16 @@ class AdminServiceStub(object):
                 request_serializer=fmi_dot_v1_dot_admin__service__pb2.RegisterDictionaryRequest.SerializeToString,
                 response_deserializer=fmi_dot_v1_dot_admin__service__pb2.RegisterDictionaryResponse.FromString,
                 _registered_method=True)
+        self.ListSubscribers = channel.unary_unary(
+                '/fmi.v1.AdminService/ListSubscribers',
+                request_serializer=fmi_dot_v1_dot_admin__service__pb2.ListSubscribersRequest.SerializeToString,
+                response_deserializer=fmi_dot_v1_dot_admin__service__pb2.ListSubscribersResponse.FromString,
+                _registered_method=True)
+        self.ListApplied = channel.unary_unary(
+                '/fmi.v1.AdminService/ListApplied',
+                request_serializer=fmi_dot_v1_dot_admin__service__pb2.ListAppliedRequest.SerializeToString,
+                response_deserializer=fmi_dot_v1_dot_admin__service__pb2.ListAppliedResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -125,6 +135,21 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListSubscribers(self, request, context):
+        """Lists the open subscriptions, and how far behind they are.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListApplied(self, request, context):
+        """Lists which revisions subscribers reported as applied or failed. The server keeps the newest report of
+        each subscriber, cohort and kind in memory, within bounds; a restart forgets them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -162,6 +187,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.RegisterDictionary,
                     request_deserializer=fmi_dot_v1_dot_admin__service__pb2.RegisterDictionaryRequest.FromString,
                     response_serializer=fmi_dot_v1_dot_admin__service__pb2.RegisterDictionaryResponse.SerializeToString,
+            ),
+            'ListSubscribers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSubscribers,
+                    request_deserializer=fmi_dot_v1_dot_admin__service__pb2.ListSubscribersRequest.FromString,
+                    response_serializer=fmi_dot_v1_dot_admin__service__pb2.ListSubscribersResponse.SerializeToString,
+            ),
+            'ListApplied': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListApplied,
+                    request_deserializer=fmi_dot_v1_dot_admin__service__pb2.ListAppliedRequest.FromString,
+                    response_serializer=fmi_dot_v1_dot_admin__service__pb2.ListAppliedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -354,6 +389,60 @@ class AdminService(object):
             '/fmi.v1.AdminService/RegisterDictionary',
             fmi_dot_v1_dot_admin__service__pb2.RegisterDictionaryRequest.SerializeToString,
             fmi_dot_v1_dot_admin__service__pb2.RegisterDictionaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSubscribers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fmi.v1.AdminService/ListSubscribers',
+            fmi_dot_v1_dot_admin__service__pb2.ListSubscribersRequest.SerializeToString,
+            fmi_dot_v1_dot_admin__service__pb2.ListSubscribersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListApplied(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fmi.v1.AdminService/ListApplied',
+            fmi_dot_v1_dot_admin__service__pb2.ListAppliedRequest.SerializeToString,
+            fmi_dot_v1_dot_admin__service__pb2.ListAppliedResponse.FromString,
             options,
             channel_credentials,
             insecure,

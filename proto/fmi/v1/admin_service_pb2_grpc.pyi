@@ -30,6 +30,12 @@ class AdminServiceStub:
     """Releases a cohort's aggregates now, without waiting for its interval."""
     RegisterDictionary: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.RegisterDictionaryRequest, _admin_service_pb2.RegisterDictionaryResponse]
     """Registers a compression dictionary, so that sites can fetch and use it."""
+    ListSubscribers: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListSubscribersRequest, _admin_service_pb2.ListSubscribersResponse]
+    """Lists the open subscriptions, and how far behind they are."""
+    ListApplied: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAppliedRequest, _admin_service_pb2.ListAppliedResponse]
+    """Lists which revisions subscribers reported as applied or failed. The server keeps the newest report of
+    each subscriber, cohort and kind in memory, within bounds; a restart forgets them.
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """The operator's view and levers."""
@@ -89,5 +95,23 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_admin_service_pb2.RegisterDictionaryRequest, _abc.Awaitable[_admin_service_pb2.RegisterDictionaryResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.RegisterDictionaryResponse]:
         """Registers a compression dictionary, so that sites can fetch and use it."""
+
+    @_abc_1.abstractmethod
+    def ListSubscribers(
+        self,
+        request: _admin_service_pb2.ListSubscribersRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.ListSubscribersRequest, _abc.Awaitable[_admin_service_pb2.ListSubscribersResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.ListSubscribersResponse]:
+        """Lists the open subscriptions, and how far behind they are."""
+
+    @_abc_1.abstractmethod
+    def ListApplied(
+        self,
+        request: _admin_service_pb2.ListAppliedRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.ListAppliedRequest, _abc.Awaitable[_admin_service_pb2.ListAppliedResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.ListAppliedResponse]:
+        """Lists which revisions subscribers reported as applied or failed. The server keeps the newest report of
+        each subscriber, cohort and kind in memory, within bounds; a restart forgets them.
+        """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _aio.Server) -> None: ...

@@ -82,6 +82,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """There is no such site, packet or other thing."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 26
     """Something went wrong inside the server; the request id finds it in the log."""
+    ERROR_REASON_SUPERSEDED: _ErrorReason.ValueType  # 27
+    """The same subscriber opened a newer stream under the same instance id; this one is not needed any more."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why something was refused. The name is the `reason` of the `google.rpc.ErrorInfo` (domain `fmi`) that
@@ -144,6 +146,8 @@ ERROR_REASON_NOT_FOUND: ErrorReason.ValueType  # 25
 """There is no such site, packet or other thing."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 26
 """Something went wrong inside the server; the request id finds it in the log."""
+ERROR_REASON_SUPERSEDED: ErrorReason.ValueType  # 27
+"""The same subscriber opened a newer stream under the same instance id; this one is not needed any more."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

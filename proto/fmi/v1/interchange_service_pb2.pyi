@@ -342,11 +342,23 @@ class SubscribeRequest(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     START_REVISIONS_FIELD_NUMBER: _builtins.int
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    SUBSCRIBER_FIELD_NUMBER: _builtins.int
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    HANDOVER_FIELD_NUMBER: _builtins.int
     mode: Global___DeliveryMode.ValueType
     """Optional. How updates are delivered when the subscriber is slow. Unset means latest."""
     resume_token: _builtins.str
     """Optional. The last `resume_token` received; the stream goes on behind it. Not with
     `start_revisions`.
+    """
+    subscriber: _builtins.str
+    """Optional. Who subscribes, under the name that it also reports and emits under; see
+    `PacketHeader.domain_id`. Operators see it.
+    """
+    instance_id: _builtins.str
+    """Optional. A random name of this subscription, kept across its reconnects and secret: a new stream of
+    the same subscriber and instance ends the one before it with `SUPERSEDED`. Unset means that no stream
+    ends another one. Only with `subscriber`.
     """
     @_builtins.property
     def cohorts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -362,6 +374,14 @@ class SubscribeRequest(_message.Message):
     def start_revisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___StartRevision]:
         """Optional. Where to start, per cohort and kind. What is not named here starts with a snapshot."""
 
+    @_builtins.property
+    def handover(self) -> Global___Handover:
+        """Optional. What was received under another filter, to change the filter without loss. What it covers
+        goes on behind its token; all else goes on behind `resume_token`, or starts with a snapshot where that
+        is empty. Send it until `snapshot_end` came, together with the newest `resume_token` received under the
+        new filter. Not with `start_revisions`.
+        """
+
     def __init__(
         self,
         *,
@@ -370,14 +390,51 @@ class SubscribeRequest(_message.Message):
         mode: Global___DeliveryMode.ValueType = ...,
         start_revisions: _abc.Iterable[Global___StartRevision] | None = ...,
         resume_token: _builtins.str = ...,
+        subscriber: _builtins.str = ...,
+        instance_id: _builtins.str = ...,
+        handover: Global___Handover | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["handover", b"handover"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohorts", b"cohorts", "kinds", b"kinds", "mode", b"mode", "resume_token", b"resume_token", "start_revisions", b"start_revisions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohorts", b"cohorts", "handover", b"handover", "instance_id", b"instance_id", "kinds", b"kinds", "mode", b"mode", "resume_token", b"resume_token", "start_revisions", b"start_revisions", "subscriber", b"subscriber"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SubscribeRequest: _TypeAlias = SubscribeRequest  # noqa: Y015
+
+@_typing.final
+class Handover(_message.Message):
+    """What a subscriber received under the filter that it had before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COHORTS_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    resume_token: _builtins.str
+    """Required. The last `resume_token` received under it."""
+    @_builtins.property
+    def cohorts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Required. The patterns of cohort names that it had; see `SubscribeRequest.cohorts`."""
+
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[_update_pb2.UpdateKind.ValueType]:
+        """Optional. The kinds that it had. Empty means all."""
+
+    def __init__(
+        self,
+        *,
+        cohorts: _abc.Iterable[_builtins.str] | None = ...,
+        kinds: _abc.Iterable[_update_pb2.UpdateKind.ValueType] | None = ...,
+        resume_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohorts", b"cohorts", "kinds", b"kinds", "resume_token", b"resume_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Handover: _TypeAlias = Handover  # noqa: Y015
 
 @_typing.final
 class StartRevision(_message.Message):
@@ -696,3 +753,125 @@ class GetWarmStartResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetWarmStartResponse: _TypeAlias = GetWarmStartResponse  # noqa: Y015
+
+@_typing.final
+class ReportAppliedRequest(_message.Message):
+    """A request to tell what became of updates."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBSCRIBER_FIELD_NUMBER: _builtins.int
+    REPORTS_FIELD_NUMBER: _builtins.int
+    subscriber: _builtins.str
+    """Required. Who tells, under the name that it subscribes under; see `PacketHeader.domain_id`."""
+    @_builtins.property
+    def reports(self) -> _containers.RepeatedCompositeFieldContainer[Global___ApplyReport]:
+        """Required. What became of each update, in the order in which it happened."""
+
+    def __init__(
+        self,
+        *,
+        subscriber: _builtins.str = ...,
+        reports: _abc.Iterable[Global___ApplyReport] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reports", b"reports", "subscriber", b"subscriber"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportAppliedRequest: _TypeAlias = ReportAppliedRequest  # noqa: Y015
+
+@_typing.final
+class ApplyReport(_message.Message):
+    """What became of an update at a subscriber."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COHORT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    HISTORY_EPOCH_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    cohort: _builtins.str
+    """Required. The cohort; see `PacketHeader.cohort`."""
+    kind: _update_pb2.UpdateKind.ValueType
+    """Required. The kind."""
+    revision: _builtins.int
+    """Required. The revision, at least 1. It must have been released."""
+    history_epoch: _builtins.str
+    """Optional. `Update.history_epoch` of the update. Unset means the present one; a report of another
+    history is not recorded.
+    """
+    @_builtins.property
+    def failure(self) -> Global___ApplyFailure:
+        """Optional. Why it could not be put to use (NACK). Unset means that it was (ACK)."""
+
+    def __init__(
+        self,
+        *,
+        cohort: _builtins.str = ...,
+        kind: _update_pb2.UpdateKind.ValueType = ...,
+        revision: _builtins.int = ...,
+        history_epoch: _builtins.str = ...,
+        failure: Global___ApplyFailure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohort", b"cohort", "failure", b"failure", "history_epoch", b"history_epoch", "kind", b"kind", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApplyReport: _TypeAlias = ApplyReport  # noqa: Y015
+
+@_typing.final
+class ApplyFailure(_message.Message):
+    """Why an update could not be put to use."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    code: _builtins.int
+    """Required. What went wrong, as a number of `google.rpc.Code`, from 1 to 16."""
+    message: _builtins.str
+    """Optional. What went wrong, for the operator to read, without control characters."""
+    def __init__(
+        self,
+        *,
+        code: _builtins.int = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApplyFailure: _TypeAlias = ApplyFailure  # noqa: Y015
+
+@_typing.final
+class ReportAppliedResponse(_message.Message):
+    """The answer to `ReportAppliedRequest`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORDED_FIELD_NUMBER: _builtins.int
+    OTHER_HISTORY_FIELD_NUMBER: _builtins.int
+    recorded: _builtins.int
+    """Output only. Reports recorded."""
+    other_history: _builtins.int
+    """Output only. Reports left out because they are of another history."""
+    def __init__(
+        self,
+        *,
+        recorded: _builtins.int = ...,
+        other_history: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["other_history", b"other_history", "recorded", b"recorded"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportAppliedResponse: _TypeAlias = ReportAppliedResponse  # noqa: Y015

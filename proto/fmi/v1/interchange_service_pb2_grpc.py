@@ -60,6 +60,11 @@ class InterchangeServiceStub(object):
                 request_serializer=fmi_dot_v1_dot_interchange__service__pb2.GetWarmStartRequest.SerializeToString,
                 response_deserializer=fmi_dot_v1_dot_interchange__service__pb2.GetWarmStartResponse.FromString,
                 _registered_method=True)
+        self.ReportApplied = channel.unary_unary(
+                '/fmi.v1.InterchangeService/ReportApplied',
+                request_serializer=fmi_dot_v1_dot_interchange__service__pb2.ReportAppliedRequest.SerializeToString,
+                response_deserializer=fmi_dot_v1_dot_interchange__service__pb2.ReportAppliedResponse.FromString,
+                _registered_method=True)
 
 
 class InterchangeServiceServicer(object):
@@ -102,6 +107,14 @@ class InterchangeServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportApplied(self, request, context):
+        """Tells which updates a subscriber put to use (ACK) or could not (NACK), for the operator to see. It
+        changes nothing of what the subscriber is sent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InterchangeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +142,11 @@ def add_InterchangeServiceServicer_to_server(servicer, server):
                     servicer.GetWarmStart,
                     request_deserializer=fmi_dot_v1_dot_interchange__service__pb2.GetWarmStartRequest.FromString,
                     response_serializer=fmi_dot_v1_dot_interchange__service__pb2.GetWarmStartResponse.SerializeToString,
+            ),
+            'ReportApplied': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportApplied,
+                    request_deserializer=fmi_dot_v1_dot_interchange__service__pb2.ReportAppliedRequest.FromString,
+                    response_serializer=fmi_dot_v1_dot_interchange__service__pb2.ReportAppliedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -267,6 +285,33 @@ class InterchangeService(object):
             '/fmi.v1.InterchangeService/GetWarmStart',
             fmi_dot_v1_dot_interchange__service__pb2.GetWarmStartRequest.SerializeToString,
             fmi_dot_v1_dot_interchange__service__pb2.GetWarmStartResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportApplied(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fmi.v1.InterchangeService/ReportApplied',
+            fmi_dot_v1_dot_interchange__service__pb2.ReportAppliedRequest.SerializeToString,
+            fmi_dot_v1_dot_interchange__service__pb2.ReportAppliedResponse.FromString,
             options,
             channel_credentials,
             insecure,

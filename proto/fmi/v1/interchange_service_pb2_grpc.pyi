@@ -28,6 +28,10 @@ class InterchangeServiceStub:
     """Reads one update."""
     GetWarmStart: _aio.UnaryUnaryMultiCallable[_interchange_service_pb2.GetWarmStartRequest, _interchange_service_pb2.GetWarmStartResponse]
     """Reads the warm start for a site: by profile class and nearest regime."""
+    ReportApplied: _aio.UnaryUnaryMultiCallable[_interchange_service_pb2.ReportAppliedRequest, _interchange_service_pb2.ReportAppliedResponse]
+    """Tells which updates a subscriber put to use (ACK) or could not (NACK), for the operator to see. It
+    changes nothing of what the subscriber is sent.
+    """
 
 class InterchangeServiceServicer(metaclass=_abc_1.ABCMeta):
     """The interchange: packets in, updates out."""
@@ -73,5 +77,15 @@ class InterchangeServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_interchange_service_pb2.GetWarmStartRequest, _abc.Awaitable[_interchange_service_pb2.GetWarmStartResponse]],
     ) -> _abc.Awaitable[_interchange_service_pb2.GetWarmStartResponse]:
         """Reads the warm start for a site: by profile class and nearest regime."""
+
+    @_abc_1.abstractmethod
+    def ReportApplied(
+        self,
+        request: _interchange_service_pb2.ReportAppliedRequest,
+        context: _aio.ServicerContext[_interchange_service_pb2.ReportAppliedRequest, _abc.Awaitable[_interchange_service_pb2.ReportAppliedResponse]],
+    ) -> _abc.Awaitable[_interchange_service_pb2.ReportAppliedResponse]:
+        """Tells which updates a subscriber put to use (ACK) or could not (NACK), for the operator to see. It
+        changes nothing of what the subscriber is sent.
+        """
 
 def add_InterchangeServiceServicer_to_server(servicer: InterchangeServiceServicer, server: _aio.Server) -> None: ...
