@@ -17,6 +17,7 @@
     - SubscriptionError
         - InvalidFilterError          the filter, the start or the resume token is wrong
         - CompactedError              the revision asked for is no longer kept
+        - SupersededError             the same subscriber and instance opened a newer stream
     - SpecError                       a cohort spec is not valid
         - SpecChangeUnsafeError       the change would break sites, and was not forced
     - SettingUnsupportedError
@@ -88,6 +89,7 @@ __all__ = [
     "StoreCorruptError",
     "StoreUnavailableError",
     "SubscriptionError",
+    "SupersededError",
     "TemporaryError",
     "UpdateNotFoundError",
     "Violation",
@@ -248,6 +250,10 @@ class CompactedError(SubscriptionError):
         return int(told) if told.isdecimal() else None
 
 
+class SupersededError(SubscriptionError):
+    """The same subscriber opened a newer stream under the same instance id."""
+
+
 class SpecError(FMIError):
     """A cohort spec is not valid; `violations` has every rule that is broken."""
 
@@ -338,6 +344,7 @@ REASON_CLASSES: Final[Mapping[error_pb2.ErrorReason.ValueType, type[FMIError]]] 
         error_pb2.ERROR_REASON_SETTING_UNSUPPORTED: SettingUnsupportedError,
         error_pb2.ERROR_REASON_NOT_FOUND: NotFoundError,
         error_pb2.ERROR_REASON_INTERNAL: ServerInternalError,
+        error_pb2.ERROR_REASON_SUPERSEDED: SupersededError,
     }
 )
 """The class of each reason of the contract's catalogue."""

@@ -124,19 +124,22 @@ class RouterConfig:
             try again.
         progress_interval_s: Seconds between signs of life on an idle subscription.
         page_updates: Updates read from the store at once when a subscriber catches up.
+        reconnects_per_s: Subscribers that are asked to come back per second after a drain.
     """
 
     queue_packets: int = 1024
     max_subscribers: int = 10_000
     progress_interval_s: float = 20.0
     page_updates: int = 64
+    reconnects_per_s: float = 200.0
 
     def __post_init__(self) -> None:
         for name in ("queue_packets", "max_subscribers", "page_updates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.progress_interval_s > 0:
-            raise ValueError(f"progress_interval_s must be above 0, not {self.progress_interval_s}")
+        for name in ("progress_interval_s", "reconnects_per_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
 
 
 PRIVACY_SETTINGS: Final = (

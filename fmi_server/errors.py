@@ -14,6 +14,7 @@
     - UpdateNotFoundError
     - CompactedError
     - InvalidFilterError
+    - SupersededError
     - SpecInvalidError
     - SpecChangeUnsafeError
     - SettingUnsupportedError
@@ -48,6 +49,7 @@ __all__ = [
     "SettingUnsupportedError",
     "SpecChangeUnsafeError",
     "SpecInvalidError",
+    "SupersededError",
     "ThingNotFoundError",
     "UpdateNotFoundError",
     "Violation",
@@ -84,6 +86,7 @@ class Reason:
     SETTING_UNSUPPORTED: Final = error_pb2.ERROR_REASON_SETTING_UNSUPPORTED
     NOT_FOUND: Final = error_pb2.ERROR_REASON_NOT_FOUND
     INTERNAL: Final = error_pb2.ERROR_REASON_INTERNAL
+    SUPERSEDED: Final = error_pb2.ERROR_REASON_SUPERSEDED
 
 
 def reason_name(reason: error_pb2.ErrorReason.ValueType) -> str:
@@ -375,6 +378,23 @@ class InvalidFilterError(FMIError):
     def violations(self) -> Sequence[Violation]:
         """The field that is wrong."""
         return (Violation(self.field, "fmi.subscribe.filter", self.detail, self.reason),)
+
+
+class SupersededError(FMIError):
+    """A subscription was replaced by a newer one of the same subscriber and instance."""
+
+    reason = Reason.SUPERSEDED
+
+    def __init__(self, subscriber: str) -> None:
+        self.subscriber = subscriber
+        super().__init__(
+            f"{subscriber} opened a newer stream under the same instance id; go on with that one"
+        )
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Who subscribed again."""
+        return {"subscriber": self.subscriber}
 
 
 class SettingUnsupportedError(FMIError):

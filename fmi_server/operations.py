@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 from fmi.plain import DEFAULT_PROFILE_CLASS
 from fmi.v1 import packet_pb2
+from fmi_server.applied import Applied
 from fmi_server.errors import CohortUnknownError
-from fmi_server.feeds import kind_name
+from fmi_server.feed_requests import kind_name
+from fmi_server.router import OpenSubscription
 from fmi_server.service import FMIService
 from fmi_server.storage.records import PacketKey, SiteRecord, StoredPacket
 
@@ -92,8 +94,7 @@ class Operations:
             CohortUnknownError: There is no such cohort.
         """
         service = self._service
-        if cohort and cohort not in service.cohorts:
-            raise CohortUnknownError(cohort)
+        self._check_known(cohort)
         by_cohort: defaultdict[str, list[SiteRecord]] = defaultdict(list)
         for record in await service.store.sites(cohort or None):
             by_cohort[record.cohort].append(record)
@@ -140,3 +141,31 @@ class Operations:
         if stored is not None and stored.record.cohort in service.cohorts:
             await service.releaser.rebuild(stored.record.cohort)
         return changed
+
+    async def subscribers(
+        self, cohort: str = "", *, after: int = 0, limit: int = 100
+    ) -> list[OpenSubscription]:
+        """List the open subscriptions that want something of a cohort, or all, behind a number.
+
+        Raises:
+            CohortUnknownError: There is no such cohort.
+        """
+        self._check_known(cohort)
+        return await self._service.router.open_subscriptions(cohort, after=after, limit=limit)
+
+    def applied(
+        self, cohort: str = "", *, after: int = 0, limit: int = 100
+    ) -> list[tuple[Applied, int]]:
+        """List what subscribers reported of a cohort, or of all, each with the newest revision.
+
+        Raises:
+            CohortUnknownError: There is no such cohort.
+        """
+        self._check_known(cohort)
+        log = self._service.releaser.publisher.log
+        found = self._service.applied.list(cohort, after=after, limit=limit)
+        return [(applied, log.newest_revision(applied.key)) for applied in found]
+
+    def _check_known(self, cohort: str) -> None:
+        if cohort and cohort not in self._service.cohorts:
+            raise CohortUnknownError(cohort)

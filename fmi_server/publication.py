@@ -18,11 +18,12 @@ from fmi.v1 import update_pb2
 from fmi_server.aggregator import AggregationResult
 from fmi_server.cohorts import CohortRules
 from fmi_server.errors import CompactedError
-from fmi_server.feeds import Key, PublishedUpdate, UpdateLog, kind_name
+from fmi_server.feed_requests import Key, kind_name
 from fmi_server.router import FMIRouter
 from fmi_server.storage import Store
 from fmi_server.storage.records import UpdateRecord
 from fmi_server.telemetry import FMITelemetry
+from fmi_server.update_log import PublishedUpdate, UpdateLog
 
 __all__ = ["Publisher", "StoredUpdates"]
 

@@ -3,24 +3,63 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from typing import Final
 
 from fmi.v1 import packet_pb2
 from fmi_server.config import RouterConfig
-from fmi_server.errors import FMIError, OverloadedError, ServerDrainingError, ThingNotFoundError
+from fmi_server.errors import (
+    OverloadedError,
+    ServerDrainingError,
+    SupersededError,
+    ThingNotFoundError,
+)
+from fmi_server.every_feed import EveryFeed
 from fmi_server.feed_requests import PAUSE_S, FeedRequest
-from fmi_server.feeds import Feed, PublishedUpdate, UpdateLog, UpdateReader
+from fmi_server.feeds import Feed
+from fmi_server.latest_feed import LatestFeed
 from fmi_server.telemetry import FMITelemetry
+from fmi_server.update_log import PublishedUpdate, UpdateLog, UpdateReader
 
-__all__ = ["AGGREGATOR", "FMIRouter"]
+__all__ = ["AGGREGATOR", "FMIRouter", "OpenSubscription", "open_feed"]
 
 AGGREGATOR: Final = "aggregator"
 """The destination where packets are counted. Every router has it."""
 
+LEAST_RECONNECT_S: Final = 1.0
+"""Seconds until the first subscriber may come back after a drain: a restart takes about that."""
+
+LONGEST_WINDOW_S: Final = 120.0
+"""Seconds over which subscribers are spread at most, however many there are."""
+
 Consumer = Callable[[packet_pb2.Packet], Awaitable[None]]
+
+
+def open_feed(
+    request: FeedRequest, log: UpdateLog, reader: UpdateReader, *, page_updates: int
+) -> Feed:
+    """Make the feed of the mode that was asked for; see `Feed`."""
+    mode = EveryFeed if request.every else LatestFeed
+    return mode(request, log, reader, page_updates=page_updates)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSubscription:
+    """A subscription that is open.
+
+    Attributes:
+        number: Counts the subscriptions of a router, from 1.
+        feed: What it is given.
+        opened_ns: When it was opened, Unix nanoseconds.
+    """
+
+    number: int
+    feed: Feed
+    opened_ns: int
 
 
 class FMIRouter:
@@ -50,11 +89,13 @@ class FMIRouter:
         self._clock_ns = clock_ns
         self._queues: dict[str, asyncio.Queue[packet_pb2.Packet]] = {}
         self._consumers: dict[str, Consumer] = {}
-        self._feeds: set[Feed] = set()
+        self._feeds: dict[Feed, OpenSubscription] = {}
+        self._opened = 0
+        self._instances: dict[tuple[str, str], Feed] = {}
         # The feeds that want something of a cohort, found at its first update and kept while feeds come
         # and go.
         self._interested: dict[str, set[Feed]] = {}
-        self._draining: FMIError | None = None
+        self._reconnect_window_s: float | None = None  # None until the server goes down
         self.add_destination(AGGREGATOR)
 
     # Packets
@@ -135,6 +176,29 @@ class FMIRouter:
                     pause = time.monotonic() + PAUSE_S
         return counts
 
+    async def open_subscriptions(
+        self, cohort: str = "", *, after: int = 0, limit: int = 100
+    ) -> list[OpenSubscription]:
+        """List open subscriptions, those open longest first, and let others run in between.
+
+        Args:
+            cohort: Only those whose filter matches it; empty for all.
+            after: Only those with a higher number.
+            limit: The most listed.
+        """
+        found: list[OpenSubscription] = []
+        pause = time.monotonic() + PAUSE_S
+        for subscription in list(self._feeds.values()):
+            request = subscription.feed.request
+            if subscription.number > after and (not cohort or request.wants_cohort(cohort)):
+                found.append(subscription)
+                if len(found) == limit:
+                    break
+            if time.monotonic() > pause:
+                await asyncio.sleep(0)
+                pause = time.monotonic() + PAUSE_S
+        return found
+
     async def subscribe(
         self, request: FeedRequest, log: UpdateLog, reader: UpdateReader
     ) -> AsyncIterator[bytes]:
@@ -148,17 +212,17 @@ class FMIRouter:
         Raises:
             OverloadedError: There are as many subscriptions as are allowed.
             ServerDrainingError: The server is going down.
+            SupersededError: The same subscriber and instance subscribed again.
             CompactedError: A revision that comes next is no longer kept.
             InvalidFilterError: A start revision is ahead of the history.
         """
-        if self._draining is not None:
-            raise self._draining
+        if self._reconnect_window_s is not None:
+            raise _draining(self._reconnect_window_s * random.random())  # noqa: S311 - no secret
         if len(self._feeds) >= self.config.max_subscribers:
             raise OverloadedError("subscriptions", retry_after_s=5.0)
-        feed = Feed(request, log, reader, page_updates=self.config.page_updates)
+        feed = open_feed(request, log, reader, page_updates=self.config.page_updates)
         # It is known before its snapshot is read, so that no update falls between the two.
-        self._feeds.add(feed)
-        self._telemetry.subscribers(len(self._feeds))
+        self._enter(feed)
         conflated = 0
         try:
             for cohort, wanted in (await request.answers(self._interested)).items():
@@ -170,10 +234,28 @@ class FMIRouter:
                     conflated = feed.conflated
                 yield event
         finally:
-            self._feeds.discard(feed)
-            for feeds in self._interested.values():
-                feeds.discard(feed)
-            self._telemetry.subscribers(len(self._feeds))
+            self._leave(feed)
+
+    def _enter(self, feed: Feed) -> None:
+        request = feed.request
+        if request.instance_id:
+            instance = (request.subscriber, request.instance_id)
+            before = self._instances.get(instance)
+            if before is not None:
+                before.stop(SupersededError(request.subscriber))
+            self._instances[instance] = feed
+        self._opened += 1
+        self._feeds[feed] = OpenSubscription(self._opened, feed, self._clock_ns())
+        self._telemetry.subscribers(len(self._feeds))
+
+    def _leave(self, feed: Feed) -> None:
+        del self._feeds[feed]
+        instance = (feed.request.subscriber, feed.request.instance_id)
+        if self._instances.get(instance) is feed:
+            del self._instances[instance]
+        for feeds in self._interested.values():
+            feeds.discard(feed)
+        self._telemetry.subscribers(len(self._feeds))
 
     def publish(self, update: PublishedUpdate) -> None:
         """Tell every subscriber that wants it of an update, which is in the log already."""
@@ -200,8 +282,22 @@ class FMIRouter:
                     feed.progress()
             turn = (turn + 1) % parts
 
-    def drain(self, *, retry_after_s: float = 1.0) -> None:
-        """End every subscription with a hint to connect again, and take no new ones."""
-        self._draining = ServerDrainingError(retry_after_s=retry_after_s)
-        for feed in self._feeds:
-            feed.stop(self._draining)
+    def drain(self) -> None:
+        """End every subscription with a hint when to connect again, and take no new ones.
+
+        Each gets a time of its own, evenly spread over a window that grows with their number
+        (`RouterConfig.reconnects_per_s`), so that they do not all come back at once.
+        """
+        if self._reconnect_window_s is not None:
+            return
+        feeds = list(self._feeds)
+        window_s = min(len(feeds) / self.config.reconnects_per_s, LONGEST_WINDOW_S)
+        self._reconnect_window_s = window_s
+        random.shuffle(feeds)
+        for place, feed in enumerate(feeds):
+            turn = (place + random.random()) / len(feeds)  # noqa: S311 - no secret
+            feed.stop(_draining(window_s * turn))
+
+
+def _draining(delay_s: float) -> ServerDrainingError:
+    return ServerDrainingError(retry_after_s=LEAST_RECONNECT_S + delay_s)

@@ -36,6 +36,7 @@ from fmi.v1 import cohort_pb2, packet_pb2, update_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi_server.aggregation import WarmStartRequest
 from fmi_server.aggregator import FMIAggregator
+from fmi_server.applied import AppliedBook, Report
 from fmi_server.bus import Bus, FederationBusAdapter
 from fmi_server.cohorts import CohortRegistry, CohortRules
 from fmi_server.contracts import FMIContractRegistry
@@ -51,7 +52,7 @@ from fmi_server.errors import (
     UpdateNotFoundError,
     reason_name,
 )
-from fmi_server.feeds import FeedRequest, kind_name
+from fmi_server.feed_requests import FeedRequest, kind_name
 from fmi_server.releases import Releaser
 from fmi_server.router import AGGREGATOR, FMIRouter
 from fmi_server.storage import MemoryStore, Store, StoreError
@@ -92,6 +93,7 @@ class FMIService:
         clock: Unix time in seconds.
 
     Attributes:
+        applied: What subscribers reported of the updates they got.
         closing: Set when the service takes nothing new.
     """
 
@@ -125,6 +127,7 @@ class FMIService:
             telemetry=self.telemetry,
             clock=clock,
         )
+        self.applied = AppliedBook()
         self._intake = Intake(self.registry, self.validator)
         self._decoder = EnvelopeDecoder(limits or EnvelopeLimits())
         self._decoding = ByteBudget(self._decoder.limits.max_decoded_bytes)
@@ -411,10 +414,23 @@ class FMIService:
             CompactedError: A revision that comes next is no longer kept.
             OverloadedError: There are as many subscriptions as are allowed.
             ServerDrainingError: The server is going down.
+            SupersededError: The same subscriber and instance subscribed again.
         """
         log = self.releaser.publisher.log
         wanted = FeedRequest.from_message(request, history_epoch=log.history_epoch, head=log.head)
         return self.router.subscribe(wanted, log, self.releaser.publisher.updates)
+
+    def report_applied(self, subscriber: str, reports: Sequence[Report]) -> int:
+        """Keep what became of updates at a subscriber; return how many reports are of this history.
+
+        Raises:
+            UpdateNotFoundError: A report is of an update that was not released; none was kept.
+        """
+        log = self.releaser.publisher.log
+        recorded = self.applied.record(subscriber, reports, log, int(self._clock() * 1e9))
+        for report in reports:
+            self.telemetry.report("applied" if report.failure is None else "failed")
+        return recorded
 
     async def update(self, cohort: str, kind: int, revision: int = 0) -> update_pb2.Update:
         """Read one update; the newest where no revision is given.

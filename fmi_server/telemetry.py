@@ -80,6 +80,12 @@ class FMITelemetry:
             ("outcome",),
             registry=self.registry,
         )
+        self._reports = Counter(
+            "fmi_apply_reports",
+            "Reports of subscribers on updates, by outcome.",
+            ("outcome",),
+            registry=self.registry,
+        )
         # The children are looked up once: the lookup by labels costs more than the count.
         self._packet_children: dict[tuple[str, str], Counter] = {}
 
@@ -117,6 +123,10 @@ class FMITelemetry:
     def uplink(self, outcome: str) -> None:
         """Count an attempt to send a prior to the parent: `sent`, `refused`, `unavailable` or `failed`."""
         self._uplink.labels(outcome).inc()
+
+    def report(self, outcome: str) -> None:
+        """Count a subscriber's report on an update: `applied` or `failed`."""
+        self._reports.labels(outcome).inc()
 
     def subscribers(self, count: int) -> None:
         """Set the number of open subscriptions."""

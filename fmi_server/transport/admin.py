@@ -7,6 +7,7 @@ from typing import Final
 from fmi.v1 import admin_service_pb2 as wire_pb2
 from fmi_server.operations import CohortOverview, Operations, SiteOverview
 from fmi_server.service import FMIService
+from fmi_server.transport.subscribers import applied_status, subscriber_status
 
 __all__ = ["AdminServicer"]
 
@@ -90,6 +91,34 @@ class AdminServicer:
         self._service.registry.check_request(request)
         dictionary_id = await self._service.register_dictionary(request.data)
         return wire_pb2.RegisterDictionaryResponse(dictionary_id=dictionary_id)
+
+    async def ListSubscribers(
+        self, request: wire_pb2.ListSubscribersRequest
+    ) -> wire_pb2.ListSubscribersResponse:
+        """List the open subscriptions."""
+        self._service.registry.check_request(request)
+        limit = request.page_size or DEFAULT_PAGE
+        found = await self._operations.subscribers(
+            request.cohort, after=int(request.page_token or 0), limit=limit
+        )
+        return wire_pb2.ListSubscribersResponse(
+            subscribers=[subscriber_status(subscription) for subscription in found],
+            next_page_token=str(found[-1].number) if len(found) == limit else "",
+        )
+
+    async def ListApplied(
+        self, request: wire_pb2.ListAppliedRequest
+    ) -> wire_pb2.ListAppliedResponse:
+        """List what subscribers reported."""
+        self._service.registry.check_request(request)
+        limit = request.page_size or DEFAULT_PAGE
+        found = self._operations.applied(
+            request.cohort, after=int(request.page_token or 0), limit=limit
+        )
+        return wire_pb2.ListAppliedResponse(
+            applied=[applied_status(applied, newest) for applied, newest in found],
+            next_page_token=str(found[-1][0].number) if len(found) == limit else "",
+        )
 
 
 def _cohort(overview: CohortOverview) -> wire_pb2.CohortStatus:

@@ -20,6 +20,7 @@ from fmi_server.errors import (
 )
 from fmi_server.service import FMIService
 from fmi_server.transport.status import refusal_message
+from fmi_server.transport.subscribers import report_from_message
 
 __all__ = ["InterchangeServicer"]
 
@@ -105,6 +106,17 @@ class InterchangeServicer:
             concepts=dict(request.concepts),
         )
         return wire_pb2.GetWarmStartResponse(profile=profile, prior_revision=revision)
+
+    async def ReportApplied(
+        self, request: wire_pb2.ReportAppliedRequest
+    ) -> wire_pb2.ReportAppliedResponse:
+        """Take reports of what became of updates."""
+        self._service.registry.check_request(request)
+        reports = [report_from_message(report) for report in request.reports]
+        recorded = self._service.report_applied(request.subscriber, reports)
+        return wire_pb2.ReportAppliedResponse(
+            recorded=recorded, other_history=len(reports) - recorded
+        )
 
     async def _until_closing(
         self, requests: AsyncIterator[wire_pb2.EmitStreamRequest]

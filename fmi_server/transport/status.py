@@ -54,6 +54,7 @@ STATUS_CODES: Final[Mapping[error_pb2.ErrorReason.ValueType, grpc.StatusCode]] =
     Reason.SETTING_UNSUPPORTED: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Reason.INTERNAL: grpc.StatusCode.INTERNAL,
+    Reason.SUPERSEDED: grpc.StatusCode.ABORTED,
 }
 
 

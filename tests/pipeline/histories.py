@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator, Sequence
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi.v1 import update_pb2
 from fmi_server.feed_requests import FeedRequest, Key
-from fmi_server.feeds import Feed, PublishedUpdate, UpdateLog
+from fmi_server.feeds import Feed
+from fmi_server.router import open_feed
+from fmi_server.update_log import PublishedUpdate, UpdateLog
 
 EPOCH = "epoch-1"
 A, B, C = ("care", 1), ("care", 2), ("retail/eu", 1)
@@ -53,7 +55,7 @@ class History:
     def open(self, page: int = 3, **fields) -> Reader:
         message = wire_pb2.SubscribeRequest(cohorts=fields.pop("cohorts", ["**"]), **fields)
         wanted = FeedRequest.from_message(message, history_epoch=EPOCH, head=self.log.head)
-        feed = Feed(wanted, self.log, self, page_updates=page)
+        feed = open_feed(wanted, self.log, self, page_updates=page)
         self.feeds.append(feed)
         return Reader(self, feed)
 

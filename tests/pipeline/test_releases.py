@@ -16,7 +16,7 @@ from fmi_server.cohorts import CohortRegistry
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.emission import Intake
 from fmi_server.errors import CohortUnknownError, CompactedError
-from fmi_server.feeds import kind_name
+from fmi_server.feed_requests import kind_name
 from fmi_server.publication import TRIM_EVERY
 from fmi_server.releases import RETRY_S, Releaser
 from fmi_server.router import FMIRouter

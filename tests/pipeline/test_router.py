@@ -12,7 +12,7 @@ from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi_server import FMIRouter, RouterConfig
 from fmi_server.errors import OverloadedError, ServerDrainingError, ThingNotFoundError
 from fmi_server.feed_requests import FeedRequest
-from fmi_server.router import AGGREGATOR
+from fmi_server.router import AGGREGATOR, LEAST_RECONNECT_S
 from fmi_server.telemetry import FMITelemetry
 
 # Packets
@@ -227,12 +227,29 @@ async def test_a_drain_ends_every_subscription_with_a_hint_and_takes_no_more():
     streams = [hub.subscribe() for _ in range(3)]
     for stream in streams:
         await take(stream)
-    hub.router.drain(retry_after_s=3.0)
+    hub.router.drain()
     for stream in (*streams, hub.subscribe()):
         with pytest.raises(ServerDrainingError) as caught:
             await take(stream)
-        assert caught.value.retry_after_s == 3.0
+        assert caught.value.retry_after_s >= LEAST_RECONNECT_S
     assert hub.router.subscribers == 0
+
+
+async def test_a_drain_spreads_the_reconnects_evenly_over_a_window_that_grows_with_their_number():
+    hub = Hub(reconnects_per_s=10.0)
+    streams = [hub.subscribe() for _ in range(40)]
+    for stream in streams:
+        await take(stream)
+    hub.router.drain()
+    hub.router.drain()  # once is enough: the hints stay as they are
+    delays = []
+    for stream in streams:
+        with pytest.raises(ServerDrainingError) as caught:
+            await take(stream)
+        delays.append(caught.value.retry_after_s - LEAST_RECONNECT_S)
+    for place, delay in enumerate(sorted(delays)):
+        assert place / 10 <= delay <= (place + 1) / 10, "one in each tenth of a second"
+    assert delays != sorted(delays), "and not in the order in which they came"
 
 
 async def test_signs_of_life_reach_every_idle_subscriber_once_per_interval():
