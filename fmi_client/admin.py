@@ -120,6 +120,33 @@ class AsyncAdmin:
         )
         return response.dictionary_id
 
+    async def list_subscribers(self, cohort: str = "") -> list[admin_service_pb2.SubscriberStatus]:
+        """List the open subscriptions that match a cohort, or all, those open longest first."""
+        found: list[admin_service_pb2.SubscriberStatus] = []
+        request = admin_service_pb2.ListSubscribersRequest(cohort=cohort, page_size=250)
+        while True:
+            response = await self._caller.call(self._stub().ListSubscribers, request)
+            found.extend(response.subscribers)
+            request.page_token = response.next_page_token
+            if not request.page_token:
+                return found
+
+    async def list_applied(self, cohort: str = "") -> list[admin_service_pb2.AppliedStatus]:
+        """List which revisions subscribers reported as applied or failed, in a cohort or in all.
+
+        The one longest without a report comes first. The server forgets them when it restarts.
+        """
+        # A report during the listing moves its entry to the end, where it comes a second time.
+        found: dict[tuple[str, str, int], admin_service_pb2.AppliedStatus] = {}
+        request = admin_service_pb2.ListAppliedRequest(cohort=cohort, page_size=_PAGE)
+        while True:
+            response = await self._caller.call(self._stub().ListApplied, request)
+            for status in response.applied:
+                found[status.subscriber, status.cohort, status.kind] = status
+            request.page_token = response.next_page_token
+            if not request.page_token:
+                return list(found.values())
+
 
 def cohort_spec_from_plain(data: Mapping[str, Any]) -> cohort_pb2.CohortSpec:
     """Translate a cohort spec from its JSON form, with the short forms of cohort files.

@@ -21,6 +21,7 @@ from fmi_client._calls import Caller
 from fmi_client._channel import TLSConfig
 from fmi_client._emit_stream import BATCH_BYTES, BATCH_PACKETS, BatchSender
 from fmi_client.admin import AsyncAdmin
+from fmi_client.applied import UNKNOWN, apply_failure, send_report
 from fmi_client.emitter import (
     FMIEmitter,
     HeaderDefaults,
@@ -317,6 +318,7 @@ class AsyncFMIClient:
                 mode=_MODES[mode],
                 start_revisions=_start_revisions(start),
                 resume_token=resume_token or "",
+                subscriber=self._defaults.domain_id or "",
             ),
             on_update=on_update,
             on_state=on_state,
@@ -455,6 +457,41 @@ class AsyncFMIClient:
             return self._typed(packet)
         except ContractError as error:
             return error
+
+    async def report_applied(self, update: update_pb2.Update) -> bool:
+        """Tell the server that an update was put to use (ACK), for its operator to see.
+
+        The report is under the client's `domain_id`. It changes nothing of what is sent.
+
+        Returns:
+            Whether the server keeps the report; not where the update is of another history than the
+            server's present one.
+
+        Raises:
+            ConfigurationError: The client was made without `domain_id`.
+            UpdateNotFoundError: The server has not released such an update.
+        """
+        return await send_report(self._caller, self._defaults.domain_id, update, None)
+
+    async def report_failed(
+        self, update: update_pb2.Update, reason: object, *, code: int = UNKNOWN
+    ) -> bool:
+        """Tell the server that an update could not be put to use (NACK), for its operator to see.
+
+        Args:
+            update: The update.
+            reason: Why: a text or an exception. It goes on one line, cut to 512 bytes.
+            code: What went wrong, as a number of `google.rpc.Code`, from 1 to 16.
+
+        Returns:
+            As `report_applied`.
+
+        Raises:
+            ConfigurationError: The client was made without `domain_id`, or `code` is out of range.
+            UpdateNotFoundError: The server has not released such an update.
+        """
+        failure = apply_failure(reason, code)
+        return await send_report(self._caller, self._defaults.domain_id, update, failure)
 
 
 def _start_revisions(start: Start | None) -> list[interchange_service_pb2.StartRevision]:

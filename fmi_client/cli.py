@@ -28,6 +28,7 @@ _COMMANDS: Final = {
     "get": "Read a prior, warm start, policy hint or causal consensus.",
     "cohorts": "List cohorts, show or change their specs, release now.",
     "sites": "List sites and what is in quarantine.",
+    "subscribers": "List who subscribes, and who applied which revision.",
     "dictionaries": "Train, register and fetch compression dictionaries.",
     "contract": "Compare this site's contract with the server's.",
     "doctor": "Find out why a server cannot be reached or used.",

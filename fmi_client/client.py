@@ -36,6 +36,7 @@ from fmi_client._channel import TLSConfig
 from fmi_client._emit_stream import BATCH_BYTES, BATCH_PACKETS
 from fmi_client._loop_thread import JOIN_S, LoopThread
 from fmi_client.aio import AsyncFMIClient, Mode, PacketLike, Start
+from fmi_client.applied import UNKNOWN
 from fmi_client.emitter import FMIEmitter, Numbers, ProvenanceLike
 from fmi_client.encoder import FMIEncoder
 from fmi_client.errors import ClientClosedError
@@ -260,6 +261,16 @@ class FMIClient:
         """Read a compression dictionary, the newest for 0."""
         return self._thread.run(self._aio.dictionary(dictionary_id))
 
+    def report_applied(self, update: update_pb2.Update) -> bool:
+        """Tell the server that an update was put to use. See `AsyncFMIClient.report_applied`."""
+        return self._thread.run(self._aio.report_applied(update))
+
+    def report_failed(
+        self, update: update_pb2.Update, reason: object, *, code: int = UNKNOWN
+    ) -> bool:
+        """Tell the server that an update could not be put to use. See `AsyncFMIClient.report_failed`."""
+        return self._thread.run(self._aio.report_failed(update, reason, code=code))
+
     def close(self) -> None:
         """End the subscriptions and calls, and close the connection. Closing twice does nothing."""
         self._thread.close()
@@ -304,6 +315,17 @@ class BlockingSubscription:
     def resume_token(self) -> str:
         """Give it to `subscribe` to go on behind the last event given; empty before the first."""
         return self._subscription.resume_token
+
+    @property
+    def changing(self) -> bool:
+        """Whether a change of the filter is under way."""
+        return self._subscription.changing
+
+    def change(
+        self, cohorts: str | Iterable[str], kinds: KindLike | Iterable[KindLike] = ()
+    ) -> None:
+        """Follow other cohorts or kinds from here on, without loss. See `Subscription.change`."""
+        self._thread.run(self._subscription.change(cohorts, kinds))
 
     @property
     def statistics(self) -> SubscriptionStatistics:
@@ -438,6 +460,14 @@ class Admin:
     def register_dictionary(self, data: bytes) -> int:
         """Register a compression dictionary in zstd's format; return its id."""
         return self._thread.run(self._admin.register_dictionary(data))
+
+    def list_subscribers(self, cohort: str = "") -> list[admin_service_pb2.SubscriberStatus]:
+        """List the open subscriptions, those open longest first. See `AsyncAdmin.list_subscribers`."""
+        return self._thread.run(self._admin.list_subscribers(cohort))
+
+    def list_applied(self, cohort: str = "") -> list[admin_service_pb2.AppliedStatus]:
+        """List which revisions subscribers applied or failed. See `AsyncAdmin.list_applied`."""
+        return self._thread.run(self._admin.list_applied(cohort))
 
 
 async def _next_update(

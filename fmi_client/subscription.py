@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,6 +23,7 @@ from fmi_client.errors import (
     ProtocolError,
     error_from_rpc,
 )
+from fmi_client.kinds import KindLike, update_kind
 from fmi_client.outages import OnState, OutageMonitor
 from fmi_client.retry import Backoff
 
@@ -65,9 +67,10 @@ class Subscription:
 
     Per cohort and kind the revisions that it gives rise strictly, across reconnects too; in a history
     that changed (a server restored from a backup) they begin anew. After a break it goes on behind the
-    last event given. Until its first event, attempts are bounded by the client's `RetryPolicy`; later
-    it tries for as long as it is open. An outage is told to the log, at WARNING when it begins and at
-    INFO when it is over, and to `on_state`. One consumer at a time.
+    last event given, and where the server still holds the broken stream, that one ends. Until its first
+    event, attempts are bounded by the client's `RetryPolicy`; later it tries for as long as it is open. An
+    outage is told to the log, at WARNING when it begins and at INFO when it is over, and to `on_state`. One
+    consumer at a time.
 
     Made by `AsyncFMIClient.subscribe`; use it as an asynchronous context manager, or call `aclose`.
     """
@@ -85,6 +88,10 @@ class Subscription:
         caller.check_open()
         self._caller = caller
         self._request = request
+        self._next_filter: interchange_service_pb2.SubscribeRequest | None = None
+        if request.subscriber:
+            # Kept across reconnects, so that a stream that broke unseen ends when the next one opens.
+            request.instance_id = secrets.token_urlsafe(16)
         self._on_compacted = on_compacted
         self._silence_s = silence_s
         self._backoff = Backoff(caller.retry)
@@ -108,8 +115,19 @@ class Subscription:
 
     @property
     def resume_token(self) -> str:
-        """Give it to `subscribe` to go on behind the last event given; empty before the first."""
+        """Give it to `subscribe` to go on behind the last event given; empty before the first.
+
+        While a change of the filter is under way (`changing`), it is the last one under the filter from
+        before, with which it goes together.
+        """
+        if self._request.HasField("handover"):
+            return self._request.handover.resume_token
         return self._request.resume_token
+
+    @property
+    def changing(self) -> bool:
+        """Whether a change of the filter is under way: its snapshot was not given to the end yet."""
+        return self._next_filter is not None or self._request.HasField("handover")
 
     @property
     def statistics(self) -> SubscriptionStatistics:
@@ -169,6 +187,51 @@ class Subscription:
         if not self._driver.cancelled():
             self._driver.result()
 
+    async def change(
+        self, cohorts: str | Iterable[str], kinds: KindLike | Iterable[KindLike] = ()
+    ) -> None:
+        """Follow other cohorts or kinds from here on, in a new stream.
+
+        What the old filter covered too goes on without a gap or a repeat. What it left out begins with a
+        snapshot. While an earlier change is under way this one waits, in place of one that waited already.
+
+        Args:
+            cohorts: Names or patterns, as in `AsyncFMIClient.subscribe`; they replace the ones from before.
+            kinds: Kinds of update, likewise. Empty means all.
+
+        Raises:
+            InvalidFilterError: A kind is not known. A pattern that the server refuses comes out of the
+                iteration, as at the start.
+        """
+        if isinstance(kinds, str | int):
+            kinds = (kinds,)
+        self._next_filter = interchange_service_pb2.SubscribeRequest(
+            cohorts=[cohorts] if isinstance(cohorts, str) else list(cohorts),
+            kinds=[update_kind(kind) for kind in kinds],
+        )
+        await self._change_if_possible()
+
+    async def _change_if_possible(self) -> None:
+        """Put the filter that waits into the request and open a new stream, unless something is half done.
+
+        A handover says what was received under one other filter, not under two. Start revisions go with
+        their filter, and are done with at the first token.
+        """
+        request, wanted = self._request, self._next_filter
+        if wanted is None or request.HasField("handover"):
+            return
+        if request.start_revisions and not request.resume_token:
+            return
+        self._next_filter = None
+        if request.resume_token:
+            request.handover.cohorts.extend(request.cohorts)
+            request.handover.kinds.extend(request.kinds)
+            request.handover.resume_token = request.resume_token
+            request.resume_token = ""
+        request.cohorts[:] = wanted.cohorts
+        request.kinds[:] = wanted.kinds
+        await self._drop_call()
+
     async def aclose(self) -> None:
         """End the subscription. Raises what its callback raised. Closing twice does nothing."""
         self._closing.set()
@@ -215,7 +278,11 @@ class Subscription:
                     if not self.closed:
                         self._recover(error)
                     continue
-                if event is not None and self._takes(event):
+                if event is None:
+                    continue
+                wanted = self._takes(event)
+                await self._change_if_possible()
+                if wanted:
                     return event
             return None
         finally:
@@ -238,11 +305,11 @@ class Subscription:
                 _read(self._call, self._caller.target), name="fmi-subscription-read"
             )
             self._read_since = loop.time()
-        patience_s = self._read_since + self._silence_s - loop.time()
-        await asyncio.wait({self._read}, timeout=max(0.0, patience_s))
-        if self.closed:  # it was closed from elsewhere, and the read is gone
-            return None
         read = self._read
+        patience_s = self._read_since + self._silence_s - loop.time()
+        await asyncio.wait({read}, timeout=max(0.0, patience_s))
+        if self._read is not read:  # it was closed or changed from elsewhere, and the read is gone
+            return None
         if not read.done():
             raise ConnectionFailedError(
                 f"no event from {self._caller.target} for {self._silence_s:g} s"
@@ -262,6 +329,8 @@ class Subscription:
             self._request.resume_token = event.resume_token
             del self._request.start_revisions[:]
         kind = event.WhichOneof("event")
+        if kind == "snapshot_end":
+            self._request.ClearField("handover")
         if kind == "update":
             update = event.update
             key = (update.cohort, update.kind)
@@ -282,9 +351,10 @@ class Subscription:
         restarts = (
             isinstance(error, CompactedError)
             and self._on_compacted == "snapshot"
-            and bool(self._request.resume_token or self._request.start_revisions)
+            and bool(self.resume_token or self._request.start_revisions)
         )
         if restarts:
+            self._request.ClearField("handover")
             self._request.resume_token = ""
             del self._request.start_revisions[:]
             error = ConnectionFailedError(error.message)  # the next attempt is another request

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from fmi.plain import DEFAULT_COHORT
 from fmi.v1 import packet_pb2
 from fmi_server.contracts import FMIContractRegistry
+from fmi_server.counted_time import NewestSignals, counted_at_us
 from fmi_server.errors import (
     FMIError,
     PacketIdReusedError,
@@ -21,7 +22,15 @@ from fmi_server.errors import (
 from fmi_server.storage.records import AppendOutcome, PacketRecord
 from fmi_server.validator import FMIValidator
 
-__all__ = ["Answer", "Candidate", "Intake", "PacketStatus", "opening_warnings", "settle"]
+__all__ = [
+    "Answer",
+    "Candidate",
+    "Intake",
+    "PacketStatus",
+    "opening_warnings",
+    "overtaking_warnings",
+    "settle",
+]
 
 PacketStatus = Literal["accepted", "duplicate", "quarantined", "refused"]
 
@@ -147,6 +156,24 @@ def opening_warnings(cohort: str) -> tuple[str, ...]:
     if cohort == DEFAULT_COHORT:
         return ()
     return (f"header.cohort: opens cohort '{cohort}' with its first packet; is the name mistyped?",)
+
+
+def overtaking_warnings(record: PacketRecord, newest: NewestSignals) -> tuple[str, ...]:
+    """Note signals that count, and say where newer ones of the same site overtake them.
+
+    A clock that fell back would otherwise silence its site without a word.
+    """
+    if record.kind != "msp":
+        return ()
+    counted_us = counted_at_us(record.emitted_at_us, record.received_at_us)
+    behind_us = newest.note(record.cohort, record.domain_id, counted_us)
+    if not behind_us:
+        return ()
+    text = (
+        f"header.emitted_at: is {behind_us / 1e6:.0f} s before that of signals of this site that count "
+        "already, and does not replace them; was the clock set back?"
+    )
+    return (text,)
 
 
 def settle(candidate: Candidate, outcome: AppendOutcome) -> Answer:

@@ -39,9 +39,7 @@ class EveryFeed(Feed):
         snapshot = sorted(
             (update.sequence, update.revision, key)
             for key, update in log.latest.items()
-            if key not in request.start
-            and request.after(key) is None
-            and self._wants(key, answers)
+            if key not in request.start and request.after(key) is None and self._wants(key, answers)
         )
         self._snapshot = {key: revision for _, revision, key in snapshot}
         position = min([*positions, log.head])

@@ -120,17 +120,7 @@ class FeedRequest:
                 handover = Handover(tuple(had.cohorts), frozenset(had.kinds), after)
             elif resume_after is None:
                 changed = True
-        start: dict[Key, int] = {}
-        for index, item in enumerate(request.start_revisions):
-            if item.history_epoch and item.history_epoch != history_epoch:
-                changed = True
-                continue
-            key = (item.cohort, item.kind)
-            if key in start:
-                raise InvalidFilterError(
-                    f"start_revisions[{index}]", "names a cohort and kind a second time"
-                )
-            start[key] = item.revision
+        start, left_out = _starts(request.start_revisions, history_epoch)
         result = cls(
             patterns=tuple(request.cohorts),
             kinds=frozenset(request.kinds),
@@ -138,7 +128,7 @@ class FeedRequest:
             start=start,
             resume_after=resume_after,
             handover=handover,
-            history_changed=changed,
+            history_changed=changed or left_out,
             subscriber=request.subscriber,
             instance_id=request.instance_id,
         )
@@ -188,6 +178,25 @@ class FeedRequest:
                 await asyncio.sleep(0)
                 pause = time.monotonic() + PAUSE_S
         return result
+
+
+def _starts(
+    items: Iterable[wire_pb2.StartRevision], history_epoch: str
+) -> tuple[dict[Key, int], bool]:
+    """Read the start revisions, and whether some were left out because they are of another history."""
+    start: dict[Key, int] = {}
+    left_out = False
+    for index, item in enumerate(items):
+        if item.history_epoch and item.history_epoch != history_epoch:
+            left_out = True
+            continue
+        key = (item.cohort, item.kind)
+        if key in start:
+            raise InvalidFilterError(
+                f"start_revisions[{index}]", "names a cohort and kind a second time"
+            )
+        start[key] = item.revision
+    return start, left_out
 
 
 def _place(field_name: str, token: str, history_epoch: str, head: int) -> int | None:

@@ -22,10 +22,12 @@ from fmi.v1 import packet_pb2, update_pb2
 from fmi_server.aggregator import FMIAggregator
 from fmi_server.cohort_state import CohortState
 from fmi_server.cohorts import CohortRegistry, CohortRules
+from fmi_server.counted_time import NewestSignals, as_counted, counted_at_us
 from fmi_server.errors import FMIError
 from fmi_server.publication import Publisher
 from fmi_server.router import FMIRouter
 from fmi_server.storage import Store, StoreError
+from fmi_server.storage.records import PacketRecord
 from fmi_server.telemetry import FMITelemetry
 
 __all__ = ["Releaser"]
@@ -81,6 +83,10 @@ class Releaser:
         router: Tells subscribers.
         telemetry: Counts releases.
         clock: Unix time in seconds.
+
+    Attributes:
+        newest: As of when the newest signals of each site count.
+        publisher: Stores and tells of updates.
     """
 
     def __init__(
@@ -103,6 +109,7 @@ class Releaser:
         self._releasing: set[str] = set()
         self._uncounted_bytes = 0
         self._saved_reputations: dict[str, dict[str, float]] = {}
+        self.newest = NewestSignals()
         self.publisher = Publisher(store, router, telemetry=telemetry, clock=clock)
 
     async def load(self) -> None:
@@ -371,7 +378,9 @@ class Releaser:
                     continue
                 ttl_s = max(rules.site_ttl_s, rules.policy_window_s)
                 if not record.quarantined and record.emitted_at_us >= now_us - ttl_s * 1e6:
-                    packets[record.cohort].append(packet_pb2.Packet.FromString(record.payload))
+                    self._note_newest(record)
+                    packet = packet_pb2.Packet.FromString(record.payload)
+                    packets[record.cohort].append(as_counted(packet, record.received_at_us))
             for name, found in packets.items():
                 await _in_thread(state_of(self._cohorts.rules(name)).replay, found)
                 self._mark_dirty(self._work[name])
@@ -379,6 +388,11 @@ class Releaser:
             _log.warning(
                 "cohort %s has packets but is not declared; they are kept, not counted", name
             )
+
+    def _note_newest(self, record: PacketRecord) -> None:
+        if record.kind == "msp":
+            counted_us = counted_at_us(record.emitted_at_us, record.received_at_us)
+            self.newest.note(record.cohort, record.domain_id, counted_us)
 
 
 async def _in_thread(work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:

@@ -40,8 +40,16 @@ from fmi_server.applied import AppliedBook, Report
 from fmi_server.bus import Bus, FederationBusAdapter
 from fmi_server.cohorts import CohortRegistry, CohortRules
 from fmi_server.contracts import FMIContractRegistry
+from fmi_server.counted_time import as_counted
 from fmi_server.dictionaries import DictionaryShelf
-from fmi_server.emission import Answer, Candidate, Intake, opening_warnings, settle
+from fmi_server.emission import (
+    Answer,
+    Candidate,
+    Intake,
+    opening_warnings,
+    overtaking_warnings,
+    settle,
+)
 from fmi_server.envelope import ByteBudget, EnvelopeDecoder, EnvelopeLimits
 from fmi_server.errors import (
     CohortUnknownError,
@@ -233,7 +241,7 @@ class FMIService:
                 raise
             self.telemetry.packet(kind, answer.status, size=len(candidate.record.payload))
             if answer.status == "accepted":
-                await self.router.route(candidate.packet, destination=AGGREGATOR)
+                answer = await self._count(candidate, answer)
             return answer
 
     async def emit_batch(self, items: Sequence[bytes | packet_pb2.Packet]) -> list[Answer]:
@@ -272,12 +280,12 @@ class FMIService:
         counts: Counter[tuple[str, str]] = Counter()
         for item in items:
             answer = settle(item, next(outcomes)) if isinstance(item, Candidate) else item
-            answers.append(answer)
             counts[answer.kind, answer.status] += 1
             if answer.error is not None:
                 self.telemetry.refusal(reason_name(answer.error.reason))
             elif isinstance(item, Candidate) and answer.status == "accepted":
-                await self.router.route(item.packet, destination=AGGREGATOR)
+                answer = await self._count(item, answer)
+            answers.append(answer)
         for (kind, status), count in counts.items():
             self.telemetry.packet(kind, status, count=count)
         return answers
@@ -343,6 +351,13 @@ class FMIService:
                 self._tasks.create_task(self._count_abandoned(candidate), name="abandoned")
             raise
 
+    async def _count(self, candidate: Candidate, answer: Answer) -> Answer:
+        """Hand an accepted packet on to be counted; warn where it is overtaken already."""
+        warnings = overtaking_warnings(candidate.record, self.releaser.newest)
+        packet = as_counted(candidate.packet, answer.received_at_us)
+        await self.router.route(packet, destination=AGGREGATOR)
+        return replace(answer, warnings=(*answer.warnings, *warnings)) if warnings else answer
+
     def _doubt(self, error: StoreError, cohorts: Iterable[str]) -> None:
         """Note that packets may have got into the store although their write failed.
 
@@ -359,8 +374,9 @@ class FMIService:
             # Sent again it is answered behind the first write, which is known by the time it carries.
             (outcome,) = await self.store.append([candidate.record])
             ours = outcome.received_at_us == candidate.record.received_at_us
-            if settle(candidate, outcome).error is None and ours and not outcome.quarantined:
-                await self.router.route(candidate.packet, destination=AGGREGATOR)
+            answer = settle(candidate, outcome)
+            if answer.error is None and ours and not outcome.quarantined:
+                await self._count(candidate, answer)
         except Exception as error:
             unknown = not isinstance(error, FMIError)
             _log.warning(

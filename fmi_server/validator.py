@@ -34,6 +34,9 @@ class Inspection:
 
 _CLEAN: Final = Inspection()
 
+AHEAD_S: Final = 1.0
+"""Seconds that a site's clock may be ahead before it is told so."""
+
 
 class FMIValidator:
     """Checks packets.
@@ -85,7 +88,7 @@ class FMIValidator:
             unknown = Violation("header.cohort", "fmi.cohort.known", str(error), error.reason)
             return Inspection((unknown,))
         found = list(self._policy_violations(packet, rules, size))
-        warnings: tuple[str, ...] = ()
+        warnings = self._clock_warnings(header)
         if header.schema_hash and header.schema_hash != rules.schema_hash:
             text = (
                 f"was built against cohort spec {header.schema_hash[:12]}, the one in force is "
@@ -101,7 +104,7 @@ class FMIValidator:
                     )
                 )
             else:
-                warnings = (f"header.schema_hash: {text}",)
+                warnings = (*warnings, f"header.schema_hash: {text}")
         if rules.signals or not rules.free_signals:
             found.extend(_vocabulary_violations(packet, rules))
         if found:
@@ -118,6 +121,16 @@ class FMIValidator:
         if not warnings and not quarantine:
             return _CLEAN
         return Inspection((), warnings, quarantine)
+
+    def _clock_warnings(self, header: packet_pb2.PacketHeader) -> tuple[str, ...]:
+        ahead_s = header.emitted_at.seconds + header.emitted_at.nanos / 1e9 - self._clock()
+        if ahead_s <= AHEAD_S:
+            return ()
+        text = (
+            f"header.emitted_at: is {ahead_s:.0f} s ahead of the server's clock, so the packet counts as of "
+            "its receipt; check the site's clock"
+        )
+        return (text,)
 
     def _policy_violations(
         self, packet: packet_pb2.Packet, rules: CohortRules, size: int | None

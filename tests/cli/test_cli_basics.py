@@ -25,6 +25,7 @@ COMMANDS = [
     "get",
     "cohorts",
     "sites",
+    "subscribers",
     "dictionaries",
     "contract",
     "doctor",

@@ -22,6 +22,7 @@ class History:
     def __init__(self, recent: int = 4) -> None:
         self.log = UpdateLog(EPOCH)
         self.log.recent = type(self.log.recent)(maxlen=recent)
+        self.restores = 0
         self.kept: dict[Key, dict[int, PublishedUpdate]] = {}
         self.feeds: list[Feed] = []
         self.reads = 0
@@ -35,7 +36,7 @@ class History:
                 cohort=cohort, kind=kind, revision=revision, sequence=self.log.head + 1
             ).SerializeToString()
             update = PublishedUpdate.from_payload(
-                key, revision, self.log.head + 1, payload, history_epoch=EPOCH
+                key, revision, self.log.head + 1, payload, history_epoch=self.log.history_epoch
             )
             self.kept.setdefault(key, {})[revision] = update
             self.log.add(update)
@@ -52,9 +53,27 @@ class History:
         """Do what a restart does: only the newest of each is in memory."""
         self.log.recent.clear()
 
+    def backup(self) -> tuple[int, list[PublishedUpdate]]:
+        """Copy what is kept, as a backup of the store does."""
+        return self.log.head, [u for held in self.kept.values() for u in held.values()]
+
+    def restore(self, backup: tuple[int, list[PublishedUpdate]]) -> None:
+        """Go back to a backup, as a history of its own."""
+        self.restores += 1
+        head, updates = backup
+        epoch = f"{EPOCH}-restored-{self.restores}"
+        self.log = UpdateLog(epoch, head, recent=type(self.log.recent)(maxlen=self.log.recent.maxlen))
+        self.kept = {}
+        for old in sorted(updates, key=lambda update: update.sequence):
+            update = PublishedUpdate.from_payload(
+                old.key, old.revision, old.sequence, old.payload, history_epoch=epoch
+            )
+            self.log.latest[old.key] = update
+            self.kept.setdefault(old.key, {})[old.revision] = update
+
     def open(self, page: int = 3, **fields) -> Reader:
         message = wire_pb2.SubscribeRequest(cohorts=fields.pop("cohorts", ["**"]), **fields)
-        wanted = FeedRequest.from_message(message, history_epoch=EPOCH, head=self.log.head)
+        wanted = FeedRequest.from_message(message, history_epoch=self.log.history_epoch, head=self.log.head)
         feed = open_feed(wanted, self.log, self, page_updates=page)
         self.feeds.append(feed)
         return Reader(self, feed)

@@ -58,6 +58,7 @@ EXAMPLES = [
     errors.UpdateNotFoundError("care", "prior", 3),
     errors.CompactedError("care", "prior", 3, 7),
     errors.InvalidFilterError("resume_token", "is wrong"),
+    errors.SupersededError("site"),
     errors.SpecInvalidError([Violation("a", "b", "c", Reason.SPEC_INVALID)]),
     errors.SpecChangeUnsafeError([Violation("a", "b", "c", Reason.SPEC_CHANGE_UNSAFE)]),
     errors.SettingUnsupportedError("privacy.dp_epsilon", "is not there"),
