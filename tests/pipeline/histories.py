@@ -62,7 +62,9 @@ class History:
         self.restores += 1
         head, updates = backup
         epoch = f"{EPOCH}-restored-{self.restores}"
-        self.log = UpdateLog(epoch, head, recent=type(self.log.recent)(maxlen=self.log.recent.maxlen))
+        self.log = UpdateLog(
+            epoch, head, recent=type(self.log.recent)(maxlen=self.log.recent.maxlen)
+        )
         self.kept = {}
         for old in sorted(updates, key=lambda update: update.sequence):
             update = PublishedUpdate.from_payload(
@@ -73,7 +75,9 @@ class History:
 
     def open(self, page: int = 3, **fields) -> Reader:
         message = wire_pb2.SubscribeRequest(cohorts=fields.pop("cohorts", ["**"]), **fields)
-        wanted = FeedRequest.from_message(message, history_epoch=self.log.history_epoch, head=self.log.head)
+        wanted = FeedRequest.from_message(
+            message, history_epoch=self.log.history_epoch, head=self.log.head
+        )
         feed = open_feed(wanted, self.log, self, page_updates=page)
         self.feeds.append(feed)
         return Reader(self, feed)

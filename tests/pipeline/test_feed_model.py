@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Sequence
 
 from histories import A, B, C, History, Reader
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fmi.v1 import interchange_service_pb2 as wire_pb2
@@ -210,6 +210,29 @@ moves = st.one_of(
 )
 
 
+CUT_IN_A_HANDOVER = [
+    ("change", FILTERS[4], None),
+    ("read_all", None, None),
+    ("change", FILTERS[0], None),
+    ("read", 1, None),
+    ("cut", None, None),
+    ("read", 1, None),
+    ("publish", B, 2),
+    ("cut", None, None),
+]
+
+CUT_IN_A_SNAPSHOT_THAT_WAS_OVERTAKEN = [
+    ("read", 1, None),
+    ("publish", C, 1),
+    ("read", 1, None),
+    ("cut", None, None),
+]
+
+
+@example(LATEST, CUT_IN_A_HANDOVER, 1)
+@example(EVERY, CUT_IN_A_HANDOVER, 1)
+@example(LATEST, CUT_IN_A_SNAPSHOT_THAT_WAS_OVERTAKEN, 1)
+@example(EVERY, CUT_IN_A_SNAPSHOT_THAT_WAS_OVERTAKEN, 1)
 @settings(max_examples=600, suppress_health_check=list(HealthCheck), deadline=None)
 @given(
     st.sampled_from([LATEST, EVERY]),
