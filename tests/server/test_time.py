@@ -126,7 +126,10 @@ async def test_a_clock_that_was_ahead_does_not_shadow_the_site(data_dir, restart
 async def test_what_a_site_sent_is_kept_as_it_sent_it(server, client):
     await declare(client, max_clock_skew=24 * HOUR)
     packet = signal(1.0, 20 * HOUR)
-    await client.emit(packet)
+    given = packet_pb2.Packet()
+    given.CopyFrom(packet)
+    await server.service.emit(given)
+    assert given == packet
     (stored,) = await server.service.store.load("care")
     assert packet_pb2.Packet.FromString(stored.record.payload) == packet
 

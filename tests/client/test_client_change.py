@@ -1,0 +1,225 @@
+"""A live change of the filter: nothing lost, nothing twice, and a snapshot of what is new."""
+
+# ruff: noqa: S106  resume tokens are no secrets
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections import defaultdict
+
+import grpc
+import pytest
+from scripted_server import snapshot_end, status, streams, update, update_event
+
+from fmi.v1 import cohort_pb2, interchange_service_pb2, update_pb2
+from fmi_client import AsyncFMIClient, CompactedError, FMIEmitter, InvalidFilterError
+from fmi_server.errors import OverloadedError
+from fmi_server.testing import running_server
+
+PRIOR = update_pb2.UPDATE_KIND_PRIOR
+
+
+def filters(request):
+    return list(request.cohorts), list(request.kinds)
+
+
+async def test_a_change_says_what_was_received_under_the_filter_before(server, connect):
+    """The handover is sent until the end of the snapshot, with the newest token under the new filter."""
+    server.script(
+        "Subscribe",
+        streams(update_event(1), snapshot_end(), hold=True),
+        streams(update_event(7, cohort="new")),  # and then it breaks
+        streams(snapshot_end(), update_event(8, cohort="new"), hold=True),
+        streams(hold=True),
+    )
+    client = await connect()
+    async with client.subscribe("care", "prior") as subscription:
+        events = subscription.events()
+        await anext(events)
+        assert (await anext(events)).HasField("snapshot_end")
+        await subscription.change(["care", "new"])
+        assert subscription.changing
+        assert subscription.resume_token == "snap", "it goes with the filter from before"
+        assert (await anext(events)).update == update(7, cohort="new")
+        assert (await anext(events)).HasField("snapshot_end")
+        assert not subscription.changing
+        assert (await anext(events)).update == update(8, cohort="new")
+        await subscription.change("other")
+        waiting = asyncio.ensure_future(anext(events))
+        while len(server.seen("Subscribe")) < 4:
+            await asyncio.sleep(0.001)
+        waiting.cancel()
+    first, changed, resumed, last = server.seen("Subscribe")
+    assert filters(first) == (["care"], [PRIOR])
+    assert not first.HasField("handover")
+    for request, token in ((changed, ""), (resumed, "t7")):
+        assert filters(request) == (["care", "new"], [])
+        assert request.handover == interchange_service_pb2.Handover(
+            cohorts=["care"], kinds=[PRIOR], resume_token="snap"
+        )
+        assert request.resume_token == token
+    assert filters(last) == (["other"], [])
+    assert (list(last.handover.cohorts), last.handover.resume_token) == (["care", "new"], "t8")
+    assert len({request.instance_id for request in (first, changed, resumed, last)}) == 1
+
+
+async def test_a_second_change_waits_for_the_first(server, connect):
+    server.script(
+        "Subscribe",
+        streams(snapshot_end(), hold=True),
+        streams(update_event(3), snapshot_end(), hold=True),
+        streams(hold=True),
+    )
+    client = await connect()
+    async with client.subscribe("a") as subscription:
+        events = subscription.events()
+        await anext(events)
+        await subscription.change("b")
+        await subscription.change("c")
+        await subscription.change("d")
+        await anext(events)
+        await anext(events)
+        waiting = asyncio.ensure_future(anext(events))
+        while len(server.seen("Subscribe")) < 3:
+            await asyncio.sleep(0.001)
+        waiting.cancel()
+    _, second, third = server.seen("Subscribe")
+    assert (list(second.cohorts), list(second.handover.cohorts)) == (["b"], ["a"])
+    assert (list(third.cohorts), list(third.handover.cohorts)) == (["d"], ["b"])
+
+
+async def test_a_change_before_anything_came_just_asks_for_something_else(server, connect):
+    server.script("Subscribe", streams(snapshot_end(), hold=True))
+    client = await connect()
+    async with client.subscribe("a") as subscription:
+        await subscription.change("b", "prior")
+        await anext(subscription.events())
+    (request,) = server.seen("Subscribe")
+    assert filters(request) == (["b"], [PRIOR])
+    assert not request.HasField("handover")
+
+
+async def test_start_revisions_go_with_their_filter(server, connect):
+    server.script(
+        "Subscribe",
+        streams(update_event(4), hold=True),
+        streams(snapshot_end(), hold=True),
+    )
+    client = await connect()
+    async with client.subscribe("a", start={("a", "prior"): 4}) as subscription:
+        await subscription.change("b")
+        assert subscription.changing
+        assert (await anext(subscription)).revision == 4
+        await anext(subscription.events())
+    first, second = server.seen("Subscribe")
+    assert (list(first.cohorts), len(first.start_revisions)) == (["a"], 1)
+    assert (list(second.cohorts), len(second.start_revisions)) == (["b"], 0)
+    assert second.handover.resume_token == "t4"
+
+
+async def test_compacted_in_a_change_raises_or_begins_anew(server, connect):
+    compacted = status(grpc.StatusCode.OUT_OF_RANGE, "COMPACTED", "compacted")
+    client = await connect()
+    for on_compacted in ("raise", "snapshot"):
+        server.script(
+            "Subscribe",
+            streams(snapshot_end(), hold=True),
+            streams(then=compacted),
+            *([streams(update_event(9), hold=True)] if on_compacted == "snapshot" else []),
+        )
+        async with client.subscribe("a", on_compacted=on_compacted) as subscription:
+            await anext(subscription.events())
+            await subscription.change("b")
+            if on_compacted == "raise":
+                with pytest.raises(CompactedError):
+                    await anext(subscription)
+            else:
+                assert (await anext(subscription)).revision == 9
+                last = server.seen("Subscribe")[-1]
+                assert (last.resume_token, last.HasField("handover")) == ("", False)
+
+
+async def test_a_kind_that_is_none_changes_nothing(connect):
+    client = await connect()
+    async with client.subscribe("a") as subscription:
+        with pytest.raises(InvalidFilterError):
+            await subscription.change("b", "nonsense")
+        assert not subscription.changing
+
+
+# Against the real server
+
+
+COHORTS = ("stay", "x/1", "x/2", "y/1")
+FILTERS = (("**",), ("stay",), ("stay", "x/*"), ("stay", "y/*", "x/1"))
+MATCHES = {
+    FILTERS[0]: set(COHORTS),
+    FILTERS[1]: {"stay"},
+    FILTERS[2]: {"stay", "x/1", "x/2"},
+    FILTERS[3]: {"stay", "y/1", "x/1"},
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_changes_and_breaks_no_revision_is_lost_or_comes_twice(seed):
+    """EVERY: what all filters cover is gapless; all else is, but where it joins, and joins with the newest."""
+    chance = random.Random(seed)
+    values = itertools.count(1)
+    newest: dict[str, int] = defaultdict(int)
+    given: dict[str, list[int]] = defaultdict(list)
+    joins: dict[str, list[int]] = {name: [0] for name in COHORTS}
+    async with running_server() as server, AsyncFMIClient(server.target, domain_id="s") as client:
+        for name in COHORTS:
+            spec = cohort_pb2.CohortSpec(name=name)
+            spec.aggregation.vote_min_sites = 1
+            spec.release.min_interval.FromSeconds(3600)
+            spec.release.max_interval.FromSeconds(7200)
+            await client.admin.put_cohort_spec(spec)
+
+        async def publish(name: str) -> None:
+            emitter = FMIEmitter("s", cohort=name)
+            await client.emit(emitter.emit_msp(controller={"tau": float(next(values))}))
+            await client.admin.release_now(name)
+            newest[name] = (await client.get_update(name, "prior")).revision
+
+        subscription = client.subscribe("**", "prior", mode="every")
+
+        async def consume() -> None:
+            async for found in subscription:
+                given[found.cohort].append(found.revision)
+                if chance.random() < 0.3:
+                    await asyncio.sleep(0.003)
+
+        consuming = asyncio.ensure_future(consume())
+        present = FILTERS[0]
+        for _ in range(120):
+            move = chance.random()
+            if move < 0.75:
+                await publish(chance.choice(COHORTS))
+            elif move < 0.9:
+                wanted = chance.choice(FILTERS)
+                for name in MATCHES[wanted] - MATCHES[present]:
+                    joins[name].append(newest[name])
+                present = wanted
+                await subscription.change(wanted, "prior")
+            else:
+                for stream in await server.service.router.open_subscriptions():
+                    stream.feed.stop(OverloadedError("the test", retry_after_s=0.0))
+        await subscription.change("**", "prior")
+        for name in MATCHES[FILTERS[0]] - MATCHES[present]:
+            joins[name].append(newest[name])
+        async with asyncio.timeout(20):
+            while {name: revisions[-1] for name, revisions in given.items()} != newest:
+                await asyncio.sleep(0.01)
+        await subscription.aclose()
+        await consuming
+    stay = given["stay"]
+    assert stay == list(range(stay[0], newest["stay"] + 1))
+    for name in COHORTS:
+        steps = list(itertools.pairwise(given[name]))
+        assert all(before < after for before, after in steps)
+        gaps = [after for before, after in steps if after != before + 1]
+        assert len(gaps) < len(joins[name]), "a gap is where it joins"
+        assert all(any(revision >= joined for joined in joins[name][1:]) for revision in gaps)
