@@ -21,6 +21,12 @@ from fmi_server.testing import running_server
 PRIOR = update_pb2.UPDATE_KIND_PRIOR
 
 
+async def until(condition):
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - what is waited for tells nobody
+            await asyncio.sleep(0.001)
+
+
 def filters(request):
     return list(request.cohorts), list(request.kinds)
 
@@ -48,8 +54,7 @@ async def test_a_change_says_what_was_received_under_the_filter_before(server, c
         assert (await anext(events)).update == update(8, cohort="new")
         await subscription.change("other")
         waiting = asyncio.ensure_future(anext(events))
-        while len(server.seen("Subscribe")) < 4:
-            await asyncio.sleep(0.001)
+        await until(lambda: len(server.seen("Subscribe")) == 4)
         waiting.cancel()
     first, changed, resumed, last = server.seen("Subscribe")
     assert filters(first) == (["care"], [PRIOR])
@@ -82,8 +87,7 @@ async def test_a_second_change_waits_for_the_first(server, connect):
         await anext(events)
         await anext(events)
         waiting = asyncio.ensure_future(anext(events))
-        while len(server.seen("Subscribe")) < 3:
-            await asyncio.sleep(0.001)
+        await until(lambda: len(server.seen("Subscribe")) == 3)
         waiting.cancel()
     _, second, third = server.seen("Subscribe")
     assert (list(second.cohorts), list(second.handover.cohorts)) == (["b"], ["a"])
@@ -162,64 +166,80 @@ MATCHES = {
 }
 
 
-@pytest.mark.parametrize("seed", range(4))
-async def test_whatever_changes_and_breaks_no_revision_is_lost_or_comes_twice(seed):
-    """EVERY: what all filters cover is gapless; all else is, but where it joins, and joins with the newest."""
-    chance = random.Random(seed)
-    values = itertools.count(1)
-    newest: dict[str, int] = defaultdict(int)
-    given: dict[str, list[int]] = defaultdict(list)
-    joins: dict[str, list[int]] = {name: [0] for name in COHORTS}
-    async with running_server() as server, AsyncFMIClient(server.target, domain_id="s") as client:
+class Follower:
+    """Follows cohorts in EVERY mode while they publish, and remembers what it was given and when it joined."""
+
+    def __init__(self, server, client: AsyncFMIClient, chance: random.Random) -> None:
+        self._server, self._client, self._chance = server, client, chance
+        self._values = itertools.count(1)
+        self._present = FILTERS[0]
+        self._newest: dict[str, int] = {}
+        self._given: dict[str, list[int]] = defaultdict(list)
+        self._joins: dict[str, list[int]] = {name: [] for name in COHORTS}
+        self.subscription = client.subscribe("**", "prior", mode="every")
+
+    async def declare(self) -> None:
         for name in COHORTS:
             spec = cohort_pb2.CohortSpec(name=name)
             spec.aggregation.vote_min_sites = 1
             spec.release.min_interval.FromSeconds(3600)
             spec.release.max_interval.FromSeconds(7200)
-            await client.admin.put_cohort_spec(spec)
+            await self._client.admin.put_cohort_spec(spec)
 
-        async def publish(name: str) -> None:
-            emitter = FMIEmitter("s", cohort=name)
-            await client.emit(emitter.emit_msp(controller={"tau": float(next(values))}))
-            await client.admin.release_now(name)
-            newest[name] = (await client.get_update(name, "prior")).revision
+    async def consume(self) -> None:
+        async for found in self.subscription:
+            self._given[found.cohort].append(found.revision)
+            if self._chance.random() < 0.3:
+                await asyncio.sleep(0.003)
 
-        subscription = client.subscribe("**", "prior", mode="every")
+    async def publish(self, name: str) -> None:
+        emitter = FMIEmitter("s", cohort=name)
+        await self._client.emit(emitter.emit_msp(controller={"tau": float(next(self._values))}))
+        await self._client.admin.release_now(name)
+        self._newest[name] = (await self._client.get_update(name, "prior")).revision
 
-        async def consume() -> None:
-            async for found in subscription:
-                given[found.cohort].append(found.revision)
-                if chance.random() < 0.3:
-                    await asyncio.sleep(0.003)
+    async def change(self, wanted: tuple[str, ...]) -> None:
+        for name in MATCHES[wanted] - MATCHES[self._present]:
+            self._joins[name].append(self._newest.get(name, 0))
+        self._present = wanted
+        await self.subscription.change(wanted, "prior")
 
-        consuming = asyncio.ensure_future(consume())
-        present = FILTERS[0]
+    async def break_streams(self) -> None:
+        for stream in await self._server.service.router.open_subscriptions():
+            stream.feed.stop(OverloadedError("the test", retry_after_s=0.0))
+
+    def has_everything(self) -> bool:
+        return {name: found[-1] for name, found in self._given.items()} == self._newest
+
+    def check(self) -> None:
+        stay = self._given["stay"]
+        assert stay == list(range(stay[0], self._newest["stay"] + 1))
+        for name, joins in self._joins.items():
+            steps = list(itertools.pairwise(self._given[name]))
+            assert all(before < after for before, after in steps)
+            gaps = [after for before, after in steps if after != before + 1]
+            assert len(gaps) <= len(joins), "a gap is where it joins"
+            assert all(any(revision >= joined for joined in joins) for revision in gaps)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_changes_and_breaks_no_revision_is_lost_or_comes_twice(seed):
+    """What all filters cover is gapless; all else is too, but where it joins, and joins with the newest."""
+    chance = random.Random(seed)
+    async with running_server() as server, AsyncFMIClient(server.target, domain_id="s") as client:
+        follower = Follower(server, client, chance)
+        await follower.declare()
+        consuming = asyncio.ensure_future(follower.consume())
         for _ in range(120):
             move = chance.random()
             if move < 0.75:
-                await publish(chance.choice(COHORTS))
+                await follower.publish(chance.choice(COHORTS))
             elif move < 0.9:
-                wanted = chance.choice(FILTERS)
-                for name in MATCHES[wanted] - MATCHES[present]:
-                    joins[name].append(newest[name])
-                present = wanted
-                await subscription.change(wanted, "prior")
+                await follower.change(chance.choice(FILTERS))
             else:
-                for stream in await server.service.router.open_subscriptions():
-                    stream.feed.stop(OverloadedError("the test", retry_after_s=0.0))
-        await subscription.change("**", "prior")
-        for name in MATCHES[FILTERS[0]] - MATCHES[present]:
-            joins[name].append(newest[name])
-        async with asyncio.timeout(20):
-            while {name: revisions[-1] for name, revisions in given.items()} != newest:
-                await asyncio.sleep(0.01)
-        await subscription.aclose()
+                await follower.break_streams()
+        await follower.change(FILTERS[0])
+        await until(follower.has_everything)
+        await follower.subscription.aclose()
         await consuming
-    stay = given["stay"]
-    assert stay == list(range(stay[0], newest["stay"] + 1))
-    for name in COHORTS:
-        steps = list(itertools.pairwise(given[name]))
-        assert all(before < after for before, after in steps)
-        gaps = [after for before, after in steps if after != before + 1]
-        assert len(gaps) < len(joins[name]), "a gap is where it joins"
-        assert all(any(revision >= joined for joined in joins[name][1:]) for revision in gaps)
+    follower.check()

@@ -136,9 +136,7 @@ class Subscriber:
             try:
                 event = await self._reader.next()
             except CompactedError as error:
-                assert self._mode == EVERY
-                assert self.trimmed, "compacted, although nothing was trimmed"
-                assert error.oldest > error.revision
+                self._check_compacted(error)
                 await self._start_anew()
                 continue
             self.seen.takes(event, trimmed=self.trimmed)
@@ -179,6 +177,11 @@ class Subscriber:
         self._token = ""
         self._filter = wanted
         await self.cut()
+
+    def _check_compacted(self, error: CompactedError) -> None:
+        assert self._mode == EVERY
+        assert self.trimmed, "compacted, although nothing was trimmed"
+        assert error.oldest > error.revision
 
     async def _start_anew(self) -> None:
         self._token, self._handover = "", None
@@ -243,7 +246,7 @@ def test_whatever_happens_a_subscriber_has_everything_in_order_or_is_told(mode, 
     asyncio.run(play(mode, script, page))
 
 
-async def play(mode: int, script: Sequence[tuple], page: int) -> None:  # noqa: C901 - one arm per move
+async def play(mode: int, script: Sequence[tuple], page: int) -> None:
     history = History(recent=3)
     for key in (B, A, C, A):
         history.publish(key)

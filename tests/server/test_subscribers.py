@@ -9,7 +9,7 @@ import tracemalloc
 
 import grpc
 import pytest
-from server_harness import DEADLINE_S, PRIOR, Client, eventually, refusal_of
+from server_harness import DEADLINE_S, PRIOR, Client, eventually
 from test_subscribe import EVERY, LATEST, SLOW_READER, Publisher, declare, start
 
 from fmi.v1 import admin_service_pb2
