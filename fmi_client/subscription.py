@@ -202,7 +202,10 @@ class Subscription:
         Raises:
             InvalidFilterError: A kind is not known. A pattern that the server refuses comes out of the
                 iteration, as at the start.
+            ConfigurationError: The subscription was closed.
         """
+        if self.closed:
+            raise ConfigurationError("the subscription is closed; open a new one")
         if isinstance(kinds, str | int):
             kinds = (kinds,)
         self._next_filter = interchange_service_pb2.SubscribeRequest(

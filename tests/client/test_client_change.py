@@ -14,7 +14,13 @@ import pytest
 from scripted_server import snapshot_end, status, streams, update, update_event
 
 from fmi.v1 import cohort_pb2, interchange_service_pb2, update_pb2
-from fmi_client import AsyncFMIClient, CompactedError, FMIEmitter, InvalidFilterError
+from fmi_client import (
+    AsyncFMIClient,
+    CompactedError,
+    ConfigurationError,
+    FMIEmitter,
+    InvalidFilterError,
+)
 from fmi_server.errors import OverloadedError
 from fmi_server.testing import running_server
 
@@ -145,12 +151,14 @@ async def test_compacted_in_a_change_raises_or_begins_anew(server, connect):
                 assert (last.resume_token, last.HasField("handover")) == ("", False)
 
 
-async def test_a_kind_that_is_none_changes_nothing(connect):
+async def test_what_cannot_be_meant_changes_nothing(connect):
     client = await connect()
     async with client.subscribe("a") as subscription:
         with pytest.raises(InvalidFilterError):
             await subscription.change("b", "nonsense")
         assert not subscription.changing
+    with pytest.raises(ConfigurationError, match="closed"):
+        await subscription.change("b")
 
 
 # Against the real server
@@ -167,7 +175,7 @@ MATCHES = {
 
 
 class Follower:
-    """Follows cohorts in EVERY mode while they publish, and remembers what it was given and when it joined."""
+    """Follows cohorts in EVERY mode; remembers what was published and given, and when it joined."""
 
     def __init__(self, server, client: AsyncFMIClient, chance: random.Random) -> None:
         self._server, self._client, self._chance = server, client, chance

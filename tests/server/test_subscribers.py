@@ -136,8 +136,10 @@ async def test_a_request_that_cannot_be_meant_ends_typed(client, fields, field):
 
 async def test_a_newer_stream_of_the_same_instance_ends_the_one_before(server, client):
     name = {"subscriber": "site_001", "instance_id": INSTANCE}
-    async with client.subscribed("**", **name) as first, client.subscribed("**", **name) as second:
+    async with contextlib.AsyncExitStack() as stack:
+        first = await stack.enter_async_context(client.subscribed("**", **name))
         await first.snapshot()
+        second = await stack.enter_async_context(client.subscribed("**", **name))
         await second.snapshot()
         refusal = await first.refusal()
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.ABORTED, "SUPERSEDED")
@@ -148,10 +150,10 @@ async def test_a_newer_stream_of_the_same_instance_ends_the_one_before(server, c
         update, _ = await second.updates(2)
         assert update == published
         assert server.service.router.subscribers == 1
-        # The third is ended by nobody's leaving: the entry of the first went with the second.
-        async with client.subscribed("**", **name) as third:
-            await third.snapshot()
-            assert (await second.refusal()).reason == "SUPERSEDED"
+        # The first has left meanwhile, and did not take the place of the second with it.
+        third = await stack.enter_async_context(client.subscribed("**", **name))
+        assert len(await third.snapshot()) == 2
+        assert (await second.refusal()).reason == "SUPERSEDED"
 
 
 async def test_two_processes_of_a_site_may_both_subscribe(server, client):
