@@ -43,10 +43,13 @@ async def test_updates_come_as_they_are_released(server, connect):
         assert await take(subscription, 2) == [update(1), update(2)]
         assert subscription.resume_token == "t2"
     (request,) = server.seen("Subscribe")
+    assert len(request.instance_id) >= 16
     assert request == interchange_service_pb2.SubscribeRequest(
         cohorts=["care"],
         kinds=[update_pb2.UPDATE_KIND_PRIOR],
         mode=interchange_service_pb2.DELIVERY_MODE_LATEST,
+        subscriber="site_001",
+        instance_id=request.instance_id,
     )
 
 

@@ -42,9 +42,12 @@ async def test_an_operator_sees_who_subscribes_to_what(client):
     ):
         await first.snapshot()
         await second.snapshot()
+        await Publisher(client, "care")()
+        await first.updates(1)
         one, other = await listed(client)
+        assert other.behind == 0, "what others get is nothing that it is behind with"
         assert (one.subscriber, list(one.cohorts), list(one.kinds)) == ("site_001", ["care"], [1])
-        assert (one.mode, one.live, one.sent, one.behind, one.conflated) == (LATEST, True, 1, 0, 0)
+        assert (one.mode, one.live, one.sent, one.behind, one.conflated) == (LATEST, True, 2, 0, 0)
         assert other.connected_at.ToNanoseconds() >= one.connected_at.ToNanoseconds() > 0
         assert (other.subscriber, list(other.cohorts), other.mode) == (
             "site_002", ["trade", "care/**"], EVERY,
