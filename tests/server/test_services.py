@@ -111,10 +111,10 @@ async def test_a_drain_tells_health_subscribers_and_streams_and_answers_what_is_
             assert (await watch.read()).status == NOT_SERVING
             ended = await events.refusal()
             assert (ended.code, ended.reason) == (Code.UNAVAILABLE, "SERVER_DRAINING")
-            assert ended.retry_s == 1.0
+            assert 1.0 <= ended.retry_s < 2.0
             ended = await refusal_of(idle.read())
             assert (ended.code, ended.reason) == (Code.UNAVAILABLE, "SERVER_DRAINING")
-            assert ended.retry_s == 1.0
+            assert 1.0 <= ended.retry_s < 2.0
             late = await refusal_of(client.emit(msp("late")))
             assert (late.code, late.reason, late.retry_s) == (
                 Code.UNAVAILABLE,
@@ -426,7 +426,7 @@ async def test_past_the_bound_of_calls_there_is_a_time_to_try_again(faulty):
         ):
             refusal = await refusal_of(call)
             assert (refusal.code, refusal.reason) == (Code.RESOURCE_EXHAUSTED, "OVERLOADED")
-            assert refusal.retry_s == 1.0
+            assert 1.0 <= refusal.retry_s < 2.0
             assert refusal.metadata == {"resource": "calls at work"}
         faulty.gate.set()
         assert (await first)[0].status == wire_pb2.EMIT_STATUS_ACCEPTED
