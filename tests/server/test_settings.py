@@ -338,7 +338,7 @@ async def test_a_signal_drains_and_ends_with_0(tmp_path, number):
             os.kill(server.pid, number)
             ended = await events.refusal()
             assert (ended.code, ended.reason) == (grpc.StatusCode.UNAVAILABLE, "SERVER_DRAINING")
-            assert ended.retry_s == 1.0
+            assert 1.0 <= ended.retry_s < 2.0
             ended = await refusal_of(idle.read())
             assert ended.reason == "SERVER_DRAINING"
             async with asyncio.timeout(DEADLINE_S):
