@@ -385,8 +385,8 @@ _NO_HINT: Final = {
     "guardrail_harmed": "no hint: every bundle that helps harms a guardrail metric",
     "guardrail_unobserved": "no hint: too few sites observed the guardrail metrics",
     "certainty_unknown": (
-        "no hint: the sites that tried the best bundle saw exactly the same effect, and are too few to "
-        "say how certain it is"
+        "no hint: the sites that tried the best bundle are too few, or too alike, to say how certain its "
+        "effect is"
     ),
     "not_better_than_nothing": "no hint: no bundle is better than no change with enough certainty",
 }

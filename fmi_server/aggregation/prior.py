@@ -346,7 +346,12 @@ class CohortMatrix:
         held = self._cells.column_of
         asked = [site for site in site_ids if site in held]
         columns = np.array([held[site] for site in asked], dtype=np.int64)
-        scores = site_scores(self._cells.values, rows=self._told_index(), columns=columns)
+        scores = site_scores(
+            self._cells.values,
+            rows=self._told_index(),
+            columns=columns,
+            difference=self._transforms.difference,
+        )
         return dict(zip(asked, scores.tolist(), strict=True))
 
     def _told_rows(self) -> dict[str, int]:
