@@ -123,6 +123,11 @@ class FMIAggregator:
             state = self._states[rules.name] = CohortState(rules, reputations=reputations)
         return state
 
+    def signals_in_use(self, cohort: str) -> dict[str, str]:
+        """Return the section of each signal that a site of a cohort has a value of."""
+        state = self._states.get(cohort)
+        return {} if state is None else state.signals_in_use()
+
     def replace(self, state: CohortState) -> None:
         """Put another state in the place of a cohort's present one."""
         self._states[state.rules.name] = state

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import os
 import signal
 import socket
 import tempfile
@@ -169,6 +170,15 @@ async def running(
         for name in ("", *SERVICE_NAMES):
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         host = settings.listen.rpartition(":")[0]
+        _log.info(
+            "fmi-server %s listens on %s:%d: process %d, %s, %d cohorts",
+            VERSION,
+            host,
+            port,
+            os.getpid(),
+            "packets in memory" if settings.store == "memory" else f"packets in {settings.data_dir}",
+            len(cohorts),
+        )
         stop = asyncio.Event()
         try:
             yield RunningServer(f"{host}:{port}", service, stop)

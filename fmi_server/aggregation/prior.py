@@ -179,6 +179,15 @@ class CohortMatrix:
         """Return the signals whose values changed since the last release."""
         return frozenset(self._names.rules[row].name for row in np.flatnonzero(self._cells.dirty))
 
+    def sections(self) -> dict[str, str]:
+        """Return the section of each signal that is told and has a value."""
+        held = self._cells.values
+        return {
+            name: self._names.rules[row].section
+            for name, row in self._told_rows().items()
+            if (held[row] < np.inf).any()
+        }
+
     def rule(self, name: str) -> SignalRule | None:
         """Return the rule of a signal, or None when the cohort does not know it."""
         row = self._told_rows().get(name)
