@@ -434,7 +434,7 @@ def test_confidence_is_the_probability_of_students_t():
 
 def test_what_matters_is_half_the_deviation_or_a_tenth_of_the_value():
     near_zero, far_off = one([-1.0, 0.0, 1.0, 2.0]), one([99.0, 100.0, 101.0, 100.5])
-    # Of the four the shortest half, three, spans 2.
+    # Of the four the middle half, three, spans 2.
     assert near_zero.tolerance == pytest.approx(0.5 * 2 / (2 * stats.norm.ppf(0.75)))
     assert far_off.tolerance == pytest.approx(0.1 * far_off.value)
 
