@@ -176,7 +176,9 @@ async def running(
             host,
             port,
             os.getpid(),
-            "packets in memory" if settings.store == "memory" else f"packets in {settings.data_dir}",
+            "packets in memory"
+            if settings.store == "memory"
+            else f"packets in {settings.data_dir}",
             len(cohorts),
         )
         stop = asyncio.Event()

@@ -371,6 +371,7 @@ def load_settings(flags: dict[str, Any], *, config_file: Path | None = None) -> 
 def _shown(value: object) -> str:
     """Write a value that somebody gave, in a few dozen characters however large it is."""
     bounded = reprlib.Repr()
+    bounded.maxlevel = 2
     bounded.maxstring = bounded.maxother = 100
     try:
         return bounded.repr(value)

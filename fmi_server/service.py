@@ -499,7 +499,9 @@ class FMIService:
             SettingUnsupportedError: It asks for what this version does not have.
         """
         if spec.name in self.cohorts and not self.cohorts.rules(spec.name).declared:
-            await self.uninterrupted(self.releaser.reading(spec.name))  # what waits is counted first
+            await self.uninterrupted(
+                self.releaser.reading(spec.name)
+            )  # what waits is counted first
         if dry_run:
             return self.cohorts.check(spec, force=force)
         return await self.uninterrupted(self._put_in_force(spec, force=force))
