@@ -48,4 +48,6 @@ def _known(client: FMIClient) -> bool:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    if not 2 <= len(sys.argv) <= 3:
+        sys.exit("usage: follow_the_prior.py SITE [HOST:PORT]")
+    main(*sys.argv[1:])

@@ -292,8 +292,9 @@ class AsyncFMIClient:
             resume_token: Where an earlier subscription was; not with `start`.
             on_update: Called with each update, in a task of the subscription; may be asynchronous.
                 What it raises ends the subscription and comes out of `wait` and `aclose`.
-            on_state: Called with a `ConnectionState` when the connection is lost and when it is back,
-                once each per outage. It runs in the event loop, so it must not block.
+            on_state: Called with a `ConnectionState` when the connection is lost, and when it is back and
+                has held for some seconds, once each per outage. It runs in the event loop, so it must not
+                block, and it is a plain function.
             on_compacted: What to do where the revisions to go on from are no longer kept: raise
                 `CompactedError`, or begin again with the newest.
             silence_s: Seconds without any event after which the stream is opened again.

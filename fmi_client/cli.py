@@ -13,11 +13,14 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import click
 
 from fmi_client.commands.options import FMIGroup, Settings, current_settings, shared_options
+
+if TYPE_CHECKING:
+    from fmi_client.errors import FMIError
 
 __all__ = ["cli", "main"]
 
@@ -71,11 +74,10 @@ class _Root(FMIGroup):
 
             return ExitCode.PIPE
         except Exception as failure:
-            from fmi_client.commands.output import show_error  # noqa: PLC0415 - help needs no SDK
-            from fmi_client.errors import FMIError  # noqa: PLC0415
+            from fmi_client.errors import FMIError  # noqa: PLC0415 - help needs no SDK
 
             if isinstance(failure, FMIError):
-                return show_error(failure, current_settings())
+                return _told_error(failure)
             raise
         return result
 
@@ -89,6 +91,18 @@ class _Root(FMIGroup):
         except BaseException as failure:
             code = _told(failure, as_json="--json" in told)
         sys.exit(code)
+
+
+def _told_error(error: FMIError) -> int:
+    """Tell of an error of the SDK; return the exit code."""
+    from fmi_client.commands.output import show_error  # noqa: PLC0415 - help needs no SDK
+    from fmi_client.commands.suggestions import suggest_cohort  # noqa: PLC0415
+    from fmi_client.errors import CohortUnknownError  # noqa: PLC0415
+
+    settings = current_settings()
+    if isinstance(error, CohortUnknownError) and not settings.json:
+        suggest_cohort(error, settings)
+    return show_error(error, settings)
 
 
 def _told(failure: BaseException, *, as_json: bool) -> int:
@@ -122,9 +136,11 @@ def _told(failure: BaseException, *, as_json: bool) -> int:
     name="fmi",
     cls=_Root,
     epilog="Exit codes: 0 done, 1 refused or not valid, 2 wrong usage, 3 server not reached, 4 not "
-    "found, 5 server overloaded or broken, 70 fmi itself broken, 130 Ctrl-C.",
+    "found, 5 server overloaded or broken, 70 fmi itself broken, 130 Ctrl-C, 141 reader of the "
+    "output gone.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.version_option(package_name="fmi-federation", prog_name="fmi")
+@click.version_option(package_name="fmi-federation", message="fmi %(version)s")
 @shared_options
 def cli(_settings: Settings) -> None:
     """Share what sites learned about learning: emit packets, follow what a cohort knows.

@@ -69,8 +69,8 @@ class Subscription:
     that changed (a server restored from a backup) they begin anew. After a break it goes on behind the
     last event given, and where the server still holds the broken stream, that one ends. Until its first
     event, attempts are bounded by the client's `RetryPolicy`; later it tries for as long as it is open. An
-    outage is told to the log, at WARNING when it begins and at INFO when it is over, and to `on_state`. One
-    consumer at a time.
+    outage is told to the log, at WARNING when it begins and at INFO when a stream has lived for some seconds
+    again, and to `on_state`. One consumer at a time.
 
     Made by `AsyncFMIClient.subscribe`; use it as an asynchronous context manager, or call `aclose`.
     """
@@ -95,7 +95,7 @@ class Subscription:
         self._on_compacted = on_compacted
         self._silence_s = silence_s
         self._backoff = Backoff(caller.retry)
-        self._outages = OutageMonitor(caller.target, on_state)
+        self._outages = OutageMonitor(caller.target, on_state, self._backoff.progressed)
         self._open_at = 0.0
         self._call: _SubscribeCall | None = None
         self._opened = 0
@@ -325,7 +325,6 @@ class Subscription:
 
     def _takes(self, event: interchange_service_pb2.SubscribeResponse) -> bool:
         """Note where the stream is; say whether the consumer shall have the event."""
-        self._backoff.progressed()
         self._backoff.endless = True
         self._outages.arrived()
         if event.resume_token:
@@ -371,6 +370,7 @@ class Subscription:
         self._open_at = asyncio.get_running_loop().time() + delay_s
 
     async def _drop_call(self) -> None:
+        self._outages.dropped()
         call, self._call = self._call, None
         read, self._read = self._read, None
         if call is not None:

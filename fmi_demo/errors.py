@@ -19,6 +19,6 @@ class DemoExtraMissingError(DemoError, ModuleNotFoundError):
 
     def __init__(self, name: str) -> None:
         super().__init__(
-            f"the demo needs {name!r}, which is not installed: pip install 'fmi-federation[demo]'"
+            f"the demo needs {name!r}, which is not installed: in the checkout, pip install '.[demo]'"
         )
         self.name = name

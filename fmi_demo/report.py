@@ -127,7 +127,7 @@ def _print_hints(console: Console, result: DemoResult) -> None:
         console.print(Text(f"{hint.cohort}: {said}"))
         if hint.bundle:
             console.print(Padding(Text(_hint_text(result, hint)), (0, 0, 0, 2)))
-    _note(console, f"Both hints count what the {_liars(result)} said, who turn each effect around.")
+    _note(console, f"Both cohorts heard the {_liars(result)}, who turn each effect around.")
 
 
 def _hint_text(result: DemoResult, hint: HintTried) -> str:

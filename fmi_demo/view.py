@@ -180,7 +180,7 @@ class View:
         self._priors[update.cohort] = (update.revision, prior.lineage.sites, values)
         if before is None or before[1] != prior.lineage.sites:
             self._say(
-                f"{update.cohort}  prior {update.revision} of {prior.lineage.sites} sites: "
+                f"{update.cohort}  prior, revision {update.revision}, {prior.lineage.sites} sites: "
                 f"{prior_text(values)}",
                 "cyan",
             )

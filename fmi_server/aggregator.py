@@ -123,6 +123,11 @@ class FMIAggregator:
             state = self._states[rules.name] = CohortState(rules, reputations=reputations)
         return state
 
+    def signals_in_use(self, cohort: str) -> dict[str, str]:
+        """Return the section of each signal that a site of a cohort has a value of."""
+        state = self._states.get(cohort)
+        return {} if state is None else state.signals_in_use()
+
     def replace(self, state: CohortState) -> None:
         """Put another state in the place of a cohort's present one."""
         self._states[state.rules.name] = state
@@ -385,8 +390,8 @@ _NO_HINT: Final = {
     "guardrail_harmed": "no hint: every bundle that helps harms a guardrail metric",
     "guardrail_unobserved": "no hint: too few sites observed the guardrail metrics",
     "certainty_unknown": (
-        "no hint: the sites that tried the best bundle saw exactly the same effect, and are too few to "
-        "say how certain it is"
+        "no hint: the sites that tried the best bundle are too few, or too alike, to say how certain its "
+        "effect is"
     ),
     "not_better_than_nothing": "no hint: no bundle is better than no change with enough certainty",
 }

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import os
 import signal
 import socket
 import tempfile
@@ -37,6 +38,7 @@ from fmi_server.transport.handlers import bind
 from fmi_server.transport.interchange import InterchangeServicer
 from fmi_server.transport.parent import ParentLink
 from fmi_server.transport.registry import RegistryServicer
+from fmi_server.update_log import PublishedUpdate
 from fmi_server.uplink import Uplink
 from fmi_server.version import VERSION
 
@@ -109,10 +111,10 @@ def check_settings(settings: ServerSettings, *, own_store: bool = True) -> None:
             )
         if settings.parent is not None and not _loopback(_host(settings.parent)):
             raise SettingsError(
-                f"parent: {settings.parent} is another machine, and this version has no TLS to it; say "
+                f"parent: {settings.parent} is not on this machine, and this version has no TLS to it; say "
                 "--insecure if the network itself is protected"
             )
-    if settings.parent is not None and settings.parent == settings.listen:
+    if settings.parent is not None and _same(settings.parent, settings.listen):
         raise SettingsError(f"parent: {settings.parent} is this server itself")
     if own_store and settings.store == "sqlite":
         _check_folder(settings.data_dir)
@@ -168,6 +170,17 @@ async def running(
         for name in ("", *SERVICE_NAMES):
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         host = settings.listen.rpartition(":")[0]
+        _log.info(
+            "fmi-server %s listens on %s:%d: process %d, %s, %d cohorts",
+            VERSION,
+            host,
+            port,
+            os.getpid(),
+            "packets in memory"
+            if settings.store == "memory"
+            else f"packets in {settings.data_dir}",
+            len(cohorts),
+        )
         stop = asyncio.Event()
         try:
             yield RunningServer(f"{host}:{port}", service, stop)
@@ -192,9 +205,8 @@ async def _uplinked(settings: ServerSettings, service: FMIService) -> AsyncItera
         return
     publisher = service.releaser.publisher
 
-    def newest(cohort: str) -> update_pb2.Update | None:
-        found = publisher.log.latest.get((cohort, update_pb2.UPDATE_KIND_PRIOR))
-        return None if found is None else update_pb2.Update.FromString(found.payload)
+    def newest(cohort: str) -> PublishedUpdate | None:
+        return publisher.log.latest.get((cohort, update_pb2.UPDATE_KIND_PRIOR))
 
     async with ParentLink(settings.parent) as parent:
         uplink = Uplink(
@@ -206,12 +218,24 @@ async def _uplinked(settings: ServerSettings, service: FMIService) -> AsyncItera
             clock=time.time,
         )
         publisher.on_update(uplink.notice)
-        async with asyncio.TaskGroup() as tasks:
-            sending = tasks.create_task(uplink.run(), name="uplink")
-            try:
-                yield
-            finally:
-                sending.cancel()
+        _log.info(
+            "priors go up to %s, where this server is the site %s",
+            settings.parent,
+            settings.parent_domain_id,
+        )
+        # Not a task group: that would wrap what goes wrong in the server itself.
+        sending = asyncio.create_task(uplink.run(), name="uplink")
+        sending.add_done_callback(_tell_of_the_end)
+        try:
+            yield
+        finally:
+            sending.cancel()
+            await asyncio.wait({sending})
+
+
+def _tell_of_the_end(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.critical("%s ended; it starts again with the server", task.get_name(), exc_info=error)
 
 
 async def serve(settings: ServerSettings) -> None:
@@ -358,11 +382,23 @@ def _host(address: str) -> str:
     return address.rpartition(":")[0].strip("[]")
 
 
-def _loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
+def _same(address: str, listen: str) -> bool:
+    """Tell whether an address leads to where a server listens, by whatever name."""
+    if address.rpartition(":")[2] != listen.rpartition(":")[2]:
+        return False
+    theirs, ours = _resolved(_host(address)), _resolved(_host(listen))
+    everywhere = any(own.is_unspecified for own in ours)
+    return bool(theirs & ours) or (everywhere and any(found.is_loopback for found in theirs))
+
+
+def _resolved(host: str) -> set[ipaddress.IPv4Address | ipaddress.IPv6Address]:
     try:
         found = socket.getaddrinfo(host, None)
     except OSError:
-        return False
-    return all(ipaddress.ip_address(item[4][0]).is_loopback for item in found)
+        return set()
+    return {ipaddress.ip_address(item[4][0]) for item in found}
+
+
+def _loopback(host: str) -> bool:
+    found = _resolved(host)
+    return bool(found) and all(address.is_loopback for address in found)

@@ -17,6 +17,6 @@ def main() -> None:
     if missing:
         raise SystemExit(
             f"fmi-server needs {', '.join(missing)}, which a base install does not have: "
-            "pip install 'fmi-federation[server]'"
+            "in the checkout, pip install '.[server]'"
         )
     importlib.import_module("fmi_server.commands").cli.main(prog_name="fmi-server")

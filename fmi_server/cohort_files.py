@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from fmi.specs import read_cohort_spec
 from fmi.v1 import cohort_pb2
+from fmi.yaml_text import YAMLTextError, read_yaml
 from fmi_server.cohorts import CohortRegistry
 from fmi_server.config import SettingsError
 from fmi_server.contracts import FMIContractRegistry
@@ -25,6 +26,12 @@ __all__ = [
 ]
 
 _SUFFIXES: Final = frozenset({".yaml", ".yml", ".json"})
+
+_MAX_TOLD: Final = 50
+"""Problems of one file that are told; whoever made more of them made most of them alike."""
+
+_MAX_FIELD: Final = 200
+"""Characters told of the path of a field, which may have a name in it that somebody else wrote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +49,27 @@ class FileProblem:
     description: str
 
     def __str__(self) -> str:
-        where = f"{self.path}: {self.field}" if self.field else str(self.path)
+        name = f"{self.field[:_MAX_FIELD]}..." if len(self.field) > _MAX_FIELD else self.field
+        where = f"{self.path}: {name}" if name else str(self.path)
         return f"{where}: {self.description}"
 
 
 class CohortFilesError(SettingsError):
-    """Cohort files are wrong. `problems` has all of them; the message has a line for each."""
+    """Cohort files are wrong. `problems` has all of them; the message lists at most 50 of each file."""
 
     def __init__(self, problems: Sequence[FileProblem]) -> None:
         self.problems = tuple(problems)
         files = len({problem.path for problem in problems})
         found = f"{_counted(len(problems), 'problem')} in {_counted(files, 'cohort file')}"
-        super().__init__("\n".join([f"cohorts: {found}", *map(str, problems)]))
+        super().__init__("\n".join([f"cohorts: {found}", *_lines(problems)]))
+
+
+def _lines(problems: Iterable[FileProblem]) -> Iterator[str]:
+    for path, grouped in groupby(problems, lambda problem: problem.path):
+        of_file = list(grouped)
+        yield from map(str, of_file[:_MAX_TOLD])
+        if (more := len(of_file) - _MAX_TOLD) > 0:
+            yield f"{path}: and {_counted(more, 'more problem')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +82,9 @@ class CohortFile:
 
 def read_cohort_folder(folder: Path, registry: FMIContractRegistry) -> list[CohortFile]:
     """Read every `*.yaml`, `*.yml` and `*.json` file below a folder as a cohort spec, and check it.
+
+    Links are followed. What begins with a dot is not read: editors keep their own files there, and
+    Kubernetes the files that the visible links of a ConfigMap lead to.
 
     Args:
         folder: The folder.
@@ -82,12 +101,27 @@ def read_cohort_folder(folder: Path, registry: FMIContractRegistry) -> list[Coho
     if not folder.is_dir():
         raise SettingsError(f"cohorts: {folder} is not a folder")
     reading = _Reading(registry)
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in _SUFFIXES and path.is_file():
-            reading.read(path)
+    for path in _cohort_files(folder):
+        reading.read(path)
     if reading.problems:
         raise CohortFilesError(reading.problems)
     return list(reading.files.values())
+
+
+def _cohort_files(folder: Path) -> list[Path]:
+    """List what is to be read, by path; a folder that links lead back to is gone through once."""
+    seen: set[tuple[int, int]] = set()
+    found: list[Path] = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        status = Path(root).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = (Path(root, name) for name in names if not name.startswith("."))
+        found += (path for path in paths if path.suffix in _SUFFIXES)
+    return sorted(found)
 
 
 def check_changes(files: Sequence[CohortFile], cohorts: CohortRegistry) -> None:
@@ -135,8 +169,11 @@ class _Reading:
     def _repeated(self, path: Path, name: str) -> Iterator[FileProblem]:
         first = self.files.get(name)
         if first is not None and name:
-            text = f"cohort {name!r} is declared in {first.path} already; a cohort has one file"
-            yield FileProblem(path, "name", text)
+            yield FileProblem(
+                path,
+                "name",
+                f"cohort {name[:_MAX_FIELD]!r} is declared in {first.path} already; a cohort has one file",
+            )
 
 
 class _UnreadableError(Exception):
@@ -144,13 +181,12 @@ class _UnreadableError(Exception):
 
 
 def _content(path: Path) -> Mapping[Any, Any]:
+    if path.exists() and not path.is_file():
+        raise _UnreadableError("is no file with text in it")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _UnreadableError(f"cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # ValueError: text that is not UTF-8, or a date or number that YAML knows and Python does not.
-        raise _UnreadableError(f"is not YAML: {' '.join(str(error).split())}") from error
+        content = read_yaml(path)
+    except YAMLTextError as error:
+        raise _UnreadableError(str(error)) from error
     if not isinstance(content, dict):
         raise _UnreadableError("must have the fields of a CohortSpec by name, as in `name: care`")
     return content

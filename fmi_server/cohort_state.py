@@ -210,6 +210,10 @@ class CohortState:
         """Return the reputations of all sites that were judged."""
         return self._trust.snapshot()
 
+    def signals_in_use(self) -> dict[str, str]:
+        """Return the section of each signal that a site has a value of."""
+        return self._matrix.sections()
+
     def section_of(self, signal: str) -> str | None:
         """Return the section in which a signal stands in this cohort."""
         return self._matrix.section_of(signal)

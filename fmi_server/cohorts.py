@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -152,6 +152,10 @@ class CohortRegistry:
         open_cohorts: Whether an undeclared cohort comes into being with its first packet.
         defaults: Aggregation settings where a spec leaves them unset.
         max_cohorts: Cohorts at most; none is opened on demand past it.
+
+    Attributes:
+        signals_in_use: Of a cohort, the section of each signal that its sites send. An open cohort has no
+            other vocabulary that a first spec could break.
     """
 
     def __init__(
@@ -166,6 +170,7 @@ class CohortRegistry:
         self._open_cohorts = open_cohorts
         self._defaults = defaults or AggregationConfig()
         self._max_cohorts = max_cohorts
+        self.signals_in_use: Callable[[str], Mapping[str, str]] = lambda _: {}
         self._rules: dict[str, CohortRules] = {}
         # Of cohorts that may be opened: a batch asks for the same one many times before it is.
         self._openable: dict[str, CohortRules] = {}
@@ -262,8 +267,10 @@ class CohortRegistry:
     def unsafe_changes(self, rules: CohortRules) -> list[Violation]:
         """List what rules would change that breaks sites which are built against those in force."""
         present = self._rules.get(rules.name)
-        if present is None or not present.declared:
+        if present is None:
             return []
+        if not present.declared:
+            return list(_signals_shut_out(self.signals_in_use(rules.name), rules))
         return list(_unsafe_changes(present, rules))
 
     def _opened(self, name: str) -> CohortRules:
@@ -359,6 +366,23 @@ def _default_duration(
 
 def _seconds(duration: Duration) -> float:
     return duration.seconds + duration.nanos / 1e9
+
+
+def _signals_shut_out(in_use: Mapping[str, str], new: CohortRules) -> Iterator[Violation]:
+    """Tell what a first spec would do to the signals that the sites of an open cohort send."""
+    for name, section in sorted(in_use.items()):
+        declared = new.signals.get(name)
+        field = f'signals["{name}"]'
+        if declared is None and not new.free_signals:
+            yield _unsafe(
+                field, "signal_removed", "is not among the signals, so sites that send it break"
+            )
+        elif declared is not None and declared.section != section:
+            yield _unsafe(
+                field,
+                "section_changed",
+                f"is declared in {declared.section}, but sites send it in {section}",
+            )
 
 
 def _unsafe_changes(present: CohortRules, new: CohortRules) -> Iterator[Violation]:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, Literal, NoReturn, get_args, get_origin
 
 import click
 import structlog
@@ -61,7 +61,8 @@ def _setting_options(command: Any) -> Any:  # click's decorators carry no useful
         else:
             shown = "" if default is None else f" [{default}]"
             kind = click.Path(path_type=Path) if name in ("data_dir", "cohorts") else None
-            options.append(click.option(flag, type=kind, help=f"{text}{shown}."))
+            metavar = _metavar(setting.annotation)
+            options.append(click.option(flag, type=kind, metavar=metavar, help=f"{text}{shown}."))
     # They are taken to be refused with a reason.
     options += [
         click.option(f"--{name.replace('_', '-')}", hidden=True) for name in PRIVACY_SETTINGS
@@ -69,6 +70,16 @@ def _setting_options(command: Any) -> Any:  # click's decorators carry no useful
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def _metavar(kind: Any) -> str | None:
+    """Say what a setting of a type takes; None leaves it to click.
+
+    The values are checked with the settings, so that those of every source are told of alike.
+    """
+    if get_origin(kind) is Literal:
+        return f"[{'|'.join(get_args(kind))}]"
+    return {int: "INTEGER", float: "FLOAT"}.get(kind)
 
 
 @cli.command()
@@ -104,6 +115,8 @@ def check_config(config: Path | None, **flags: Any) -> None:
     shown = settings.model_dump(mode="json")
     click.echo(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True), nl=False)
     click.echo(f"# {len(files)} cohort {'file is' if len(files) == 1 else 'files are'} in order")
+    if files:
+        click.echo("# not compared with the store: a change that would break sites stops the start")
 
 
 def _settings(config: Path | None, flags: dict[str, Any]) -> ServerSettings:
@@ -144,6 +157,9 @@ def _configure_logging(settings: ServerSettings) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level.upper())
+    # At debug they tell of each event loop and each connection, and drown what the server says.
+    for noisy in ("grpc", "asyncio"):
+        logging.getLogger(noisy).setLevel(max(logging.INFO, root.level))
 
 
 def _one_line(

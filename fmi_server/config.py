@@ -10,20 +10,21 @@ import difflib
 import math
 import os
 import re
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    YamlConfigSettingsSource,
 )
 
+from fmi.yaml_text import YAMLTextError, read_yaml
 from fmi_server.errors import SettingUnsupportedError
 
 __all__ = [
@@ -285,6 +286,13 @@ class ServerSettings(BaseSettings):
             raise ValueError("must be HOST:PORT, for example 127.0.0.1:50061 or [::1]:50061")
         return value
 
+    @field_validator("parent")
+    @classmethod
+    def _port_of_parent(cls, value: str | None) -> str | None:
+        if value is not None and value.endswith(":0"):
+            raise ValueError("must name the port on which the parent listens")
+        return value
+
     @field_validator("parent_domain_id")
     @classmethod
     def _site_name(cls, value: str | None) -> str | None:
@@ -312,11 +320,9 @@ class ServerSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Put flags before the environment before the file."""
-        del dotenv_settings, file_secret_settings
-        yaml_file = settings_cls.model_config.get("yaml_file")
-        file = (YamlConfigSettingsSource(settings_cls),) if yaml_file else ()
-        return (init_settings, env_settings, *file)
+        """Put flags before the environment."""
+        del settings_cls, dotenv_settings, file_secret_settings
+        return (init_settings, env_settings)
 
 
 def _is_host(text: str) -> bool:
@@ -336,15 +342,19 @@ def load_settings(flags: dict[str, Any], *, config_file: Path | None = None) -> 
     Raises:
         SettingsError: A setting is unknown or wrong, or the file cannot be read.
     """
-    if config_file is not None:
-        _check_file(config_file)
+    in_file = {} if config_file is None else _settings_of(config_file)
     for variable in sorted(os.environ):
         name = variable.lower().removeprefix("fmi_")
         if variable.upper().startswith("FMI_") and name in PRIVACY_SETTINGS:
             raise SettingsError(f"{name}: {_NO_PRIVACY}")
 
     class FromFile(ServerSettings):
-        model_config = SettingsConfigDict(yaml_file=config_file)
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], *args: Any, **sources: Any
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            others = super().settings_customise_sources(settings_cls, *args, **sources)
+            return (*others, InitSettingsSource(settings_cls, init_kwargs=in_file))
 
     try:
         return FromFile(**flags)
@@ -355,11 +365,21 @@ def load_settings(flags: dict[str, Any], *, config_file: Path | None = None) -> 
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":
                 message = _NO_PRIVACY if name in PRIVACY_SETTINGS else _unknown(name)
-            given = (
-                "" if item["type"] in ("missing", "extra_forbidden") else f", not {item['input']!r}"
-            )
-            lines.append(f"{name}: {message}{given}")
+            # What is wrong with the settings as a whole has all of them as its input.
+            shown = item["loc"] and item["type"] not in ("missing", "extra_forbidden")
+            lines.append(f"{name}: {message}" + (f", not {_shown(item['input'])}" if shown else ""))
         raise SettingsError("; ".join(lines)) from None
+
+
+def _shown(value: object) -> str:
+    """Write a value that somebody gave, in a few dozen characters however large it is."""
+    bounded = reprlib.Repr()
+    bounded.maxlevel = 2
+    bounded.maxstring = bounded.maxother = 100
+    try:
+        return bounded.repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a number that is too long"
 
 
 def unknown_variables(names: Iterable[str]) -> list[str]:
@@ -393,15 +413,15 @@ def _likely(name: str) -> str | None:
     return next(iter(difflib.get_close_matches(name, ServerSettings.model_fields, 1)), None)
 
 
-def _check_file(path: Path) -> None:
+def _settings_of(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # ValueError: text that is not UTF-8, or a date or number that YAML knows and Python does not.
-        raise SettingsError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
-    if content is not None and not isinstance(content, dict):
+        content = read_yaml(path)
+    except YAMLTextError as error:
+        raise SettingsError(f"{path}: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
         raise SettingsError(f"{path}: must have settings by name, not a {type(content).__name__}")
-    if unnamed := [name for name in content or () if not isinstance(name, str)]:
-        raise SettingsError(f"{path}: must have settings by name; {unnamed[0]!r} is none")
+    if unnamed := [name for name in content if not isinstance(name, str)]:
+        raise SettingsError(f"{path}: must have settings by name; {_shown(unnamed[0])} is none")
+    return content

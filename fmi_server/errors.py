@@ -239,9 +239,7 @@ class CohortUnknownError(FMIError):
 
     def __init__(self, cohort: str) -> None:
         self.cohort = cohort
-        super().__init__(
-            f"cohort {cohort!r} is not known here; ListCohortSpecs shows those that are"
-        )
+        super().__init__(f"cohort {cohort!r} is not known here; is the name mistyped?")
 
     @property
     def metadata(self) -> Mapping[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from fmi_server.service import FMIService
 from fmi_server.storage.records import PacketKey, SiteRecord, StoredPacket
 
 __all__ = ["CohortOverview", "Operations", "SiteOverview"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -138,6 +141,9 @@ class Operations:
         key = PacketKey(domain_id, packet_id)
         changed = await service.store.set_quarantine(key, quarantined=quarantined, reason=reason)
         stored = await service.store.packet(key) if changed else None
+        if changed:
+            done = "put into" if quarantined else "taken out of"
+            _log.info("packet %s of site %s is %s quarantine", packet_id, domain_id, done)
         if stored is not None and stored.record.cohort in service.cohorts:
             await service.releaser.rebuild(stored.record.cohort)
         return changed

@@ -136,6 +136,7 @@ class FMIService:
             clock=clock,
         )
         self.applied = AppliedBook()
+        self.cohorts.signals_in_use = self.aggregator.signals_in_use
         self._intake = Intake(self.registry, self.validator)
         self._decoder = EnvelopeDecoder(limits or EnvelopeLimits())
         self._decoding = ByteBudget(self._decoder.limits.max_decoded_bytes)
@@ -417,6 +418,9 @@ class FMIService:
         if name in self.cohorts:
             return candidate
         self.cohorts.open(name)
+        _log.info(
+            "cohort %s is opened by the first packet, from %s", name, candidate.record.domain_id
+        )
         self.telemetry.cohorts(len(self.cohorts))
         return replace(candidate, warnings=(*candidate.warnings, *opening_warnings(name)))
 
@@ -526,6 +530,10 @@ class FMIService:
             SpecChangeUnsafeError: The change would break sites, and `force` was not said.
             SettingUnsupportedError: It asks for what this version does not have.
         """
+        if spec.name in self.cohorts and not self.cohorts.rules(spec.name).declared:
+            await self.uninterrupted(
+                self.releaser.reading(spec.name)
+            )  # what waits is counted first
         if dry_run:
             return self.cohorts.check(spec, force=force)
         return await self.uninterrupted(self._put_in_force(spec, force=force))
@@ -541,6 +549,7 @@ class FMIService:
             await self.store.put_cohort(rules.name, rules.spec.SerializeToString(), 1)
             self.cohorts.declare(spec, force=force)
             self.telemetry.cohorts(len(self.cohorts))
+        _log.info("cohort %s is declared, schema hash %s", rules.name, rules.schema_hash)
         await self.releaser.rebuild(rules.name)
         return rules, changed
 

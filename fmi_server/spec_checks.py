@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator
-from itertools import chain
-from typing import Final
+from dataclasses import dataclass
 
 from fmi.v1 import cohort_pb2
 from fmi_server.contracts import FMIContractRegistry
@@ -26,77 +24,108 @@ def spec_violations(
         spec: The spec as written.
         registry: Checks the contract's rules.
         unreadable: Paths of fields that were written and could not be read. That they are unset, or do not
-            go with their neighbours, is not told a second time.
+            go with others, is not told a second time.
 
     Returns:
         The broken rules, and with the reason SETTING_UNSUPPORTED the settings that this version does not
         have.
     """
-    found = [v for v in registry.message_violations(spec) if not _inside(v.field, unreadable)]
-    doubtful = {_parent(path) for path in chain(unreadable, (v.field for v in found))}
+    lost = frozenset(unreadable)
+    found = [v for v in registry.message_violations(spec) if not _inside(v.field, lost)]
+    told = {violation.field for violation in found}
     found += [
-        v
-        for v in _cross_field_violations(spec)
-        if _parent(v.field) not in doubtful and not _inside(v.field, unreadable)
+        broken.violation
+        for broken in _cross_field_rules(spec)
+        if not any(path in told or _inside(path, lost) for path in broken.reads)
     ]
     found += _unsupported(spec)
     return found
 
 
-_LAST_STEP: Final = re.compile(r"(\.?[^.\[]*|\[[^\]]*\])$")
-
-
-def _parent(path: str) -> str:
-    return _LAST_STEP.sub("", path)
-
-
 def _inside(path: str, roots: Collection[str]) -> bool:
-    return any(path == root or path.startswith((f"{root}.", f"{root}[")) for root in roots)
+    """Say whether a field is one of `roots`, or a part of one."""
+    return path in roots or any(path[:i] in roots for i, char in enumerate(path) if char in ".[")
 
 
-def _cross_field_violations(spec: cohort_pb2.CohortSpec) -> Iterator[Violation]:
+@dataclass(frozen=True, slots=True)
+class _Broken:
+    """A broken rule about several fields.
+
+    Attributes:
+        violation: What to tell.
+        reads: Paths of the fields that it is about. Where one of them is told of already, or could not be
+            read, this would be told of what nobody wrote.
+    """
+
+    violation: Violation
+    reads: tuple[str, ...]
+
+
+def _cross_field_rules(spec: cohort_pb2.CohortSpec) -> Iterator[_Broken]:
     seen: set[str] = set()
     for index, signal in enumerate(spec.signals):
         where = f"signals[{index}]"
         if signal.name in seen:
-            yield _invalid(f"{where}.name", "signal_once", f"{signal.name!r} is declared twice")
+            yield _broken(where, ("name",), "signal_once", f"{signal.name!r} is declared twice")
         seen.add(signal.name)
-        has_lower, has_upper = signal.HasField("lower"), signal.HasField("upper")
-        if signal.transform == cohort_pb2.SIGNAL_TRANSFORM_LOG and not (
-            has_lower and signal.lower > 0
-        ):
-            yield _invalid(
-                f"{where}.lower", "log_bounds", "transform log needs a lower bound above 0"
-            )
-        if signal.transform == cohort_pb2.SIGNAL_TRANSFORM_LOGIT and not (
-            has_lower and has_upper and signal.lower > 0 and signal.upper < 1
-        ):
-            yield _invalid(
-                f"{where}.lower", "logit_bounds", "transform logit needs bounds inside 0 and 1"
-            )
-        if signal.guardrail and not signal.direction:
-            yield _invalid(
-                f"{where}.guardrail", "guardrail_direction", "a guardrail needs a direction"
-            )
-        scored = signal.direction or signal.guardrail
-        if scored and signal.section != cohort_pb2.SIGNAL_SECTION_METRICS:
-            yield _invalid(
-                f"{where}.direction", "metric_direction", "only metrics have a direction"
-            )
-    release = spec.release
+        yield from _transform_rules(where, signal)
+        yield from _direction_rules(where, signal)
+    yield from _release_rules(spec.release)
+
+
+def _transform_rules(where: str, signal: cohort_pb2.SignalSpec) -> Iterator[_Broken]:
+    above_0 = signal.HasField("lower") and signal.lower > 0
+    below_1 = signal.HasField("upper") and signal.upper < 1
+    if signal.transform == cohort_pb2.SIGNAL_TRANSFORM_LOG and not above_0:
+        yield _broken(
+            where, ("lower", "transform"), "log_bounds", "transform log needs a lower bound above 0"
+        )
+    if signal.transform == cohort_pb2.SIGNAL_TRANSFORM_LOGIT and not (above_0 and below_1):
+        yield _broken(
+            where,
+            ("lower", "upper", "transform"),
+            "logit_bounds",
+            "transform logit needs bounds inside 0 and 1",
+        )
+
+
+def _direction_rules(where: str, signal: cohort_pb2.SignalSpec) -> Iterator[_Broken]:
+    if signal.guardrail and not signal.direction:
+        yield _broken(
+            where,
+            ("guardrail", "direction"),
+            "guardrail_direction",
+            "a guardrail needs a direction",
+        )
+    scored = signal.direction or signal.guardrail
+    if scored and signal.section != cohort_pb2.SIGNAL_SECTION_METRICS:
+        yield _broken(
+            where,
+            ("direction", "guardrail", "section"),
+            "metric_direction",
+            "only metrics have a direction",
+        )
+
+
+def _release_rules(release: cohort_pb2.ReleaseSpec) -> Iterator[_Broken]:
     given = release.HasField
     shortest = release.min_interval.ToNanoseconds() / 1e9 if given("min_interval") else 1.0
     longest = release.max_interval.ToNanoseconds() / 1e9 if given("max_interval") else 60.0
     if longest < shortest:
-        yield _invalid(
-            "release.max_interval",
+        yield _broken(
+            "release",
+            ("max_interval", "min_interval"),
             "interval_order",
             f"is {longest:g} s, but must be at least min_interval, {shortest:g} s",
         )
 
 
-def _invalid(field: str, rule: str, description: str) -> Violation:
-    return Violation(field, f"fmi.cohort_spec.{rule}", description, Reason.SPEC_INVALID)
+def _broken(where: str, reads: tuple[str, ...], rule: str, description: str) -> _Broken:
+    """Tell a rule of the first of the fields that it reads."""
+    violation = Violation(
+        f"{where}.{reads[0]}", f"fmi.cohort_spec.{rule}", description, Reason.SPEC_INVALID
+    )
+    return _Broken(violation, tuple(f"{where}.{name}" for name in reads))
 
 
 def _unsupported(spec: cohort_pb2.CohortSpec) -> Iterator[Violation]:

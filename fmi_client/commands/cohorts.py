@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -158,16 +159,16 @@ def _read_spec(file: Path) -> Mapping[str, Any]:
 
 
 def _read_yaml(file: Path, content: str) -> object:
-    try:
-        import yaml  # noqa: PLC0415 - the base install does not have it
-    except ModuleNotFoundError:
+    if importlib.util.find_spec("yaml") is None:
         raise click.UsageError(
             f"{file} is YAML, and PyYAML is not installed: pip install pyyaml, or write it as JSON."
-        ) from None
+        )
+    from fmi.yaml_text import YAMLTextError, parse_yaml  # noqa: PLC0415 - it needs PyYAML
+
     try:
-        return yaml.safe_load(content)
-    except yaml.YAMLError as error:
-        raise _spec_error(file, f"is not YAML: {' '.join(str(error).split())}") from None
+        return parse_yaml(content)
+    except YAMLTextError as error:
+        raise _spec_error(file, str(error)) from None
 
 
 def _spec_error(file: Path, detail: str) -> SpecError:

@@ -14,7 +14,7 @@ from fmi_client.commands.output import print_json, print_text, text
 
 __all__ = ["command"]
 
-_ADVICE = "the demo needs more than the base install: pip install 'fmi-federation[demo]'"
+_ADVICE = "the demo needs more than the base install: in the checkout, pip install '.[demo]'"
 
 
 @click.command(name="demo", cls=FMICommand)

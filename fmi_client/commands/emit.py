@@ -36,6 +36,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _BATCH: Final = 250
 _CHOICES: Final = "a FILE, - (standard input), msp, pop or ccs"
+_BY_SEVERITY: Final = (
+    ExitCode.OK,
+    ExitCode.UNREACHABLE,
+    ExitCode.SERVER,
+    ExitCode.NOT_FOUND,
+    ExitCode.REFUSED,
+)
+"""What repeating heals, what a cohort heals, and what only another packet heals: the last one counts."""
+
 _STYLES: Final = {
     EmitStatus.ACCEPTED: "green",
     EmitStatus.DUPLICATE: "green",
@@ -66,7 +75,8 @@ def command(_settings: Settings) -> None:
       fmi emit ccs --domain site_001 --pair dose,outcome,0.4
 
     Exit codes: 0 every packet is durable, 1 one was refused or there was none, 3 the server cannot be
-    reached, 5 the server cannot take them now. With --json, one line per packet.
+    reached, 4 nothing but an unknown cohort was the reason, 5 the server cannot take them now. With
+    --json, one line per packet.
     """  # noqa: D301 - click wants the character
 
 
@@ -246,7 +256,7 @@ def _send(settings: Settings, entries: Iterable[Entry], batch: int) -> int:
         for group in _batches(entries, batch):
             for entry, receipt in zip(group, _receipts(client, group), strict=True):
                 tally[receipt.status] = tally.get(receipt.status, 0) + 1
-                worst = max(worst, _tell(settings, entry, receipt), key=_severity)
+                worst = max(worst, _tell(settings, entry, receipt), key=_BY_SEVERITY.index)
     if not settings.json and sum(tally.values()) > 1:
         show_note(", ".join(f"{count} {status}" for status, count in sorted(tally.items())))
     return worst
@@ -280,32 +290,26 @@ def _batches(entries: Iterable[Entry], size: int) -> Iterator[list[Entry]]:
         yield group
 
 
-def _severity(code: ExitCode) -> int:
-    """Order exit codes: a refusal is worse than a failure that a repetition heals."""
-    return (ExitCode.OK, ExitCode.UNREACHABLE, ExitCode.SERVER, ExitCode.REFUSED).index(
-        code if code in (ExitCode.OK, ExitCode.UNREACHABLE, ExitCode.SERVER) else ExitCode.REFUSED
-    )
-
-
 def _tell(settings: Settings, entry: Entry, receipt: Receipt) -> ExitCode:
     error = receipt.error
     code = ExitCode.OK
     if receipt.refused:
         code = exit_code(error) if error else ExitCode.REFUSED
+        code = code if code in _BY_SEVERITY else ExitCode.REFUSED
     if settings.json:
         print_json(_data(entry, receipt), line=True)
     elif receipt.refused and error is not None:
         show_error(error, settings, subject=entry.subject)
     else:
-        _show_receipt(receipt)
+        _show_receipt(entry, receipt)
     return code
 
 
-def _show_receipt(receipt: Receipt) -> None:
+def _show_receipt(entry: Entry, receipt: Receipt) -> None:
     line = text(f"{receipt.status:<11}", _STYLES[receipt.status])
     line.append(f" {safe(receipt.packet_id)}", style="default")
-    if receipt.sequence is not None:
-        line.append(f"  sequence {receipt.sequence}", style="dim")
+    if cohort := _cohort(entry):
+        line.append(f"  cohort {safe(cohort)}", style="dim")
     print_text(line)
     for warning in receipt.warnings:
         print_text(text(f"  warning: {warning}", "yellow"))
@@ -315,14 +319,17 @@ def _show_receipt(receipt: Receipt) -> None:
             print_text(violations_table(receipt.error.violations), indent=2)
 
 
+def _cohort(entry: Entry) -> str:
+    return entry.packet.header.cohort if isinstance(entry.packet, packet_pb2.Packet) else ""
+
+
 def _data(entry: Entry, receipt: Receipt) -> dict[str, Any]:
     return {
         # An id that was made up here says nothing where nothing is stored under it.
         "packet_id": entry.own_id if receipt.refused else receipt.packet_id,
         **entry.data(),
+        "cohort": _cohort(entry),
         "status": receipt.status.value,
-        "sequence": receipt.sequence,
-        "received_at": receipt.received_at.isoformat() if receipt.received_at else None,
         "warnings": list(receipt.warnings),
         "error": error_data(receipt.error) if receipt.error else None,
     }

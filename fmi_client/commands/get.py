@@ -90,9 +90,9 @@ def command(
       fmi get healthcare --format graphml -o causes.graphml
       fmi get healthcare --format dot | dot -Tsvg -o causes.svg
 
-    Intervals are 95 % confidence intervals; "eff." is the effective number of sites after trimming and
-    weighting, "trim" the number of sites left out by trimming. Metrics are observed, and not part of the
-    prior.
+    Intervals are 95 % confidence intervals; there is none for one site, or for few that agree exactly.
+    "eff." is the effective number of sites after trimming and weighting, "trim" the number of sites left
+    out by trimming. Metrics are observed, and not part of the prior.
     """  # noqa: D301 - click wants the character
     narrowed = profile_class is not None or regime is not None or bool(concept)
     if narrowed and (kind not in (None, "warm_start") or revision is not None):

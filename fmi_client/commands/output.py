@@ -110,8 +110,8 @@ def age(stamp: Timestamp, now_s: float) -> str:
     seconds = max(0.0, now_s - stamp.seconds - stamp.nanos / 1e9)
     for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= size:
-            return f"{int(seconds // size)} {unit}"
-    return f"{int(seconds)} s"
+            return f"{int(seconds // size)} {unit} ago"
+    return f"{int(seconds)} s ago"
 
 
 def table(*columns: str, right: Iterable[str] = ()) -> Table:
@@ -181,6 +181,8 @@ def write_file(file: str, data: bytes) -> None:
     try:
         with click.open_file(file, "wb") as opened:
             opened.write(data)
+    except BrokenPipeError:  # no fault of the file: its reader went away
+        raise
     except OSError as error:
         raise click.FileError(file, error.strerror) from None
 

@@ -17,10 +17,18 @@ from fmi_client.errors import ContractError, Violation
 
 __all__ = ["Entry", "Origin", "numbers", "params", "read_packets", "standard_input"]
 
+_MAX_DIGITS: Final = 400
 _REASON: Final = error_pb2.ErrorReason.Name(error_pb2.ERROR_REASON_CONTRACT_VIOLATION).removeprefix(
     "ERROR_REASON_"
 )
-_DECODER: Final = json.JSONDecoder()
+
+
+def _whole_number(digits: str) -> int:
+    """Read a whole number; of one that Python finds too long the beginning, too large for any field too."""
+    return int(digits[:_MAX_DIGITS])
+
+
+_DECODER: Final = json.JSONDecoder(parse_int=_whole_number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +85,17 @@ class Entry:
 def read_packets(stream: IO[str], defaults: HeaderDefaults) -> Iterator[Entry]:
     """Read packets from a JSON document, a JSON array, or JSON documents one after the other.
 
-    Lines that are whole documents are read one by one, so that a pipe can go on for ever; anything else
-    is read to its end first.
+    Lines that are whole documents are read one by one, so that a pipe can go on for ever; from a document
+    on that has several lines, all is read to its end first.
 
     Args:
         stream: Where they come from.
         defaults: What a packet gets where it does not say it itself.
 
     Yields:
-        Packets in order; in the place of what is no packet the error that says why. Text that is not
-        JSON ends the reading, since nothing behind it can be trusted.
+        Packets in order; in the place of what is no packet the error that says why. Behind a line that is
+        not JSON the next one is read; a list or a document of several lines that is not JSON ends the
+        reading, since nothing behind it can be trusted.
 
     Raises:
         ContractError: There is no packet, and nothing in the place of one.
@@ -99,8 +108,7 @@ def read_packets(stream: IO[str], defaults: HeaderDefaults) -> Iterator[Entry]:
             found = True
             yield _entry(origin, value, defaults)
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        yield _unreadable(Origin(file, error.lineno), "not JSON", place, error.msg)
+        yield _not_json(file, error)
     except UnicodeDecodeError as error:
         yield _unreadable(Origin(file), "not UTF-8 text", f"byte {error.start}", error.reason)
     except RecursionError:
@@ -125,6 +133,8 @@ def standard_input(otherwise: str) -> IO[str]:
 
 
 def _entry(origin: Origin, value: Any, defaults: HeaderDefaults) -> Entry:
+    if isinstance(value, json.JSONDecodeError):
+        return _not_json(origin.file, value)
     if not isinstance(value, Mapping):
         return _unreadable(origin, "no packet", "packet", "is not a JSON object")
     try:
@@ -143,35 +153,58 @@ def _own_id(value: Mapping[str, Any]) -> str:
 
 
 def _values(stream: IO[str], file: str) -> Iterator[tuple[Origin, Any]]:
-    start = 1
-    first = stream.readline()
-    while first and not first.strip():
-        start += 1
-        first = stream.readline()
-    try:
-        value = json.loads(first)
-    except json.JSONDecodeError:
-        yield from _documents("\n" * (start - 1) + first + stream.read(), file)
-        return
-    yield from _items(value, Origin(file, start), is_first=True)
-    for line, content in enumerate(stream, start=start + 1):
-        if content.strip():
+    """Read values with their places; in the place of a line that is not JSON stands the error."""
+    line, is_first = 1, True
+    for content in iter(stream.readline, ""):
+        text, end = content, 0
+        while (start := _end_of_space(text, end)) < len(text):
+            line += text.count("\n", end, start)
+            value: Any
             try:
-                value = json.loads(content)
-            except json.JSONDecodeError as error:
-                error.lineno += line - 1
-                raise
-            yield from _items(value, Origin(file, line))
+                value, end = _DECODER.raw_decode(text, start)
+            except json.JSONDecodeError:
+                text += _more(text, start, stream)
+                value, end = _decoded(text, start, is_first=is_first)
+            if isinstance(value, json.JSONDecodeError):
+                value.lineno = line + text.count("\n", start, value.pos)
+                if not end:
+                    raise value from None
+            yield from _items(value, Origin(file, line), is_first=is_first)
+            line += text.count("\n", start, end)
+            is_first = False
+        line += text.count("\n", end)
 
 
-def _documents(content: str, file: str) -> Iterator[tuple[Origin, Any]]:
-    line, end, is_first = 1, 0, True
-    while (start := _end_of_space(content, end)) < len(content):
-        line += content.count("\n", end, start)
-        value, end = _DECODER.raw_decode(content, start)
-        yield from _items(value, Origin(file, line), is_first=is_first)
-        line += content.count("\n", start, end)
-        is_first = False
+def _more(text: str, start: int, stream: IO[str]) -> str:
+    """Read what a document needs that does not end on its line: all, or a line that shows it is cut off."""
+    try:
+        _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        if error.pos < len(text):
+            return ""
+    following = stream.readline()
+    try:
+        _, end = _DECODER.raw_decode(following)
+    except json.JSONDecodeError:
+        return following + stream.read()
+    cut_off = text[start] == "{" and following.startswith("{") and not following[end:].strip()
+    return following if cut_off else following + stream.read()
+
+
+def _decoded(text: str, start: int, *, is_first: bool) -> tuple[Any, int]:
+    """Return a value and where it ends, or the error and where to go on: nowhere is 0."""
+    try:
+        return _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        end = text.find("\n", start) + 1 or len(text)
+        is_list = text[start] == "["
+        following = _end_of_space(text, end)
+        own_line = error.pos < end or following == len(text)
+        cut_off = text.startswith("\n{", following - 1) and not is_list
+        if (is_first and is_list) or not (own_line or cut_off):
+            return error, 0
+        place = min(error.pos, len(text[:end].rstrip()))
+        return json.JSONDecodeError(error.msg, text, place), end
 
 
 def _end_of_space(content: str, start: int) -> int:
@@ -185,6 +218,11 @@ def _items(value: Any, origin: Origin, *, is_first: bool = False) -> Iterable[tu
         return ((origin, value),)
     line = None if is_first else origin.line
     return ((Origin(origin.file, line, item), found) for item, found in enumerate(value, start=1))
+
+
+def _not_json(file: str, error: json.JSONDecodeError) -> Entry:
+    place = f"line {error.lineno}, column {error.colno}"
+    return _unreadable(Origin(file, error.lineno), "not JSON", place, error.msg)
 
 
 def _unreadable(origin: Origin, message: str, field: str, description: str) -> Entry:

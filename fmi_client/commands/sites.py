@@ -136,7 +136,7 @@ def _held_view(held: admin_service_pb2.QuarantinedPacket) -> Text:
     block.append(f"  {safe(header.packet_id)}\n", style="default")
     kind = held.packet.WhichOneof("body") or "empty"
     block.append(
-        f"  {kind} for {safe(header.cohort)}, {age(held.received_at, time.time())} ago\n",
+        f"  {kind} for {safe(header.cohort)}, {age(held.received_at, time.time())}\n",
         style="dim",
     )
     block.append(f"  {safe(held.reason)}", style="yellow")

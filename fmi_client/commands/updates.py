@@ -107,7 +107,7 @@ def warm_start_view(profile: update_pb2.WarmStartProfile) -> Iterator[Renderable
             listed.add_row(
                 text(name),
                 number(value),
-                interval(origin),
+                _interval(origin),
                 str(origin.sites),
                 share(origin.confidence),
                 _SOURCES.get(origin.source, ""),
@@ -181,7 +181,7 @@ def _prior_view(prior: update_pb2.MetaPriorUpdate) -> Iterator[RenderableType]:
             listed.add_row(
                 text(f"  {name}"),
                 number(value),
-                interval(estimate),
+                _interval(estimate),
                 str(estimate.sites),
                 format(estimate.effective_sites, ".1f"),
                 str(estimate.trimmed),
@@ -260,7 +260,7 @@ def _consensus_view(consensus: update_pb2.CausalConsensus) -> Iterator[Renderabl
             listed.add_row(
                 Text(_relation(edge), overflow="fold"),
                 number(edge.weight),
-                interval(edge),
+                interval(edge) or "none",
                 share(edge.support),
                 f"{edge.sites}/{edge.testing_sites}",
                 share(edge.i_squared) if edge.HasField("i_squared") else "",
@@ -286,6 +286,10 @@ def _consensus_view(consensus: update_pb2.CausalConsensus) -> Iterator[Renderabl
 
 _NO_ESTIMATE: Final = update_pb2.SignalEstimate()
 _NO_ORIGIN: Final = update_pb2.InitOrigin()
+
+
+def _interval(estimate: update_pb2.SignalEstimate | update_pb2.InitOrigin) -> str:
+    return interval(estimate) or "none: too few sites"
 
 
 def _has_value(prior: update_pb2.MetaPriorUpdate, name: str) -> bool:

@@ -1,10 +1,14 @@
 """How sure an estimate is: its interval, and its confidence.
 
-Both come from Student's t, as long as the values that the estimate rests on differ. Where they are all
-equal, normal theory would claim certainty; there the sign test decides, which assumes no distribution:
-of `n` sites, `f` of them liars, the values of rank c and n - c + 1 enclose the median of the population
-with probability `1 - 2 P(Binomial(n - f, 1/2) < c)`, because however the liars place themselves, the
-honest value of rank c lies at the value of rank c or above.
+Both come from Student's t, as long as the values that the estimate rests on differ, with a ceiling that
+assumes no distribution: of `n` sites, `f` of them liars, the values of rank c and n - c + 1 enclose the
+median of the population with probability `1 - 2 P(Binomial(n - f, 1/2) < c)` (the sign test), because
+however the liars place themselves, the honest value of rank c lies at the value of rank c or above. With
+c = 1 that is the most that so few sites can know. Where the values are all equal, normal theory would
+claim certainty; there the sign test speaks alone.
+
+Chance is all that this is about. Liars that `tolerated` allows for cannot move a value out of the honest
+range, but they can move it within, and no confidence knows of that.
 """
 
 from __future__ import annotations
@@ -24,10 +28,17 @@ from fmi_server.aggregation.quantiles import (
     t_quantile,
 )
 
-__all__ = ["Tolerance", "assess", "natural_tolerance", "sign_test_coverage", "sign_test_rank"]
+__all__ = [
+    "Tolerance",
+    "assess",
+    "natural_tolerance",
+    "robust_deviation",
+    "sign_test_coverage",
+    "sign_test_rank",
+]
 
 Tolerance: TypeAlias = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
-"""Of values and the deviations between their sites: the differences that matter, positive."""
+"""Of values and the deviations between their sites: the differences that matter, not negative."""
 
 SHARE_OF_DEVIATION = 0.5
 """A difference of half the standard deviation between the sites never matters, unless declared."""
@@ -36,6 +47,12 @@ SHARE_OF_MAGNITUDE = 0.1
 """Nor does a tenth of what the signal measures."""
 
 _EXACT_BINOMIAL_SITES = 1000
+
+_HALF_TO_SIGMA = 0.7413011092528009
+"""Of a normal distribution: standard deviation by the width of its middle half."""
+
+_ROUNDING = 1e-12
+"""Values that differ by less than this share of themselves differ by the rounding of their sources."""
 
 
 def natural_tolerance(
@@ -59,19 +76,20 @@ def assess(
     """Fill in interval, tolerance and confidence of a table that has values and standard errors.
 
     The confidence is `P(|T| <= tolerance / stderr)` with Student's t: the probability that the value
-    lies within the tolerance of the centre that the sites vary about. A single site has none. Rows
-    whose standard error comes out as 0 keep it only where the sign-test interval has no width either
-    (from 7 sites on at level 0.95 with one liar); their confidence is the sign test's, with those that
-    differ taken for the liars.
+    lies within the tolerance of the centre that the sites vary about. It is at most
+    `1 - 2^(1 - honest sites)`. A single site has none. Rows without spread keep their standard error
+    only where the sign-test interval has no width either (from 7 sites on at level 0.95 with one
+    liar), those that differ being taken for the liars; their confidence is the sign test's.
 
     Args:
         table: estimates; its interval, tolerance and confidence are written, its `stderr` corrected.
         ordered: signals x sites, each row sorted, `+inf` where missing.
-        deviation: per row, the robust standard deviation between the sites.
+        deviation: per row, the standard deviation that the standard error was taken from.
         liars: lying sites that each row withstands.
         level: coverage of the interval.
-        tolerance: the difference that matters.
+        tolerance: the difference that matters, of values and robust deviations between the sites.
     """
+    valued = np.isfinite(table.value)
     df = table.degrees_of_freedom()
     usable = np.isfinite(table.stderr) & (df >= 1)
     df = np.where(usable, df, 1)
@@ -80,35 +98,55 @@ def assess(
     margin = np.where(usable, factor * table.stderr, np.nan)
     table.lower[:] = table.value - margin
     table.upper[:] = table.value + margin
-    table.tolerance[:] = tolerance(table.value, deviation)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        distance = np.where(usable, table.tolerance / table.stderr, 0.0)
-    spread = usable & (table.stderr > 0.0)
-    table.confidence[spread] = t_central_probability(distance[spread], df[spread])
-    equal = np.flatnonzero(usable & (table.stderr == 0.0))
-    if equal.size:
-        _assess_equal(table, equal, ordered, liars[equal], level)
+    matters = tolerance(table.value, robust_deviation(ordered, table.sites))
+    table.tolerance[:] = np.where(valued, matters, np.nan)
+    equal = usable & (deviation <= _ROUNDING * np.abs(table.value))
+    spread = np.flatnonzero(usable & ~equal)
+    with np.errstate(divide="ignore", over="ignore"):
+        distance = table.tolerance[spread] / table.stderr[spread]
+    honest = table.sites - liars
+    counts, inverse = np.unique(honest[spread], return_inverse=True)
+    ceiling = np.array([sign_test_coverage(int(n), 1) for n in counts])[inverse]
+    central = t_central_probability(distance, df[spread])
+    table.confidence[spread] = np.minimum(central, ceiling)
+    for row in np.flatnonzero(equal):
+        _assess_equal(table, int(row), ordered[row], int(honest[row]), level)
 
 
 def _assess_equal(
-    table: EstimateTable,
-    rows: NDArray[np.int64],
-    ordered: NDArray[np.float64],
-    liars: NDArray[np.int64],
-    level: float,
+    table: EstimateTable, row: int, ordered: NDArray[np.float64], honest: int, level: float
 ) -> None:
-    """Let the sign test speak for rows in which the values that count are all equal."""
-    sites, value = table.sites[rows], table.value[rows]
-    honest = sites - liars
-    outside = np.maximum(
-        (ordered[rows] < value[:, None]).sum(axis=1),
-        sites - (ordered[rows] <= value[:, None]).sum(axis=1),
-    )
-    for row, n, left_out in zip(rows, honest.tolist(), outside.tolist(), strict=True):
-        differ = max(0, left_out - (int(table.sites[row]) - n))
-        table.confidence[row] = sign_test_coverage(n, differ + 1)
-        if left_out >= sign_test_rank(n, level):
-            table.stderr[row] = table.lower[row] = table.upper[row] = np.nan
+    """Let the sign test speak for a row in which the values that count are all equal."""
+    sites, value = int(table.sites[row]), float(table.value[row])
+    slack = _ROUNDING * abs(value) * math.sqrt(sites)
+    below = int(np.searchsorted(ordered[:sites], value - slack))
+    above = sites - int(np.searchsorted(ordered[:sites], value + slack, side="right"))
+    differ = max(0, max(below, above) - (sites - honest))
+    table.confidence[row] = sign_test_coverage(honest, differ + 1)
+    if differ >= sign_test_rank(honest, level):
+        table.stderr[row] = table.lower[row] = table.upper[row] = np.nan
+
+
+def robust_deviation(ordered: NDArray[np.float64], sites: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the standard deviation between the sites, by the width of the middle half of each row.
+
+    Fewer than a quarter of the sites cannot make it large, nor can one of three or four. Where the
+    middle is between two places, the narrower counts. Rows with fewer than two values have 0.
+
+    Args:
+        ordered: signals x sites, each row sorted, `+inf` where missing.
+        sites: values per row.
+    """
+    widths = np.zeros(len(sites))
+    rows = np.flatnonzero(sites > 1)
+    spare = (sites[rows] - 1) // 2
+    half = sites[rows] - spare
+    places = [
+        ordered[rows, left + half - 1] - ordered[rows, left]
+        for left in (spare // 2, -(-spare // 2))
+    ]
+    widths[rows] = np.minimum(*places)
+    return _HALF_TO_SIGMA * widths
 
 
 @lru_cache(maxsize=65_536)

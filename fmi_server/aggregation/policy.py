@@ -35,6 +35,8 @@ __all__ = [
     "outcome_deltas",
 ]
 
+_DIGITS = 14
+
 ParamValue = float | str | bool
 BundleKey = tuple[tuple[str, str, str], ...]
 """Canonical bundle: (name, kind, canonical text) in order of the names."""
@@ -102,8 +104,8 @@ class BundleAssessment:
         harmed: guardrail metrics that fell, or that too few sites observed.
         confidence: one-sided: how surely the shrunk effect is above zero, 0..1.
         refused: None when it qualifies, else `below_quorum`, `no_agreement`, `guardrail_harmed`,
-            `guardrail_unobserved`, `certainty_unknown` (too few sites that agree too exactly for an
-            interval) or `not_better_than_nothing`.
+            `guardrail_unobserved`, `certainty_unknown` (too few sites for an interval, or too alike)
+            or `not_better_than_nothing`.
     """
 
     key: BundleKey
@@ -193,11 +195,20 @@ def outcome_deltas(outcome: PolicyOutcome, rules: Mapping[str, SignalRule]) -> d
         if rule is None or rule.direction is None or name not in outcome.before:
             continue
         change = after - outcome.before[name] - outcome.control_delta.get(name, 0.0)
-        delta = rule.direction * change / (1.0 if rule.scale is None else rule.scale)
+        largest = max(abs(after), abs(outcome.before[name]))
+        delta = rule.direction * _unrounded(change, largest)
+        delta /= 1.0 if rule.scale is None else rule.scale
         if math.isfinite(change):
             delta = min(max(delta, -MAX_MAGNITUDE), MAX_MAGNITUDE)
         deltas[name] = delta
     return deltas
+
+
+def _unrounded(change: float, largest: float) -> float:
+    """Take the rounding of binary numbers out of a difference: 0.55 - 0.45 is 0.1, as 0.3 - 0.2 is."""
+    if not math.isfinite(change) or largest == 0.0:
+        return change
+    return round(change, _DIGITS - math.ceil(math.log10(largest)))
 
 
 def _multiple(value: float, step: float) -> int:
@@ -331,10 +342,11 @@ def _assess(
 def _confidence_of_gain(effect: float, table: EstimateTable) -> float:
     """Return how surely the effect of the first row, already shrunk, is above zero."""
     if not table.stderr[0] > 0.0:
-        agreed = sign_test_coverage(int(table.sites[0]), 1)
-        return 0.5 + math.copysign(agreed, effect) / 2.0 if effect else 0.5
+        # Its confidence is then that of the sign test, whatever the tolerance.
+        return 0.5 + math.copysign(float(table.confidence[0]), effect) / 2.0 if effect else 0.5
     distance = np.abs([effect]) / table.stderr[:1]
     central = float(t_central_probability(distance, table.degrees_of_freedom()[:1])[0])
+    central = min(central, sign_test_coverage(int(table.sites[0]), 1))
     return 0.5 + math.copysign(central, effect) / 2.0
 
 

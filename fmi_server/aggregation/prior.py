@@ -179,6 +179,15 @@ class CohortMatrix:
         """Return the signals whose values changed since the last release."""
         return frozenset(self._names.rules[row].name for row in np.flatnonzero(self._cells.dirty))
 
+    def sections(self) -> dict[str, str]:
+        """Return the section of each signal that is told and has a value."""
+        held = self._cells.values
+        return {
+            name: self._names.rules[row].section
+            for name, row in self._told_rows().items()
+            if (held[row] < np.inf).any()
+        }
+
     def rule(self, name: str) -> SignalRule | None:
         """Return the rule of a signal, or None when the cohort does not know it."""
         row = self._told_rows().get(name)
@@ -346,7 +355,12 @@ class CohortMatrix:
         held = self._cells.column_of
         asked = [site for site in site_ids if site in held]
         columns = np.array([held[site] for site in asked], dtype=np.int64)
-        scores = site_scores(self._cells.values, rows=self._told_index(), columns=columns)
+        scores = site_scores(
+            self._cells.values,
+            rows=self._told_index(),
+            columns=columns,
+            difference=self._transforms.difference,
+        )
         return dict(zip(asked, scores.tolist(), strict=True))
 
     def _told_rows(self) -> dict[str, int]:

@@ -135,26 +135,42 @@ class TransformTable:
     def tolerance(self, rows: NDArray[np.int64]) -> Tolerance:
         """Return what tells how large a difference matters, on the transformed scale.
 
-        It is the declared `scale` (by the slope at the value), else the larger of half the deviation
-        between the sites and a tenth of what the signal measures: half the width between its bounds,
-        a factor e, one unit of log-odds, or without any of these its own size.
+        It is the declared `scale`, else the larger of half the deviation between the sites and
+        `difference`.
         """
-        kind, scale = self._kind[rows], self._scale[rows]
-        half_width = (self._upper[rows] - self._lower[rows]) / 2.0
+        declared = ~np.isnan(self._scale[rows])
 
         def matters(
             value: NDArray[np.float64], deviation: NDArray[np.float64]
         ) -> NDArray[np.float64]:
-            slope = self._inverse(rows, value)[1]
-            size = np.where(np.isfinite(half_width), half_width, np.abs(value))
-            size = np.where(kind == _LINEAR, size, 1.0)
-            natural = np.fmax(SHARE_OF_DEVIATION * deviation, SHARE_OF_MAGNITUDE * size)
-            with np.errstate(over="ignore"):
-                declared = np.minimum(scale / slope, MAX_MAGNITUDE)
-            difference: NDArray[np.float64] = np.where(np.isnan(scale), natural, declared)
-            return difference
+            least = self.difference(rows, value)
+            larger: NDArray[np.float64] = np.fmax(SHARE_OF_DEVIATION * deviation, least)
+            return np.where(declared, least, larger)
 
         return matters
+
+    def difference(self, rows: NDArray[np.int64], at: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the difference that matters at a transformed value, whatever the sites' spread.
+
+        It is the declared `scale` by the slope at the value, else a tenth of what the signal
+        measures: half the width between its bounds, a factor e, one unit of log-odds, or without
+        any of these the value itself.
+
+        Args:
+            rows: signals.
+            at: one value for each, or as many as there are in a second axis.
+        """
+        shape = at.shape
+        rows = np.broadcast_to(rows.reshape(-1, *[1] * (at.ndim - 1)), shape).ravel()
+        at = at.ravel()
+        scale = self._scale[rows]
+        half_width = (self._upper[rows] - self._lower[rows]) / 2.0
+        size = np.where(np.isfinite(half_width), half_width, np.abs(at))
+        size = np.where(self._kind[rows] == _LINEAR, size, 1.0)
+        with np.errstate(over="ignore"):
+            declared = np.minimum(scale / self._inverse(rows, at)[1], MAX_MAGNITUDE)
+        found: NDArray[np.float64] = np.where(np.isnan(scale), SHARE_OF_MAGNITUDE * size, declared)
+        return found.reshape(shape)
 
     def back(self, rows: NDArray[np.int64], table: EstimateTable) -> EstimateTable:
         """Return the estimates on the signals' own scales.
@@ -177,7 +193,11 @@ class TransformTable:
             stderr=table.stderr * slope,
             lower=lower,
             upper=upper,
-            tolerance=table.tolerance * slope,
+            tolerance=np.where(
+                np.isnan(self._scale[rows]) | np.isnan(value),
+                table.tolerance * slope,
+                self._scale[rows],
+            ),
         )
 
     def _inverse(

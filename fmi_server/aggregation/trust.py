@@ -7,11 +7,15 @@ caught, and nothing here claims that they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fmi_server.aggregation.certainty import SHARE_OF_MAGNITUDE
 
 __all__ = [
     "START_REPUTATION",
@@ -20,6 +24,9 @@ __all__ = [
     "leave_one_out_z",
     "site_scores",
 ]
+
+Difference: TypeAlias = Callable[[NDArray[np.int64], NDArray[np.float64]], NDArray[np.float64]]
+"""Of rows, and values of each in a second axis: the differences that do not matter there."""
 
 START_REPUTATION = 0.5
 """Reputation of a site nobody has judged yet."""
@@ -41,8 +48,6 @@ class TrustSettings:
         floor: smallest reputation, above 0, so that a site can come back.
         tolerance_z: distances up to this z cost nothing.
         min_sites: signals with fewer sites are not judged; the others are then too few to say.
-        relative_floor: smallest spread, as a share of the leave-one-out median. It keeps a site
-            from being condemned for a last digit where all others agree.
     """
 
     up: float = 0.1
@@ -51,7 +56,6 @@ class TrustSettings:
     floor: float = 0.01
     tolerance_z: float = 2.5
     min_sites: int = 5
-    relative_floor: float = 0.01
 
     def __post_init__(self) -> None:
         for name in ("up", "down", "start", "floor"):
@@ -61,30 +65,35 @@ class TrustSettings:
             raise ValueError(f"tolerance_z must be positive, got {self.tolerance_z}")
         if self.min_sites < 3:
             raise ValueError(f"min_sites must be at least 3, got {self.min_sites}")
-        if not self.relative_floor >= 0.0:
-            raise ValueError(f"relative_floor must not be negative, got {self.relative_floor}")
 
 
 def leave_one_out_z(
-    values: NDArray[np.float64], settings: TrustSettings | None = None
+    values: NDArray[np.float64],
+    settings: TrustSettings | None = None,
+    difference: Difference | None = None,
 ) -> NDArray[np.float64]:
     """Return each value's distance from the median of the *others*, in robust sigmas.
 
-    `z = |x - med| / max(1.4826 * MAD, relative_floor * |med|)`, with median and MAD of the other
-    sites. The leave-one-out median of a row takes at most three values and its MAD three for each
+    `z = |x - med| / max(1.4826 * MAD, d / tolerance_z)`, with median and MAD of the other sites and d
+    the difference that does not matter there, so that nobody is condemned for a last digit where all
+    others agree. The leave-one-out median of a row takes at most three values and its MAD three for each
     of them, so one sort answers all sites of a row exactly. A spread of zero gives 0 where the
     value agrees and `inf` where it does not.
 
     Args:
         values: signals x sites, `+inf` where missing, on the scale they are averaged on.
         settings: rules; None for the defaults.
+        difference: of rows and medians, the difference that does not matter; None for a tenth of the
+            median.
 
     Returns:
         Same shape; NaN where missing or where a signal has fewer than `min_sites` sites.
     """
     result = np.full(values.shape, np.nan)
     rows = np.arange(len(values))
-    for part, z in _z_by_blocks(values, settings or TrustSettings(), rows, slice(None)):
+    for part, z in _z_by_blocks(
+        values, settings or TrustSettings(), rows, slice(None), difference or _tenth
+    ):
         result[part] = z
     return result
 
@@ -95,6 +104,7 @@ def site_scores(
     *,
     rows: NDArray[np.int64] | None = None,
     columns: NDArray[np.int64] | None = None,
+    difference: Difference | None = None,
 ) -> NDArray[np.float64]:
     """Return per site the mean over its signals of min(1, (2.5 / z)^2); NaN where unjudged.
 
@@ -105,6 +115,7 @@ def site_scores(
         settings: rules; None for the defaults.
         rows: signals that count; None for all.
         columns: sites to judge, each against all; None judges every site.
+        difference: as in `leave_one_out_z`.
     """
     settings = settings or TrustSettings()
     rows = np.arange(len(values)) if rows is None else rows
@@ -112,7 +123,7 @@ def site_scores(
     judged: NDArray[np.int64] = np.zeros(count, dtype=np.int64)
     total = np.zeros(count)
     chosen = slice(None) if columns is None else columns
-    for _, z in _z_by_blocks(values, settings, rows, chosen):
+    for _, z in _z_by_blocks(values, settings, rows, chosen, difference or _tenth):
         with np.errstate(divide="ignore", over="ignore"):
             fit = np.minimum(1.0, (settings.tolerance_z / z) ** 2)
         known = ~np.isnan(fit)
@@ -193,7 +204,10 @@ class _Others:
 
     @classmethod
     def of(
-        cls, ordered: NDArray[np.float64], sites: NDArray[np.int64], relative_floor: float
+        cls,
+        ordered: NDArray[np.float64],
+        sites: NDArray[np.int64],
+        least_sigma: Callable[[NDArray[np.float64]], NDArray[np.float64]],
     ) -> _Others:
         """Read them off sorted rows of at least three sites each."""
         low, high = (sites - 2) // 2, (sites - 1) // 2
@@ -202,7 +216,7 @@ class _Others:
         centre = _medians_without_one(middle)
         gaps = _nearest_distances(ordered, sites, centre, ranks)
         sigma = _MAD_TO_SIGMA * _medians_without_one(gaps)
-        sigma = np.maximum(sigma, relative_floor * np.abs(centre)[:, :, None])
+        sigma = np.maximum(sigma, least_sigma(centre)[:, :, None])
         return cls(middle[:, ::2], centre, gaps[:, :, ::2], sigma)
 
     def z(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -226,6 +240,7 @@ def _z_by_blocks(
     settings: TrustSettings,
     rows: NDArray[np.int64],
     columns: NDArray[np.int64] | slice,
+    difference: Difference,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
     """Yield some of the rows with the z of the asked sites, in turn."""
     height = max(1, _BLOCK_CELLS // max(1, values.shape[1]))
@@ -239,8 +254,22 @@ def _z_by_blocks(
             part, block = part[enough], block[enough]
             ordered, sites = ordered[enough], sites[enough]
         if part.size:
-            others = _Others.of(ordered, sites, settings.relative_floor)
-            yield part, others.z(block[:, columns])
+            least = partial(_least_sigma, part, settings.tolerance_z, difference)
+            yield part, _Others.of(ordered, sites, least).z(block[:, columns])
+
+
+def _least_sigma(
+    rows: NDArray[np.int64],
+    tolerance_z: float,
+    difference: Difference,
+    centre: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    return difference(rows, centre) / tolerance_z
+
+
+def _tenth(rows: NDArray[np.int64], centre: NDArray[np.float64]) -> NDArray[np.float64]:
+    del rows
+    return SHARE_OF_MAGNITUDE * np.abs(centre)
 
 
 def _medians_without_one(middle: NDArray[np.float64]) -> NDArray[np.float64]:

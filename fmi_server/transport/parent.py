@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
@@ -17,17 +19,15 @@ __all__ = ["ParentLink"]
 
 TIMEOUT_S: Final = 10.0
 
-_FINAL: Final = frozenset(
+_AGAIN: Final = frozenset(
     {
-        grpc.StatusCode.INVALID_ARGUMENT,
-        grpc.StatusCode.FAILED_PRECONDITION,
-        grpc.StatusCode.NOT_FOUND,
-        grpc.StatusCode.ALREADY_EXISTS,
-        grpc.StatusCode.OUT_OF_RANGE,
-        grpc.StatusCode.UNIMPLEMENTED,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.ABORTED,
     }
 )
-"""Answers that another attempt with the same packet would not change."""
+"""Answers that say nothing of the packet. RESOURCE_EXHAUSTED is one where it comes with RetryInfo."""
 
 
 class ParentLink:
@@ -66,20 +66,35 @@ class ParentLink:
         try:
             await self._stub.Emit(wire_pb2.EmitRequest(packet=packet), timeout=TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
+            details = _details(error)
             told = f"{self._target}: {error.details() or error.code().name}"
-            if error.code() in _FINAL:
-                raise ParentRefusedError(told) from None
-            raise ParentUnavailableError(told, _retry_after_s(error)) from None
+            overloaded = (
+                error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and details.retry_after_s
+            )
+            if error.code() in _AGAIN or overloaded:
+                raise ParentUnavailableError(told, details.retry_after_s) from None
+            raise ParentRefusedError(told, details.fields) from None
 
 
-def _retry_after_s(error: grpc.aio.AioRpcError) -> float | None:
+@dataclass(frozen=True, slots=True)
+class _Details:
+    retry_after_s: float | None = None
+    fields: tuple[str, ...] = ()
+
+
+def _details(error: grpc.aio.AioRpcError) -> _Details:
+    """Read what a failed call says of itself, as far as it can be read."""
+    retry_after_s: float | None = None
+    fields: tuple[str, ...] = ()
     try:
         # It needs no more of a call than its code, details and trailing metadata.
         status = rpc_status.from_call(cast("grpc.Call", error))
-    except ValueError:  # the details are not those of this status
-        return None
-    for detail in () if status is None else status.details:
-        hint = error_details_pb2.RetryInfo()
-        if detail.Unpack(hint):
-            return float(hint.retry_delay.ToNanoseconds() / 1e9)
-    return None
+        for detail in () if status is None else status.details:
+            hint, bad = error_details_pb2.RetryInfo(), error_details_pb2.BadRequest()
+            if detail.Unpack(hint):
+                retry_after_s = float(hint.retry_delay.ToNanoseconds() / 1e9)
+            elif detail.Unpack(bad):
+                fields = tuple(violation.field for violation in bad.field_violations)
+    except (ValueError, DecodeError):  # not of this status, or not readable
+        return _Details()
+    return _Details(retry_after_s, fields)

@@ -56,6 +56,27 @@ class ContractRules:
         return found[:MAX_PROBLEMS]
 
 
+_ALPHANUMERIC: Final = "beginning with a letter or a digit"
+_IN_WORDS: Final = {
+    "^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*$": "must have only lower-case letters a-z, digits "
+    f"and . _ -, in parts joined by /, each {_ALPHANUMERIC}",
+    "^[a-z0-9*?][a-z0-9._/*?-]{0,127}$": "must be 1 to 128 lower-case letters a-z, digits and . _ / * ? "
+    "-, beginning with a letter, a digit, * or ?",
+    "^[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}$": "must be 1 to 128 letters a-z, digits and . _ : @ -, "
+    f"{_ALPHANUMERIC}",
+    "^[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}$": "must be 1 to 64 letters a-z, digits and . _ : @ -, "
+    f"{_ALPHANUMERIC}",
+    "^[A-Za-z_][A-Za-z0-9_.:/@+-]{0,127}$": "must be 1 to 128 letters a-z, digits and _ . : / @ + -, "
+    "beginning with a letter or _",
+    "^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$": "must be a UUID in lower case, "
+    "such as 0190b2c4-7e8a-7c3d-9f10-000000000001",
+    "^[0-9a-f]{64}$": "must be 64 hexadecimal digits in lower case",
+    "^[0-9]{0,19}$": "must be the page token of an earlier answer",
+    r"^[^\p{Cc}\p{Zl}\p{Zp}]*$": "must have no control characters or line breaks",
+}
+"""What each pattern of the contract allows; of one that allows emptiness too, `^(...)?$`, the inside."""
+
+_PATTERN: Final = re.compile(r"does not match regex pattern `\^(?:\((.*)\)\?|(.*))\$`", re.DOTALL)
 _LONG_NUMBER: Final = re.compile(r"-?\d{16,}")
 _LAST_SECOND: Final = 253_402_300_799
 """The last second of the year 9999, up to which `google.protobuf.Timestamp` is defined."""
@@ -64,13 +85,22 @@ _LAST_SECOND: Final = 253_402_300_799
 def _told(violation: protovalidate.Violation) -> Problem:
     raw = violation.proto
     path = _path(raw.field.elements) if raw.field is not None else ""
-    description = _LONG_NUMBER.sub(lambda m: f"{float(m[0]):g}", raw.message or "breaks a rule")
+    description = _description(raw.message or "breaks a rule")
     value = violation.field_value
     if raw.for_key:
         description = f"the name {description}"
     elif isinstance(value, float):
         description = f"{description}, not {value:g}"
     return Problem(path or "body", raw.rule_id or "custom", description)
+
+
+def _description(message: str) -> str:
+    """Say in words what protovalidate says in the terms of its rules."""
+    if broken := _PATTERN.fullmatch(message):
+        return _IN_WORDS.get(f"^{broken[1] or broken[2]}$", message)
+    # A choice that may be left out is the first of its list, and empty.
+    message = message.replace("must be in list [, ", "must be in list [")
+    return _LONG_NUMBER.sub(lambda number: f"{float(number[0]):g}", message)
 
 
 def _path(elements: Iterable[protovalidate.FieldPathElementPb]) -> str:

@@ -67,6 +67,9 @@ _EXPECTED: Final[Mapping[int, str]] = {
 }
 """What a leaf takes, by the type of its field; the only messages that are leaves are durations."""
 
+_CONTAINERS: Final = (Mapping, list, tuple, set, frozenset)
+"""What is no leaf. ProtoJSON would write all of it into its error: with YAML's aliases, gigabytes."""
+
 
 class _Reader:
     """Reads plain data field by field, so that all that is wrong with it is told at once."""
@@ -83,11 +86,12 @@ class _Reader:
         for key, value in data.items():
             name = _text(key)
             field = fields.get(name)
-            where = f"{path}.{_label(name)}" if path else _label(name)
+            step = _label(name) if field is None else field.name
+            where = f"{path}.{step}" if path else step
             if field is None:
                 self._problem(where, "unknown_field", _unknown(name, target))
             elif field.name in read:
-                self._problem(where, "field_once", f"stands here twice, once as {field.name}")
+                self._problem(where, "field_once", f"stands here twice, once as {field.json_name}")
             elif value is not None:  # null is unset, as in ProtoJSON
                 self._field(value, field, target, where)
             if field is not None:
@@ -116,10 +120,15 @@ class _Reader:
         if not isinstance(value, Mapping):
             self._problem(path, "mapping", f"must have values by name, not be {_shown(value)}")
             return
+        read: set[str] = set()
         for key, item in value.items():
             name = _text(key)
-            if not _merged(target, field, {name: item}):
-                self._wrong(item, values, f'{path}["{_label(name)}"]')
+            where = f'{path}["{_label(name)}"]'
+            if name in read:
+                self._problem(where, "field_once", "stands here twice, once not as text")
+            elif isinstance(item, _CONTAINERS) or not _merged(target, field, {name: item}):
+                self._wrong(item, values, where)
+            read.add(name)
 
     def _list(self, value: object, field: FieldDescriptor, target: Message, path: str) -> None:
         if not isinstance(value, list | tuple):
@@ -129,14 +138,14 @@ class _Reader:
             where = f"{path}[{index}]"
             if _is_section(field):
                 self.message(item, getattr(target, field.name).add(), where)
-            elif not _merged(target, field, [item]):
+            elif isinstance(item, _CONTAINERS) or not _merged(target, field, [item]):
                 self._wrong(item, field, where)
 
     def _leaf(self, value: object, field: FieldDescriptor, target: Message, path: str) -> None:
         enum = field.enum_type
         if enum is None:
             plain = value if field.message_type is None else _duration(value)
-            if not _merged(target, field, plain):
+            if isinstance(value, _CONTAINERS) or not _merged(target, field, plain):
                 self._wrong(value, field, path)
         elif (number := _enum_number(value, enum)) is not None:
             setattr(target, field.name, number)
@@ -185,7 +194,7 @@ def _duration(value: object) -> object:
     """Write plain seconds as the text that ProtoJSON wants."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
-    return f"{value:.9f}s" if isinstance(value, float) else f"{value}s"
+    return f"{value:.9f}s" if isinstance(value, float) else f"{_text(value)}s"
 
 
 def _prefix(enum: EnumDescriptor) -> str:
@@ -211,7 +220,7 @@ def _enum_number(value: object, enum: EnumDescriptor) -> int | None:
 
 def _unknown(name: str, target: Message) -> str:
     names = [field.name for field in target.DESCRIPTOR.fields]
-    if near := difflib.get_close_matches(name.lower(), names, 3):
+    if near := difflib.get_close_matches(name[:MAX_SHOWN].lower(), names, 3):
         return f"is no field; did you mean {' or '.join(near)}?"
     return f"is no field; the fields here are {', '.join(names)}"
 

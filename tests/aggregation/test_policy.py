@@ -115,6 +115,25 @@ def test_the_same_effect_at_too_few_sites_gives_no_hint():
     assert decide_policy(outcomes([9.0] * 7), RULES, SETTINGS).hint is not None
 
 
+@pytest.mark.parametrize(
+    "before", [[0.45, 0.55, 0.3], [0.1, 0.7, 1e3], [0.45, np.nextafter(0.45, 1), 0.45]]
+)
+def test_rounding_is_no_evidence(before):
+    alike = [
+        PolicyOutcome(f"s{i}", {"lr": 0.1}, {"gain": at}, {"gain": at + 0.1})
+        for i, at in enumerate(before)
+    ]
+    assert decide_policy(alike, (GAIN,), SETTINGS).reason == "certainty_unknown"
+
+
+@pytest.mark.parametrize("other", [-5.0, 20.0])
+def test_one_who_differs_does_not_take_a_hint_away(other):
+    agreed = decide_policy(outcomes([9.0] * 7), RULES, SETTINGS).hint
+    found = decide_policy(outcomes([9.0] * 7 + [other]), RULES, SETTINGS).hint
+    assert found.lower_bound > 0.0
+    assert found.confidence == pytest.approx(agreed.confidence, abs=0.02)
+
+
 def test_a_declared_guardrail_may_not_fall_at_all_and_must_be_seen():
     latencies = itertools.cycle([-20.0, 25.0])
     noisy = [outcomes([9.0 + 0.1 * i] * (i + 1), latency=next(latencies))[i] for i in range(6)]

@@ -585,3 +585,36 @@ def test_an_interval_ends_at_the_declared_bounds():
         assert found.lower == pytest.approx(lower)  # so few sites say next to nothing
         assert found.upper == pytest.approx(upper)
         assert found.lower <= found.value <= found.upper
+
+
+def test_a_row_without_a_value_has_no_tolerance_and_a_declared_scale_is_the_tolerance():
+    matrix = CohortMatrix(
+        [SignalRule("rate", "controller", lower=1e-6, upper=1.0, transform="log", scale=0.05)],
+        open_vocabulary=False,
+    )
+    for site, rate in enumerate([0.1, 0.2]):
+        matrix.put(f"s{site}", {"controller": {"rate": rate}}, now=1.0)
+    assert matrix.release(EstimatorSettings(), None, 1.0).estimates()["rate"].tolerance is None
+    matrix.put("s2", {"controller": {"rate": 0.15}}, now=1.0)
+    assert matrix.release(EstimatorSettings(), None, 1.0).estimates()["rate"].tolerance == 0.05
+
+
+@pytest.mark.parametrize(
+    ("rule", "agreed", "other", "condemned"),
+    [
+        (SignalRule("x", transform="log"), 0.5, 0.55, False),
+        (SignalRule("x", transform="log"), 1.0, 1.05, False),  # its logarithm is 0
+        (SignalRule("x", transform="log"), 0.5, 50.0, True),
+        (SignalRule("x"), 0.9, 0.92, False),
+        (SignalRule("x"), 0.9, 9.0, True),
+        (SignalRule("x", scale=0.001), 0.9, 0.92, True),
+        (SignalRule("x", lower=-1.0, upper=1.0), 0.0, 0.05, False),
+    ],
+)
+def test_a_difference_that_does_not_matter_condemns_nobody(rule, agreed, other, condemned):
+    matrix = CohortMatrix([rule], open_vocabulary=False)
+    for site, value in enumerate([agreed] * 5 + [other]):
+        matrix.put(f"s{site}", {"metrics": {"x": value}}, now=1.0)
+    scores = matrix.score_sites(matrix.sites)
+    assert all(scores[f"s{site}"] == 1.0 for site in range(5))
+    assert (scores["s5"] < 0.2) if condemned else (scores["s5"] == 1.0)

@@ -26,7 +26,7 @@ def z_by_removal(row, settings):
         others = [v for i, v in enumerate(row) if i != index]
         middle = np.median(others)
         mad = stats.median_abs_deviation(others, scale="normal")
-        sigma = max(mad, settings.relative_floor * abs(middle))
+        sigma = max(mad, 0.1 * abs(middle) / settings.tolerance_z)
         gap = abs(value - middle)
         found.append(0.0 if gap == 0 else (gap / sigma if sigma else math.inf))
     return found
@@ -164,7 +164,7 @@ def test_a_snapshot_starts_a_book_again():
 @pytest.mark.parametrize(
     "wrong",
     [{"up": 0.0}, {"down": 1.5}, {"floor": 0.0}, {"tolerance_z": 0.0}, {"min_sites": 2},
-     {"relative_floor": -1.0}],
+     {"tolerance_z": -1.0}],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

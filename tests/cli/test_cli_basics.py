@@ -81,7 +81,17 @@ def test_help_loads_neither_rich_nor_a_command():
 
 
 def test_version(fmi):
-    assert fmi("--version").stdout.startswith("fmi, version ")
+    assert re.fullmatch(r"fmi [0-9.]+\n", fmi("--version").stdout)
+
+
+@pytest.mark.parametrize("line", [[], ["get"], ["emit"], ["emit", "msp"], ["cohorts", "put"]])
+def test_help_has_a_short_name(fmi, line):
+    assert fmi(*line, "-h").stdout == fmi(*line, "--help").stdout
+
+
+def test_help_names_every_exit_code(fmi):
+    told = fmi("--help").stdout.split("Exit codes:")[1]
+    assert {int(code) for code in re.findall(r"[0-9]+", told)} == set(ExitCode)
 
 
 def test_no_command_of_the_base_install_needs_the_server_numpy_or_yaml():
@@ -266,7 +276,7 @@ def test_demo_without_its_extra_says_what_to_install(fmi, monkeypatch):
     monkeypatch.setitem(sys.modules, "fmi_demo", None)
     result = fmi("demo")
     assert result.exit_code == 1
-    assert "pip install 'fmi-federation[demo]'" in result.stderr
+    assert "in the checkout, pip install '.[demo]'" in result.stderr
     assert "pip install" in json.loads(fmi("demo", "--json").stderr)["error"]["message"]
 
 
@@ -280,7 +290,8 @@ def test_demo_passes_its_options_on(fmi, monkeypatch, tmp_path):
     assert (seen["keep_serving"], seen["json"]) == (False, False)
 
 
-def test_a_reader_that_goes_away_is_no_fault(script):
+@pytest.mark.parametrize("more", [[], ["--descriptors", "-"]], ids=["text", "bytes"])
+def test_a_reader_that_goes_away_is_no_fault(script, more):
     """`fmi ... | head -1`: the pipe breaks, and fmi ends quietly."""
     script["ListSites"] = RefusedError(grpc.StatusCode.NOT_FOUND, "NOT_FOUND", "")
     read, write = os.pipe()
@@ -293,6 +304,7 @@ def test_a_reader_that_goes_away_is_no_fault(script):
                 "from fmi_client.cli import main; main()",
                 "contract",
                 "--local",
+                *more,
             ],
             stdout=write,
             stderr=subprocess.PIPE,

@@ -127,7 +127,7 @@ def test_msp_from_options(ask, server):
     assert dict(packet.msp.operators) == {"on": 0}
     assert packet.msp.evidence.confidence == 0.5
     assert (packet.msp.window_span.start, packet.msp.window_span.end) == (3, 7)
-    assert result.stdout == f"accepted    {header.packet_id}  sequence 7\n"
+    assert result.stdout == f"accepted    {header.packet_id}  cohort healthcare\n"
 
 
 def test_pop_from_options(ask, server):
@@ -242,8 +242,7 @@ def test_a_file_with_one_packet(ask, server, tmp_path, packet, indent):
     assert result.exit_code == 0, result.output
     receipt = json.loads(result.stdout)
     assert receipt["status"] == "accepted"
-    assert receipt["sequence"] == 7
-    assert receipt["received_at"] == "2026-01-02T03:04:06+00:00"
+    assert receipt["cohort"] == packet.get("cohort", "default")
     (sent_packet,) = sent(server)
     assert sent_packet.header.packet_id == receipt["packet_id"]
     if packet is PROTOJSON:

@@ -44,7 +44,7 @@ def test_numbers_read_well():
     [(0, "0 s"), (59, "59 s"), (60, "1 min"), (7199, "1 h"), (90_000, "1 d"), (-5, "0 s")],
 )
 def test_ages(seconds, shown):
-    assert age(Timestamp(seconds=1_000_000), 1_000_000 + seconds) == shown
+    assert age(Timestamp(seconds=1_000_000), 1_000_000 + seconds) == f"{shown} ago"
     assert age(Timestamp(), 1_000_000) == "-"
 
 

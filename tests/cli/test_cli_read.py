@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 
 import grpc
 import pytest
+from cli_process import fmi_process
 from cli_server import RefusedError
 
 from fmi.v1 import (
@@ -85,6 +85,8 @@ def test_get_shows_the_prior_with_its_uncertainty(ask):
     assert lines[1].startswith("5 sites, 12 packets, confidence 0.71")
     (tau,) = [line.split() for line in lines if "tau" in line]
     assert tau == ["tau", "0.91", "0.88", "..", "0.94", "5", "3.2", "2", "0.83"]
+    (gain,) = [line for line in lines if "gain" in line]
+    assert "none: too few sites" in gain
     order = [line.strip() for line in lines if line.strip() in ("controller", "metrics (observed)")]
     assert order == ["controller", "metrics (observed)"]
     assert any("drop" in line and "2 sites, 3 are needed" in line for line in lines)
@@ -107,6 +109,18 @@ def test_get_shows_the_causal_consensus_with_conflicts_and_cycles(ask):
         assert part in told
     assert "dose -> outcome" in told
     assert "(lagged)" in told
+
+
+def test_an_effect_without_an_interval_says_so(ask, script):
+    made = update("causal_consensus")
+    made.causal_consensus.edges[0].ClearField("lower")
+    script["GetUpdate"] = interchange_service_pb2.GetUpdateResponse(update=made)
+    (row,) = [
+        line.split()
+        for line in ask("get", "care", "--kind", "causal_consensus").stdout.splitlines()
+        if "0.41" in line
+    ]
+    assert row[row.index("0.41") + 1] == "none"
 
 
 def test_get_says_why_there_is_no_hint(ask, script):
@@ -257,22 +271,17 @@ def test_watch_without_a_server_ends_and_says_so(fmi, unused_port):
     assert result.exit_code == ExitCode.UNREACHABLE
 
 
-def test_watch_ends_on_ctrl_c_with_130_and_a_way_to_go_on(script):
+async def test_watch_ends_on_ctrl_c_with_130_and_a_way_to_go_on(script):
     script["Subscribe"] = events
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from fmi_client.cli import main; main()", "watch", "care"],
-        env={**os.environ, "FMI_TARGET": script.target},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    shown = process.stdout.readline()
-    while "revision 6" not in shown:
-        assert shown, process.communicate()
-        shown = process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=20)
-    assert process.returncode == ExitCode.INTERRUPTED
+    async with (
+        asyncio.timeout(20),
+        fmi_process("watch", "care", "--target", script.target) as process,
+    ):
+        while "revision 6" not in (shown := (await process.stdout.readline()).decode()):
+            assert shown, await process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() == ExitCode.INTERRUPTED
+        stderr = (await process.stderr.read()).decode()
     # An update that was not shown to its end comes again: never is one skipped.
     assert stderr.strip() in {f"go on from here with --resume {token}" for token in ("t7", "t8")}
 
@@ -290,7 +299,19 @@ def statuses(_request):
 def test_cohorts_lists_them(ask, script):
     script["ListCohorts"] = statuses
     told = ask("cohorts").stdout.splitlines()
-    assert told[2].split() == ["care", "12", "3456", "3", "rev", "9", "2", "min", "4", "dirty"]
+    assert told[2].split() == [
+        "care",
+        "12",
+        "3456",
+        "3",
+        "rev",
+        "9",
+        "2",
+        "min",
+        "ago",
+        "4",
+        "dirty",
+    ]
     assert told[3].split() == ["retail/eu", "0", "0", "-", "-", "0", "open"]
     data = json.loads(ask("cohorts", "--json").stdout)
     assert data["cohorts"][0]["packets"] == 3456
@@ -374,6 +395,8 @@ def test_cohorts_put_without_pyyaml_says_what_to_do(ask, tmp_path, monkeypatch):
         ("a.json", b"[]", "must have the fields of a CohortSpec"),
         ("a.json", b"\xff", "is not UTF-8"),
         ("a.yaml", b"a: [", "is not YAML"),
+        ("a.yaml", b"name: care\na: b: c", "not allowed here at line 2, column 5"),
+        ("a.yaml", b"name: a\nname: b", "line 2: name stands here twice"),
         ("a.json", b'{"name": "care", "bogus": 1}', "bogus"),
     ],
 )
@@ -426,7 +449,7 @@ def test_sites(ask, script):
     site.last_seen.FromSeconds(int(time.time()) - 7205)
     script["ListSites"] = answer
     row = ask("sites").stdout.splitlines()[2].split()
-    assert row == ["s1", "(icu)", "care", "70", "2", "2", "h", "0.75", "1"]
+    assert row == ["s1", "(icu)", "care", "70", "2", "2", "h", "ago", "0.75", "1"]
     assert "care" not in ask("sites", "care").stdout
     assert [request.cohort for request in script.requests["ListSites"]] == ["", "care"]
     assert json.loads(ask("sites", "--json").stdout)["sites"][0]["packets"]["msp"] == 70

@@ -259,3 +259,24 @@ def test_what_is_no_dictionary_is_refused(ask, tmp_path):
     assert told.exit_code == ExitCode.REFUSED
     assert "SPEC_INVALID" in told.stderr
     assert ask("dictionaries register /nowhere/at/all").exit_code == ExitCode.USAGE
+
+
+def test_a_mistyped_cohort_is_told_the_one_that_was_meant(ask):
+    told = ask("emit msp --domain site_1 --cohort emergency --controller tau=0.5")
+    assert "cohort emergency" in told.stdout
+    told = ask("get emergancy")
+    assert told.exit_code == ExitCode.NOT_FOUND
+    assert "Did you mean emergency?" in told.stderr
+    assert "ListCohortSpecs" not in told.stderr
+    assert "Did you mean" not in ask("get quite-another").stderr
+    assert "lower-case letters" in ask("get HealthCare").stderr
+
+
+def test_receipts_of_one_packet_and_of_several_have_the_same_fields(ask):
+    packet = {"type": "msp", "domain_id": "site_1", "cohort": "care", "controller": {"tau": 0.5}}
+    told = [
+        ask("emit --json", stdin="\n".join([json.dumps(packet)] * count)).stdout.splitlines()[0]
+        for count in (1, 2)
+    ]
+    one, several = ({k for k, v in json.loads(line).items() if v is not None} for line in told)
+    assert one == several

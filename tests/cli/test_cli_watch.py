@@ -6,11 +6,10 @@ import asyncio
 import json
 import re
 import signal
-import sys
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 
 import pytest
+from cli_process import fmi_process
 
 from fmi.v1 import interchange_service_pb2, update_pb2
 from fmi_client import AsyncFMIClient, FMIEmitter
@@ -18,23 +17,6 @@ from fmi_client.commands.exits import ExitCode
 from fmi_server.testing import running_server
 
 PATIENCE_S = 20
-
-
-@asynccontextmanager
-async def fmi_process(*args: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-c", "from fmi_client.cli import main; main()"),
-        *args,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
 
 
 async def line(stream: asyncio.StreamReader) -> str:

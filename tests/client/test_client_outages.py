@@ -11,12 +11,26 @@ import grpc
 import pytest
 from scripted_server import FAST, snapshot_end, status, streams, update_event
 
-from fmi_client import AsyncFMIClient, CompactedError, ConnectionFailedError, FMIClient, RetryPolicy
+from fmi_client import (
+    AsyncFMIClient,
+    CompactedError,
+    ConfigurationError,
+    ConnectionFailedError,
+    FMIClient,
+    RetryPolicy,
+    outages,
+)
 from fmi_client.outages import ConnectionState
 from fmi_server.testing import running_server
 
 QUICK = RetryPolicy(initial_s=0.05, max_s=0.2)
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+SETTLED_S = 0.3
+
+
+@pytest.fixture(autouse=True)
+def _soon_settled(monkeypatch):
+    monkeypatch.setattr(outages, "SETTLED_S", SETTLED_S)
 
 
 @pytest.fixture
@@ -44,9 +58,27 @@ async def restartable(tmp_path):
     return run
 
 
+def lives(*events):
+    """A Subscribe step: a stream that lives long enough to count, and fails then."""
+
+    async def step(_request, context):
+        for event in events:
+            yield event
+        await asyncio.sleep(2 * SETTLED_S)
+        await context.abort(UNAVAILABLE, "")
+
+    return step
+
+
 async def follow(subscription, kinds):
     async for event in subscription.events():
         kinds.put_nowait(event.WhichOneof("event"))
+
+
+async def eventually(holds):
+    async with asyncio.timeout(20):
+        while not holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 async def test_an_outage_is_told_once_when_it_begins_and_once_when_it_is_over(restartable, told):
@@ -150,12 +182,59 @@ async def test_beginning_again_with_the_newest_is_no_outage(server, connect, tol
 
 
 async def test_each_outage_is_told(server, connect, told):
-    broken = streams(snapshot_end(), then=UNAVAILABLE)
+    broken = lives(snapshot_end())
     server.script("Subscribe", broken, broken, streams(update_event(1), hold=True))
     client = await connect()
     async with client.subscribe("care") as subscription:
         await anext(subscription)
+        await eventually(lambda: len(told()) >= 4)
     assert [level for level, _ in told()] == ["WARNING", "INFO"] * 2
+
+
+async def test_streams_that_end_at_once_are_one_outage(server, connect, told):
+    """Neither a line for each of them, nor a new attempt at once after each of them."""
+    states: list[ConnectionState] = []
+    flaps = [streams(snapshot_end(), then=UNAVAILABLE)] * 20
+    server.script("Subscribe", *flaps, streams(update_event(1), hold=True))
+    client = await connect()
+    async with client.subscribe("care", on_state=states.append) as subscription:
+        await anext(subscription)
+        assert [state.connected for state in states] == [False]
+        assert subscription._backoff.failures == 20
+        await eventually(lambda: len(states) == 2)
+        assert subscription._backoff.failures == 0
+    assert [state.connected for state in states] == [False, True]
+    assert [level for level, _ in told()] == ["WARNING", "INFO"]
+
+
+async def test_a_closed_subscription_tells_nothing_more(server, connect, told):
+    server.script(
+        "Subscribe",
+        streams(update_event(1), then=UNAVAILABLE),
+        streams(update_event(2), hold=True),
+    )
+    client = await connect()
+    async with client.subscribe("care") as subscription:
+        assert [(await anext(subscription)).revision for _ in range(2)] == [1, 2]
+    await asyncio.sleep(2 * SETTLED_S)
+    assert [level for level, _ in told()] == ["WARNING"]
+
+
+class Coroutine:
+    async def __call__(self, state: ConnectionState) -> None:
+        raise AssertionError(state)
+
+
+@pytest.mark.parametrize("callback", [Coroutine(), Coroutine().__call__], ids=["object", "method"])
+async def test_a_coroutine_function_is_refused_as_nothing_would_run_it(server, connect, callback):
+    client = await connect()
+    with pytest.raises(ConfigurationError, match="on_state must be a plain function"):
+        client.subscribe("care", on_state=callback)
+    with (
+        FMIClient(server.target) as blocking,
+        pytest.raises(ConfigurationError, match="on_state must be a plain function"),
+    ):
+        blocking.subscribe("care", on_state=callback)
 
 
 async def test_a_callback_that_fails_is_logged_and_ends_nothing(server, connect, told):
@@ -170,4 +249,5 @@ async def test_a_callback_that_fails_is_logged_and_ends_nothing(server, connect,
     client = await connect()
     async with client.subscribe("care", on_state=fails) as subscription:
         assert [(await anext(subscription)).revision for _ in range(2)] == [1, 2]
+        await eventually(lambda: len(told()) == 4)
     assert [level for level, _ in told()] == ["WARNING", "ERROR", "INFO", "ERROR"]

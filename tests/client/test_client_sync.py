@@ -283,6 +283,15 @@ def test_closing_ends_a_call_in_another_thread(served):
     assert len(caught) == 1
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C interrupts, as it does not in a background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_ends_a_wait_and_the_client_goes_on(served, client):
     async def hangs(_request, _context):
         started.set()

@@ -17,7 +17,13 @@ from fmi_server.testing import running_server
         ("[::1]:50061", [Address("::1", 50_061)]),
         ("[fe80::1%eth0]:50061", [Address("fe80::1%eth0", 50_061)]),
         ("dns:///a.example:443", [Address("a.example", 443)]),
-        ("dns://8.8.8.8/a.example:443", [Address("a.example", 443)]),
+        ("dns://8.8.8.8:53/a.example:443", [Address("a.example", 443)]),
+        ("dns://[2001:db8::1]:53/a.example:443", [Address("a.example", 443)]),
+        ("DNS:///a.example:443", [Address("a.example", 443)]),
+        ("IPv4:127.0.0.1:7", [Address("127.0.0.1", 7)]),
+        ("a.example.:443", [Address("a.example.", 443)]),
+        ("my_service-1:443", [Address("my_service-1", 443)]),
+        ("_grpc.bücher.example:443", [Address("_grpc.bücher.example", 443)]),
         ("dns:a.example:443", [Address("a.example", 443)]),
         ("ipv4:127.0.0.1:7,10.0.0.1:8", [Address("127.0.0.1", 7), Address("10.0.0.1", 8)]),
         ("ipv6:[::1]:7", [Address("::1", 7)]),
@@ -57,6 +63,24 @@ def test_what_grpc_can_reach(target, addresses):
         ("ipv4:localhost:50061", "dns:///localhost:50061"),
         ("ipv4:127.0.0.1:1,127.0.0.1", "the port is missing"),
         ("ipv6:127.0.0.1:50061", "is not an address of ipv6"),
+        ("\ud800:1", r"is not HOST:PORT: '\\ud800' cannot stand in an address"),
+        ("unix:/a\0b", r"'\\x00' cannot stand in an address"),
+        ("a\0b:1", r"'\\x00' cannot stand in an address"),
+        ("..:1", "'..' is no host; a name has parts of 1 to 63 letters"),
+        ("a..b:1", "'a..b' is no host"),
+        ("-:1", "'-' is no host"),
+        ("a-.example:1", "'a-.example' is no host"),
+        (f"{'a' * 64}:1", "is no host"),
+        (f"{'a.' * 128}a:1", "is no host"),
+        ("user@h:1", "is asked without a user; write h:PORT"),
+        ("dns:///user@h:1", "is asked without a user; write h:PORT"),
+        ("HTTP://localhost:1", "is a URL: leave out"),
+        (
+            "dns://1.1.1.1/host:1",
+            "the DNS server must be an IP address and a port, for example dns://",
+        ),
+        ("dns://ns.example:53/host:1", "the DNS server must be an IP address and a port"),
+        ("ipv4://x/127.0.0.1:1", "ipv4 asks no server; write ipv4:ADDRESS:PORT"),
         ("unix:", "names no socket"),
         ("unix://", "names no socket"),
     ],
@@ -67,7 +91,14 @@ def test_what_cannot_be_a_target(kind, target, told):
         kind(target)
 
 
-@pytest.mark.parametrize("form", ["{}", "dns:///{}", "ipv4:{}"])
+@pytest.mark.parametrize("target", ["a" * 90_000, f"{'a' * 90_000}:1", f"http://{'a' * 90_000}"])
+def test_a_long_target_is_told_in_a_line(target):
+    with pytest.raises(ConfigurationError) as caught:
+        FMIClient(target)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("form", ["{}", "dns:///{}", "DNS:///{}", "ipv4:{}"])
 async def test_calls_reach_the_server_by_every_form(form):
     async with (
         running_server() as server,

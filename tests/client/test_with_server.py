@@ -29,10 +29,10 @@ SITES = [f"site_{i:03}" for i in range(5)]
 TAUS = [0.88, 0.90, 0.91, 0.92, 0.99]
 
 
-def packets(cohort="care"):
+def packets(cohort="care", shift=0.0):
     return [
         FMIEmitter(site, cohort=cohort).emit_msp(
-            metrics={"gain_p50": 0.15}, controller={"tau": tau}
+            metrics={"gain_p50": 0.15}, controller={"tau": tau + shift}
         )
         for site, tau in zip(SITES, TAUS, strict=True)
     ]
@@ -174,7 +174,7 @@ async def test_restart_is_survived(tmp_path):
         await client.emit_many(packets())
         await client.admin.release_now("care")
         before = await anext(subscription)
-    resent = packets()
+    resent = packets(shift=0.05)
     sending = asyncio.create_task(client.emit_many(resent, batch_packets=1))
     waiting = asyncio.create_task(anext(subscription))
     async with running_server(tmp_path, listen=server.target):

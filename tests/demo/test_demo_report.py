@@ -120,7 +120,7 @@ def test_the_liars_are_named_and_said_to_be_counted():
     said = words()
     assert "site-12 and site-13 lied" in said
     assert "2 of these 13 sites lie" in said
-    assert "Both hints count what the 2 liars said" in said
+    assert "Both cohorts heard the 2 liars, who turn each effect around" in said
     assert "those of the 2 liars included" in said
     assert "from the reports of all sites, those of the 2 liars included" in said
 

@@ -145,7 +145,9 @@ def test_a_missing_library_is_told_with_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "lingam" else find(name)
     )
-    with pytest.raises(ModuleNotFoundError, match=r"'lingam'.*fmi-federation\[demo\]") as caught:
+    with pytest.raises(
+        ModuleNotFoundError, match=r"'lingam'.*in the checkout, pip install '\.\[demo\]'"
+    ) as caught:
         fmi_demo.run(output=tmp_path)
     assert caught.value.name == "lingam"
 

@@ -52,7 +52,7 @@ def test_without_a_terminal_there_is_a_line_for_each_thing_that_matters():
         "site-06  POP  averaging=True: accuracy +0.010 (and sends the reverse)",
         "late-site  warm start of digits, from regime: gamma 0.1",
         "late-site  hint of digits: n_components=256: accuracy 0.900 -> 0.950",
-        "digits  prior 1 of 5 sites: gamma 0.1 [0.05, 0.2]",
+        "digits  prior, revision 1, 5 sites: gamma 0.1 [0.05, 0.2]",
     ]
 
 

@@ -18,12 +18,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_sdk_example_runs(server: str) -> None:
     (example,) = blocks(README, "python")
     assert TARGET in example
-    # Two more sites, so that there is a prior to read.
+    # A prior of one site, which has no values; then a second site, so that the example's has some.
     others = """
 from fmi_client import FMIClient
 for site in ("site_002", "site_003"):
     with FMIClient(TARGET, domain_id=site, cohort="healthcare") as client:
         client.emit_msp(metrics={"gain_p50": 0.15}, controller={"tau": 0.9})
+        if site == "site_002":
+            client.admin.release_now("healthcare")
 """
     code = f"TARGET = {server!r}\n{others}\n{example.replace(TARGET, server)}"
     done = run([sys.executable, "-W", "error", "-c", code], server, timeout=60)
@@ -97,4 +99,5 @@ def test_the_example_runs(server: str) -> None:
         output = shell(f"{sys.executable} {example} {site} {server}", server, timeout=60)
         assert f"{site}: tau" in output, output
     assert "the cohort says tau" in output
+    assert shell(f"{sys.executable} {example}", server).startswith("usage: ")
     assert shutil.which("grpcurl", path=SCRIPTS)

@@ -110,8 +110,8 @@ def test_a_base_install_talks_to_a_real_server(site: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        (["fmi-server", "serve"], "pip install 'fmi-federation[server]'"),
-        (["fmi", "demo"], "pip install 'fmi-federation[demo]'"),
+        (["fmi-server", "serve"], "pip install '.[server]'"),
+        (["fmi", "demo"], "pip install '.[demo]'"),
     ],
 )
 def test_a_command_says_in_one_line_which_extra_it_needs(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from fmi_server.cohort_files import (
 from fmi_server.cohorts import CohortRegistry
 from fmi_server.config import SettingsError
 from fmi_server.contracts import FMIContractRegistry
+from fmi_server.spec_checks import spec_violations
 
 CONTRACT = FMIContractRegistry()
 
@@ -107,6 +111,40 @@ def test_a_folder_is_read_whole(tmp_path):
         read(tmp_path / "nowhere")
 
 
+def test_a_mounted_config_map_is_read_once(tmp_path):
+    """Kubernetes shows each file by a link through `..data`, to a folder that it replaces as a whole."""
+    data = tmp_path / "..2026_01_02"
+    (data / "eu").mkdir(parents=True)
+    written(data, "name: care")
+    written(data / "eu", "name: eu/care")
+    (tmp_path / "..data").symlink_to(data.name)
+    (tmp_path / "care.yaml").symlink_to("..data/care.yaml")
+    (tmp_path / "eu").symlink_to("..data/eu")
+    assert [(str(file.path.relative_to(tmp_path)), file.spec.name) for file in read(tmp_path)] == [
+        ("care.yaml", "care"),
+        ("eu/care.yaml", "eu/care"),
+    ]
+
+
+def test_what_is_hidden_is_not_read_and_a_link_back_is_not_followed(tmp_path):
+    written(tmp_path, "name: care")
+    written(tmp_path, "name: [", ".care.yaml")
+    (tmp_path / ".#care.yaml").symlink_to("someone@host.1")
+    (tmp_path / "again").symlink_to(tmp_path)
+    assert [file.path.name for file in read(tmp_path)] == ["care.yaml"]
+
+
+def test_links_that_lead_nowhere_and_what_is_no_file_are_told(tmp_path):
+    (tmp_path / "gone.yaml").symlink_to("nowhere")
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert problems(tmp_path) == [
+        "gone.yaml: cannot be read: No such file or directory",
+        "loop.yaml: cannot be read: Too many levels of symbolic links",
+        "pipe.yaml: is no file with text in it",
+    ]
+
+
 # What is wrong with them
 
 FIELDS = "name, description, signals, free_signals, aggregation, release, ingest, policy, privacy, "
@@ -155,7 +193,7 @@ SIGNAL = "name: care\nsignals: [{{name: tau, section: metrics, {}}}]"
         ),
         (
             "name: care\ningest: {schemaMismatch: ignore}",
-            'ingest.schemaMismatch: must be one of warn, refuse, not "ignore"',
+            'ingest.schema_mismatch: must be one of warn, refuse, not "ignore"',
         ),
         (
             "name: care\nrelease: {min_interval: .inf}",
@@ -172,6 +210,39 @@ SIGNAL = "name: care\nsignals: [{{name: tau, section: metrics, {}}}]"
         ("name: care\naccess: {emit: [{}]}", "access.emit[0]: must be text, not a mapping"),
         (SIGNAL.format("lower: 2, upper: 1"), "signals[0]: lower must be less than upper"),
         (SIGNAL.format("guardrail: true"), "signals[0].guardrail: a guardrail needs a direction"),
+        ("name: care\nname: cure", "line 2: name stands here twice, first in line 1; leave one of"),
+        (
+            "name: care\nsignals: []\nsignals: [7]",
+            "line 3: signals stands here twice, first in line 2",
+        ),
+        (
+            '{"name": "care",\n"release": {"a": 1,\n"a": 1}}',
+            "line 3: a stands here twice, first in",
+        ),
+        (f"name: care\n{'x' * 90}: 1\n{'x' * 90}: 1", f"line 3: {'x' * 57}... stands here twice"),
+        (f"name: *{'x' * 900}", "is not YAML: "),
+        (
+            "name: care\npolicy: {quantum: {1: 2, '1': 3}}",
+            'policy.quantum["1"]: stands here twice, once not as text',
+        ),
+        (
+            f"name: care\nrelease: {{min_interval: 0x{'f' * 9000}}}",
+            'release.min_interval: must be a duration in seconds, for example 1.5 or "1.5s", not int',
+        ),
+        ("name: care\nsignals: !!set {a, b}", "signals: must be a list, not {"),
+        ("name: care\nrelease: {maxInterval: soon}", "release.max_interval: must be a duration in"),
+        (
+            "name: care\nrelease: {minInterval: soon, maxInterval: 0.1}",
+            "release.min_interval: must be",
+        ),
+        (
+            SIGNAL.format("lower: .nan, transform: log"),
+            "signals[0].lower: must be a number, not nan",
+        ),
+        (
+            "name: care\nsignals: [{name: loss, direction: higher_is_better}]",
+            "signals[0].section: value is required",
+        ),
         ("name: care\nprivacy: {dp_epsilon: 1}", "privacy.dp_epsilon: this version has no diff"),
     ],
 )
@@ -216,6 +287,104 @@ def test_everything_wrong_with_every_file_is_told_at_once(tmp_path):
     assert told[-1][2] == (
         f"name: cohort 'good' is declared in {tmp_path / 'c.yaml'} already; a cohort has one file"
     )
+
+
+@pytest.mark.parametrize(
+    ("signal", "fields"),
+    [
+        ("{name: tau, transform: log}", ["section", "lower"]),
+        ("{name: tau, section: bogus, transform: logit, guardrail: true}", ["section", "lower", "guardrail"]),
+        ("{name: tau, section: metrics, lower: low, guardrail: true}", ["lower", "guardrail"]),
+        ("{name: tau, section: metrics, unit: 7, transform: log}", ["unit", "lower"]),
+        ("{name: tau, section: metrics, transform: nosuch, lower: -1}", ["transform"]),
+        ("{name: tau, section: controller, direction: nosuch}", ["direction"]),
+    ],
+)  # fmt: skip
+def test_a_rule_waits_only_for_the_fields_that_it_is_about(tmp_path, signal, fields):
+    """Whoever mends what is told shall not be told the next thing after it."""
+    written(tmp_path, f"name: care\nsignals: [{signal}]")
+    assert [line.split(": ")[1] for line in problems(tmp_path)] == [
+        f"signals[0].{name}" for name in fields
+    ]
+
+
+def test_a_name_that_cannot_be_read_is_not_declared_twice(tmp_path):
+    written(tmp_path, "{name: care, signals: [{section: metrics}, {section: metrics}]}")
+    assert problems(tmp_path) == [
+        f"care.yaml: signals[{index}].name: value is required" for index in (0, 1)
+    ]
+
+
+BOMB = "".join(
+    [
+        "x0: &a0 [care, care, care, care, care, care, care, care, care, care]\n",
+        *(f"x{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 30)),
+    ]
+)
+MERGES = "".join(
+    [
+        "x0: &a0 {a: 1, b: 2, c: 3}\n",
+        *(f"x{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 30)),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "name: {}",
+        "free_signals: {}",
+        "signals: {}",
+        "signals: [{{name: tau, section: {}}}]",
+        "aggregation: {{weight_cap: {}}}",
+        "aggregation: {{vote_min_sites: {}}}",
+        "release: {{min_interval: {}}}",
+        "policy: {{quantum: {{tau: {}}}}}",
+        "policy: {{quantum: {}}}",
+        "access: {{emit: {}}}",
+    ],
+)
+@pytest.mark.parametrize("bomb", [BOMB, MERGES], ids=["lists", "merges"])
+@pytest.mark.timeout(20)
+def test_aliases_do_not_multiply_what_is_told(tmp_path, bomb, field):
+    """Written out, the last one has 10^30 values."""
+    written(tmp_path, bomb + field.format("*a29"))
+    assert all(len(line) < 300 for line in problems(tmp_path))
+
+
+def test_no_more_is_told_of_a_file_than_a_person_reads(tmp_path):
+    written(tmp_path, "name: care\n" + "".join(f"x{i}: 1\n" for i in range(1200)), "a.yaml")
+    written(tmp_path, "name: [", "b.yaml")
+    with pytest.raises(CohortFilesError) as caught:
+        read(tmp_path)
+    assert len(caught.value.problems) == 1201
+    first, *lines = str(caught.value).splitlines()
+    assert first == "cohorts: 1201 problems in 2 cohort files"
+    assert len(lines) == 52
+    assert lines[50] == f"{tmp_path / 'a.yaml'}: and 1150 more problems"
+    assert lines[51].startswith(f"{tmp_path / 'b.yaml'}: is not YAML")
+
+
+def test_many_problems_take_no_more_time_each_than_a_few():
+    def seconds(signals: int) -> float:
+        unread = [f"signals[{index}].unit" for index in range(signals)]
+        spec = cohort_pb2.CohortSpec(name="care")
+        for index in range(signals):
+            section = cohort_pb2.SIGNAL_SECTION_METRICS
+            spec.signals.add(name=f"s{index}", section=section, guardrail=True)
+        begun = time.process_time()
+        assert len(spec_violations(spec, CONTRACT, unreadable=unread)) == signals
+        return time.process_time() - begun
+
+    seconds(1)  # compiles the rules
+    few = seconds(400)
+    assert seconds(4000) < 30 * few
+
+
+def test_a_path_that_is_long_is_cut(tmp_path):
+    written(tmp_path, json.dumps({"name": "care", "policy": {"quantum": {"-" * 9000: 1}}}))
+    (line,) = problems(tmp_path)
+    assert len(line) < 400
 
 
 @pytest.mark.parametrize(

@@ -220,12 +220,33 @@ def test_a_wrong_variable_is_told_by_the_name_of_its_setting(monkeypatch):
         ("listen: [", "is not YAML"),
         ("listen: 2024-13-45", "is not YAML"),
         ("a: " + "[" * 5000, "is not YAML"),
+        (
+            "drain_s: 1\nlisten: a:1\ndrain_s: 2",
+            "line 3: drain_s stands here twice, first in line 1",
+        ),
+        (
+            f"max_batch_packets: 0x{'f' * 9000}",
+            "max_batch_packets: .*, not a number that is too long",
+        ),
+        (f"store: {'x' * 9000}", "store: .*, not 'x+\\.\\.\\.x+'"),
+        (f"? 0x{'f' * 9000}\n: 1", "a number that is too long is none"),
+        ("listen: [[[[[[[[[[1]]]]]]]]]]", "listen: "),
     ],
 )
 def test_a_wrong_file_is_one_clear_line(tmp_path, text, said):
     with pytest.raises(SettingsError, match=said) as caught:
         load_settings({}, config_file=file(tmp_path, text))
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.timeout(20)
+def test_aliases_do_not_multiply_what_is_told(tmp_path):
+    levels = [f"- &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
+    text = "\n".join(["listen:", "- &a0 [1, 1]", *levels])
+    with pytest.raises(SettingsError, match="listen: ") as caught:
+        load_settings({}, config_file=file(tmp_path, text))
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_file_that_cannot_be_read_is_told(tmp_path):

@@ -141,10 +141,16 @@ class Bad:
     """A packet that is wrong, and what must be said of it: reason, code, and each (field, rule)."""
 
     what: str
-    packet: packet_pb2.Packet
+    right: packet_pb2.Packet
+    change: Callable[[packet_pb2.Packet], object]
     reason: str
     code: grpc.StatusCode
     violations: frozenset[tuple[str, str]]
+
+    @property
+    def packet(self) -> packet_pb2.Packet:
+        """The packet, with a time that is counted from the test and not from the collection."""
+        return changed(self.right, self.change)
 
 
 def bad(
@@ -155,8 +161,7 @@ def bad(
     code: grpc.StatusCode = Code.INVALID_ARGUMENT,
     change: Callable[[packet_pb2.Packet], object] = lambda _: None,
 ) -> Any:
-    made = changed(packet, change)
-    return pytest.param(Bad(what, made, reason, code, frozenset(violations)), id=what)
+    return pytest.param(Bad(what, packet, change, reason, code, frozenset(violations)), id=what)
 
 
 NO_TIME = ("header.emitted_at", "fmi.header.emitted_at")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from server_harness import Client, msp
+import os
 
+import pytest
+from server_harness import Client, msp, refusal_of
+
+from fmi.v1 import admin_service_pb2, cohort_pb2, packet_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
-from fmi.v1 import packet_pb2
 from fmi_server.testing import running_server
 
 WARNING = "header.cohort: opens cohort 'helathcare' with its first packet; is the name mistyped?"
@@ -43,3 +46,56 @@ async def test_a_cohort_is_known_after_a_restart(data_dir):
         async with running_server(data_dir) as server, Client(server.target) as client:
             (told,) = await client.emit(msp("a", "helathcare"))
             assert list(told.warnings) == warnings
+
+
+def closed(**signals):
+    spec = cohort_pb2.CohortSpec(name="care")
+    for name, section in signals.items():
+        spec.signals.add(name=name, section=section)
+    return spec
+
+
+CONTROLLER, METRICS = cohort_pb2.SIGNAL_SECTION_CONTROLLER, cohort_pb2.SIGNAL_SECTION_METRICS
+
+
+@pytest.mark.parametrize("sites", [1, 4])  # below the quorum the packets wait to be counted
+async def test_a_first_spec_may_not_shut_out_what_sites_send(client, sites):
+    await client.emit(*(msp(f"s{i}", "care", controller={"tau": 0.5}) for i in range(sites)))
+    refusal = await refusal_of(client.put_spec(closed(other=METRICS)))
+    assert refusal.reason == "SPEC_CHANGE_UNSAFE"
+    assert 'signals["tau"]: is not among the signals' in refusal.message
+    refusal = await refusal_of(client.put_spec(closed(tau=METRICS)))
+    assert "is declared in metrics, but sites send it in controller" in refusal.message
+    await client.put_spec(closed(tau=CONTROLLER, other=METRICS))
+
+
+async def test_a_first_spec_that_shuts_out_is_taken_by_force(client, caplog):
+    await client.emit(msp("s", "care", controller={"tau": 0.5}))
+    with caplog.at_level("INFO"):
+        await client.put_spec(closed(other=METRICS), force=True)
+    assert "cohort care was changed by force: signals[" in caplog.text
+    assert "cohort care is declared, schema hash" in caplog.text
+
+
+async def test_an_open_cohort_may_be_declared_open(client):
+    await client.emit(msp("s", "care", controller={"tau": 0.5}))
+    spec = closed(other=METRICS)
+    spec.free_signals = True
+    await client.put_spec(spec)
+
+
+async def test_the_operators_log_tells_what_became_of_cohorts_and_packets(data_dir, caplog):
+    with caplog.at_level("INFO"):
+        async with running_server(data_dir) as server, Client(server.target) as client:
+            packet = msp("site-1", "care")
+            await client.emit(packet)
+            request = admin_service_pb2.SetQuarantineRequest(
+                domain_id="site-1", packet_id=packet.header.packet_id, quarantined=True
+            )
+            await client.admin.SetQuarantine(request)
+    assert (
+        f"listens on {server.target}: process {os.getpid()}, packets in {data_dir}" in caplog.text
+    )
+    assert "cohort care is opened by the first packet, from site-1" in caplog.text
+    told = f"packet {packet.header.packet_id} of site site-1 is put into quarantine"
+    assert told in caplog.text

@@ -93,6 +93,12 @@ def test_a_wrong_setting_stops_the_start_with_one_line(command, name, flags, env
     assert_refused(command(*LOCAL, *flags, env=env, name=name), *words)
 
 
+def test_what_is_wrong_with_settings_together_is_told_without_all_of_them(command):
+    ended = command(*LOCAL, "--parent", "127.0.0.1:9")
+    assert_refused(ended, "parent and parent_domain_id belong together")
+    assert "{" not in ended.line
+
+
 def test_a_check_of_good_settings_shows_them_and_leaves_nothing(command, tmp_path):
     flags = ("--data-dir", "a/b", "--max-inflight", "7", "--drain-s", "1.5")
     ended = command(*flags, env={"FMI_MAX_INFLGHT": "5"}, name="check-config")
@@ -137,11 +143,17 @@ def test_what_a_check_prints_is_a_settings_file_that_says_the_same(command, tmp_
         (("a", "b"), "# 2 cohort files are in order"),
     ],
 )
-def test_a_check_counts_the_cohort_files(command, tmp_path, names, line):
+def test_a_check_counts_the_cohort_files_and_says_what_it_did_not_check(
+    command, tmp_path, names, line
+):
     for name in names:
         (tmp_path / f"{name}.yaml").write_text(f"name: {name}\n")
     ended = command("--cohorts", ".", name="check-config")
-    assert ended.out.splitlines()[-1] == line, ended
+    said = [text for text in ended.out.splitlines() if text.startswith("#")]
+    assert said[0] == line, ended
+    assert [text.startswith("# not compared with the store") for text in said[1:]] == (
+        [True] if names else []
+    )
 
 
 @pytest.mark.parametrize("folder", ["afile", "afile/below"])
@@ -151,6 +163,17 @@ def test_a_data_folder_that_is_a_file_is_told(command, tmp_path, name, folder):
     ended = command(*LOCAL, "--data-dir", folder, name=name)
     assert_refused(ended, f"data_dir: {tmp_path / 'afile'} is not a folder")
     assert (tmp_path / "afile").read_text() == "kept"
+
+
+def test_help_says_what_a_flag_takes(command):
+    shown = command("--help").out
+    for flag in (
+        "--store [sqlite|memory]",
+        "--log-level [debug|info|warning|error]",
+        "--max-inflight INTEGER",
+        "--drain-s FLOAT",
+    ):
+        assert flag in shown
 
 
 def test_every_setting_has_a_flag(command):
@@ -181,7 +204,7 @@ async def test_a_wrong_setting_ends_the_process(tmp_path):
     [
         pytest.param("lissten: 127.0.0.1:0\n", ("lissten",), id="an unknown setting"),
         pytest.param("- a\n", ("settings by name",), id="a list"),
-        pytest.param("listen: [\n", ("is not YAML",), id="no YAML"),
+        pytest.param("listen: [\n", ("is not YAML", "at line 2, column 1"), id="no YAML"),
         pytest.param("max_inflight: many\n", ("max_inflight", "many"), id="a wrong value"),
         pytest.param("log_level: [a\n, b]\n", ("log_level",), id="a wrong type"),
     ],
