@@ -399,7 +399,9 @@ class CohortState:
         evidence = msp.evidence
         report = self._matrix.put(
             domain_id,
-            {section: getattr(msp, section) for section in SECTIONS},
+            # In order of the names: that of a protobuf map is another in each process, and of an open
+            # vocabulary that is nearly full it would decide which names get in.
+            {section: dict(sorted(getattr(msp, section).items())) for section in SECTIONS},
             now=at,
             confidence=evidence.confidence if evidence.HasField("confidence") else 1.0,
             signal_confidence={

@@ -284,6 +284,11 @@ def test_an_outcome_counts_once_however_often_it_is_replayed():
     assert len(site.outcomes) == 1
 
 
+def test_which_names_of_a_large_packet_get_in_is_the_same_in_every_process():
+    state = counted([msp("s0", controller={f"signal_{i:04}": 1.0 for i in range(1000)}, at=NOW)])
+    assert sorted(state.signals_in_use()) == [f"signal_{i:04}" for i in range(512)]
+
+
 def test_an_open_vocabulary_is_bounded():
     state = CohortState(rules())
     for block in range(12):
