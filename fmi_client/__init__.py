@@ -34,8 +34,14 @@ from fmi_client.errors import (
     DictionaryUnknownError,
     EnvelopeError,
     FMIError,
+    ForkedError,
     InvalidFilterError,
     NotFoundError,
+    OutboxCorruptError,
+    OutboxError,
+    OutboxFullError,
+    OutboxLockedError,
+    OutboxUnavailableError,
     OverloadedError,
     PacketIdReusedError,
     PacketPolicyError,
@@ -56,6 +62,7 @@ from fmi_client.errors import (
     Violation,
 )
 from fmi_client.graphs import consensus_to_dot, consensus_to_graphml
+from fmi_client.outbox import FileOutbox, Outbox
 from fmi_client.receipts import Receipt
 from fmi_client.retry import RetryPolicy
 from fmi_client.subscription import Subscription
@@ -78,8 +85,16 @@ __all__ = [
     "FMIEmitter",
     "FMIEncoder",
     "FMIError",
+    "FileOutbox",
+    "ForkedError",
     "InvalidFilterError",
     "NotFoundError",
+    "Outbox",
+    "OutboxCorruptError",
+    "OutboxError",
+    "OutboxFullError",
+    "OutboxLockedError",
+    "OutboxUnavailableError",
     "OverloadedError",
     "PacketIdReusedError",
     "PacketPolicyError",
