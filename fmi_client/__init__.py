@@ -15,6 +15,7 @@ cohort knows about causes as a graph.
 from __future__ import annotations
 
 from fmi.plain import PacketType
+from fmi_client import _import_grpc as _import_grpc  # first, before anything else imports gRPC
 from fmi_client._channel import TLSConfig
 from fmi_client.aio import AsyncFMIClient
 from fmi_client.client import FMIClient

@@ -77,7 +77,7 @@ class FileStore:
         self._connection: sqlite3.Connection | None = None
         self._closed = False
         with self._translated():
-            self._unlock = weakref.finalize(self, os.close, _locked(path))
+            self._unlock = weakref.finalize(self, _unlock, _locked(path), self._pid)
             self._unlock.atexit = False
             try:
                 _check_file(path)
@@ -181,7 +181,7 @@ class FileStore:
     def after_fork(self) -> None:
         """Let the threads go on: in the parent, or in a child, where none can."""
         if os.getpid() != self._pid:
-            self._unlock()  # closing a copy leaves the parent its lock
+            self._unlock()
         self._turn.release()
 
     @property
@@ -325,6 +325,12 @@ def _locked(path: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _unlock(descriptor: int, pid: int) -> None:
+    if os.getpid() == pid:  # a child has a copy, and must leave the parent its lock
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def _sync_directory(directory: Path) -> None:
