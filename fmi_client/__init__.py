@@ -15,6 +15,7 @@ cohort knows about causes as a graph.
 from __future__ import annotations
 
 from fmi.plain import PacketType
+from fmi_client import _import_grpc as _import_grpc  # first, before anything else imports gRPC
 from fmi_client._channel import TLSConfig
 from fmi_client.aio import AsyncFMIClient
 from fmi_client.client import FMIClient
@@ -34,8 +35,14 @@ from fmi_client.errors import (
     DictionaryUnknownError,
     EnvelopeError,
     FMIError,
+    ForkedError,
     InvalidFilterError,
     NotFoundError,
+    OutboxCorruptError,
+    OutboxError,
+    OutboxFullError,
+    OutboxLockedError,
+    OutboxUnavailableError,
     OverloadedError,
     PacketIdReusedError,
     PacketPolicyError,
@@ -57,6 +64,7 @@ from fmi_client.errors import (
     Violation,
 )
 from fmi_client.graphs import consensus_to_dot, consensus_to_graphml
+from fmi_client.outbox import FileOutbox, Outbox
 from fmi_client.receipts import Receipt
 from fmi_client.retry import RetryPolicy
 from fmi_client.subscription import Subscription
@@ -79,8 +87,16 @@ __all__ = [
     "FMIEmitter",
     "FMIEncoder",
     "FMIError",
+    "FileOutbox",
+    "ForkedError",
     "InvalidFilterError",
     "NotFoundError",
+    "Outbox",
+    "OutboxCorruptError",
+    "OutboxError",
+    "OutboxFullError",
+    "OutboxLockedError",
+    "OutboxUnavailableError",
     "OverloadedError",
     "PacketIdReusedError",
     "PacketPolicyError",

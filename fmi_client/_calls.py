@@ -13,6 +13,7 @@ import grpc
 
 from fmi.v1 import admin_service_pb2_grpc, interchange_service_pb2_grpc, registry_service_pb2_grpc
 from fmi_client._channel import TLSConfig, call_metadata, open_channel
+from fmi_client._fork import check_process, start_grpc
 from fmi_client._target import parse_target
 from fmi_client.errors import (
     ClientClosedError,
@@ -67,6 +68,8 @@ class Caller:
         self.timeout_s = timeout_s
         self.metadata = call_metadata(target, token=token, tls=tls, insecure=insecure)
         self._tls = tls
+        self._token = token
+        self._insecure = insecure
         self._channel: grpc.aio.Channel | None = None
         self._stubs: Stubs | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -74,6 +77,17 @@ class Caller:
         self._pid = os.getpid()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._interrupted: set[asyncio.Task[Any]] = set()
+
+    def sibling(self, *, retry: RetryPolicy) -> Caller:
+        """Make a caller with a connection of its own to the same server."""
+        return Caller(
+            self.target,
+            tls=self._tls,
+            token=self._token,
+            insecure=self._insecure,
+            retry=retry,
+            timeout_s=self.timeout_s,
+        )
 
     @property
     def closed(self) -> bool:
@@ -84,12 +98,14 @@ class Caller:
         """Return the services, opening the channel on first use. Needs a running event loop.
 
         Raises:
-            ClientClosedError: It was closed, or it was made in another process.
+            ClientClosedError: It was closed.
+            ForkedError: It was made in another process, or one that forked this one used gRPC.
             ConfigurationError: It is used from another event loop, or TLS files cannot be read.
         """
         self.check_open()
         loop = asyncio.get_running_loop()
         if self._stubs is None:
+            start_grpc()
             channel = open_channel(self.target, tls=self._tls)
             self._channel, self._loop = channel, loop
             self._stubs = Stubs(
@@ -103,15 +119,16 @@ class Caller:
             )
         return self._stubs
 
+    @property
+    def foreign(self) -> bool:
+        """Whether it was made in another process, which forked this one."""
+        return os.getpid() != self._pid
+
     def check_open(self) -> None:
-        """Raise `ClientClosedError` unless calls can be made."""
+        """Raise `ClientClosedError` unless calls can be made, `ForkedError` in a child."""
         if self._closed:
             raise ClientClosedError("the client is closed; make a new one")
-        if os.getpid() != self._pid:
-            raise ClientClosedError(
-                "the client was made in another process: gRPC does not survive a fork; make a new "
-                "client in the child"
-            )
+        check_process(self._pid, "the client")
 
     async def call(
         self,
@@ -188,11 +205,19 @@ class Caller:
                 self._interrupted.discard(task)
                 task.uncancel()
 
+    async def reconnect(self) -> None:
+        """Close the channel; the next call opens a new one. No call must be under way."""
+        channel, self._channel, self._stubs = self._channel, None, None
+        if channel is not None:
+            await channel.close()
+
     async def aclose(self) -> None:
         """End all calls and close the channel. Closing twice does nothing."""
         if self._closed:
             return
         self._closed = True
+        if self.foreign:
+            return  # the channel is the parent's, and gRPC would hang
         for task in self._tasks - {asyncio.current_task()}:
             self._interrupted.add(task)
             task.cancel()

@@ -38,6 +38,9 @@ _OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 10_000),
+    # A name is asked for again when a connection breaks, but no more often than this; gRPC's own 30 s
+    # would keep a site on the address that a server has left.
+    ("grpc.dns_min_time_between_resolutions_ms", 5_000),
     # One place decides about retries, and it keeps packet ids: ours.
     ("grpc.enable_retries", 0),
     ("grpc.service_config_disable_resolution", 1),

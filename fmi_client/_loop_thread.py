@@ -13,6 +13,7 @@ from concurrent import futures
 from contextlib import suppress
 from typing import Any, Final, TypeAlias, TypeVar
 
+from fmi_client._fork import check_process
 from fmi_client.errors import ClientClosedError
 
 __all__ = ["JOIN_S", "LoopThread"]
@@ -50,12 +51,8 @@ class LoopThread:
         _open.add(self)
 
     def check_open(self) -> None:
-        """Raise `ClientClosedError` unless work can be run."""
-        if os.getpid() != self._pid:
-            raise ClientClosedError(
-                "the client was made in another process: neither its thread nor gRPC survives a "
-                "fork; make a new client in the child"
-            )
+        """Raise `ClientClosedError` unless work can be run, `ForkedError` in a child."""
+        check_process(self._pid, "the client")
         if self._stopped:
             raise ClientClosedError("the client is closed; make a new one")
         if threading.current_thread() is self._thread:

@@ -20,6 +20,7 @@ from fmi.v1 import (
 from fmi_client._calls import Caller
 from fmi_client._channel import TLSConfig
 from fmi_client._emit_stream import BATCH_BYTES, BATCH_PACKETS, BatchSender
+from fmi_client._outbox_sender import FLUSH_S, OutboxSender
 from fmi_client.admin import AsyncAdmin
 from fmi_client.applied import UNKNOWN, apply_failure, send_report
 from fmi_client.emitter import (
@@ -33,6 +34,7 @@ from fmi_client.encoder import FMIEncoder
 from fmi_client.errors import ConfigurationError, ContractError, FMIError, ProtocolError
 from fmi_client.kinds import KindLike, update_kind
 from fmi_client.outages import OnState
+from fmi_client.outbox import Outbox
 from fmi_client.receipts import Receipt, ValidationReport
 from fmi_client.retry import RetryPolicy
 from fmi_client.subscription import SILENCE_S, OnCompacted, OnUpdate, Subscription
@@ -76,6 +78,10 @@ class AsyncFMIClient:
         timeout_s: Seconds that one attempt of a call, or the answer to one batch, may take.
         encoder: How packets are packed. With one that has a dictionary, single packets are packed
             too; batches always are.
+        outbox: Where packets wait for the server. With one, `emit` and its like return as soon as the
+            packet is in it, with a receipt that says ``spooled``; it is sent in the background, in
+            order. None means that they return when the server has answered. It is the client's own
+            from then on, and closed with it.
         clock: Unix time in seconds, for packets that are built here.
 
     Raises:
@@ -97,6 +103,7 @@ class AsyncFMIClient:
         retry: RetryPolicy = _DEFAULT_RETRY,
         timeout_s: float = 10.0,
         encoder: FMIEncoder | None = None,
+        outbox: Outbox | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._caller = Caller(
@@ -112,11 +119,21 @@ class AsyncFMIClient:
         )
         self._encoder = encoder or FMIEncoder()
         self._subscriptions: weakref.WeakSet[Subscription] = weakref.WeakSet()
+        self._sender = None if outbox is None else OutboxSender(outbox, self._caller, self._encoder)
 
     @property
     def target(self) -> str:
         """Where the server is."""
         return self._caller.target
+
+    @property
+    def outbox(self) -> Outbox:
+        """Where packets wait for the server, with its `statistics` and what was `refused`.
+
+        Raises:
+            ConfigurationError: The client was made without one.
+        """
+        return self._outbox_sender().outbox
 
     @cached_property
     def emitter(self) -> FMIEmitter:
@@ -146,7 +163,7 @@ class AsyncFMIClient:
         return AsyncAdmin(self._caller)
 
     async def emit(self, packet: PacketLike) -> Receipt:
-        """Send one packet; return when it is durable.
+        """Send one packet; return when it is durable, or with an outbox, when that has it.
 
         Attempts that fail, or get no answer in time, are repeated with the same packet id, so that it
         counts once. Where they are used up the error has the packet: ``emit(error.packet)`` later is
@@ -157,11 +174,15 @@ class AsyncFMIClient:
                 with a new packet id, the time, and what the client was made with.
 
         Raises:
-            PacketRefusedError: The packet breaks rules; nothing was stored.
+            PacketRefusedError: The packet breaks rules; nothing was stored. With an outbox only the
+                contract's rules are known by then; what the server refuses, the outbox tells.
+            OutboxError: The outbox is full, or its file cannot take the packet.
             FMIError: The server could not be reached, or refuses for another reason.
         """
         typed = self._typed(packet)
         try:
+            if self._sender is not None:
+                return (await self._sender.put([typed]))[0]
             return await self._emit(typed)
         except FMIError as error:
             error.packet = typed
@@ -229,6 +250,8 @@ class AsyncFMIClient:
     ) -> list[Receipt]:
         """Send many packets in compressed batches over one stream; the fast way.
 
+        With an outbox it returns when that has them; `batch_packets` are then written at a time.
+
         A stream that breaks goes on in a new one with the batches that were not answered; the packets
         of these that the server had taken already come back as ``duplicate``, which is a success.
 
@@ -251,6 +274,8 @@ class AsyncFMIClient:
         """
         if batch_packets < 1 or batch_bytes < 1:
             raise ConfigurationError("batch_packets and batch_bytes must be at least 1")
+        if self._sender is not None:
+            return await self._sender.put_many(self._typed_all(packets), batch_packets)
         sender = BatchSender(
             self._caller, self._encoder, batch_packets=batch_packets, batch_bytes=batch_bytes
         )
@@ -420,16 +445,41 @@ class AsyncFMIClient:
             registry_service_pb2.GetDictionaryRequest(dictionary_id=dictionary_id),
         )
 
-    async def aclose(self) -> None:
-        """End the subscriptions and calls, and close the connection. Closing twice does nothing."""
+    async def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until the outbox is empty; say whether it is.
+
+        An attempt is made at once, unless the server has asked for time.
+
+        Args:
+            timeout_s: The most seconds to wait; None means as long as it takes.
+
+        Raises:
+            ConfigurationError: The client was made without an outbox.
+            OutboxCorruptError: Its file was found damaged, and nothing more is sent.
+        """
+        return await self._outbox_sender().flush(timeout_s)
+
+    async def aclose(self, *, flush_s: float = FLUSH_S) -> None:
+        """End the subscriptions and calls, and close the connection. Closing twice does nothing.
+
+        Args:
+            flush_s: The most seconds to wait for what is in the outbox. What is left stays in a
+                `FileOutbox`; of an `Outbox` in memory it is lost, and the log says how much.
+        """
         try:
             for subscription in list(self._subscriptions):
                 await subscription.aclose()
         finally:
-            await self._caller.aclose()
+            try:
+                if self._sender is not None:
+                    await self._sender.aclose(flush_s)
+            finally:
+                await self._caller.aclose()
 
     async def __aenter__(self) -> Self:
         self._caller.check_open()
+        if self._sender is not None:
+            self._sender.start()
         return self
 
     async def __aexit__(
@@ -439,6 +489,11 @@ class AsyncFMIClient:
         traceback: TracebackType | None,
     ) -> None:
         await self.aclose()
+
+    def _outbox_sender(self) -> OutboxSender:
+        if self._sender is None:
+            raise ConfigurationError("give the client an outbox, so that packets can wait in it")
+        return self._sender
 
     def _typed(self, packet: PacketLike) -> packet_pb2.Packet:
         return packet if isinstance(packet, packet_pb2.Packet) else self._defaults.packet(packet)

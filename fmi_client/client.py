@@ -35,6 +35,7 @@ from fmi.v1 import (
 from fmi_client._channel import TLSConfig
 from fmi_client._emit_stream import BATCH_BYTES, BATCH_PACKETS
 from fmi_client._loop_thread import JOIN_S, LoopThread
+from fmi_client._outbox_sender import FLUSH_S
 from fmi_client.aio import AsyncFMIClient, Mode, PacketLike, Start
 from fmi_client.applied import UNKNOWN
 from fmi_client.emitter import FMIEmitter, Numbers, ProvenanceLike
@@ -42,6 +43,7 @@ from fmi_client.encoder import FMIEncoder
 from fmi_client.errors import ClientClosedError
 from fmi_client.kinds import KindLike
 from fmi_client.outages import OnState
+from fmi_client.outbox import Outbox
 from fmi_client.receipts import Receipt, ValidationReport
 from fmi_client.retry import RetryPolicy
 from fmi_client.subscription import (
@@ -85,6 +87,7 @@ class FMIClient:
         retry: RetryPolicy = _DEFAULT_RETRY,
         timeout_s: float = 10.0,
         encoder: FMIEncoder | None = None,
+        outbox: Outbox | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._aio = AsyncFMIClient(
@@ -100,9 +103,12 @@ class FMIClient:
             retry=retry,
             timeout_s=timeout_s,
             encoder=encoder,
+            outbox=outbox,
             clock=clock,
         )
         self._thread = LoopThread(f"FMIClient to {target}", self._aio.aclose)
+        if outbox is not None and len(outbox):
+            self._start_sending()
         self._admin = Admin(self._aio, self._thread)
 
     @property
@@ -117,6 +123,15 @@ class FMIClient:
     def target(self) -> str:
         """Where the server is."""
         return self._aio.target
+
+    @property
+    def outbox(self) -> Outbox:
+        """Where packets wait for the server, with its `statistics` and what was `refused`.
+
+        Raises:
+            ConfigurationError: The client was made without one.
+        """
+        return self._aio.outbox
 
     @property
     def emitter(self) -> FMIEmitter:
@@ -271,9 +286,21 @@ class FMIClient:
         """Tell the server that an update could not be put to use. See `AsyncFMIClient.report_failed`."""
         return self._thread.run(self._aio.report_failed(update, reason, code=code))
 
-    def close(self) -> None:
-        """End the subscriptions and calls, and close the connection. Closing twice does nothing."""
-        self._thread.close()
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until the outbox is empty; say whether it is. See `AsyncFMIClient.flush`."""
+        return self._thread.run(self._aio.flush(timeout_s))
+
+    def close(self, *, flush_s: float = FLUSH_S) -> None:
+        """End the subscriptions and calls, and close the connection. Closing twice does nothing.
+
+        Args:
+            flush_s: The most seconds to wait for what is in the outbox. See `AsyncFMIClient.aclose`.
+        """
+        try:
+            with suppress(ClientClosedError):
+                self._thread.run(self._aio.aclose(flush_s=flush_s))
+        finally:
+            self._thread.close()
 
     def __enter__(self) -> Self:
         self._thread.check_open()
@@ -286,6 +313,14 @@ class FMIClient:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _start_sending(self) -> None:
+        """Send what an earlier process left, though nothing is emitted."""
+        try:
+            self._thread.run(self._aio.__aenter__())
+        except BaseException:
+            self.close(flush_s=0)
+            raise
 
 
 class BlockingSubscription:

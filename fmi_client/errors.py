@@ -33,6 +33,12 @@
     - ProtocolError                   the peer does not speak this contract
     - ConfigurationError              the client was set up wrongly; nothing was sent
     - ClientClosedError               the client was closed, or belongs to another process
+        - ForkedError                 this process was forked from one that made the client, or used gRPC
+    - OutboxError                     the site's outbox cannot do it; nothing was sent
+        - OutboxFullError             it holds as much as it may
+        - OutboxLockedError           its file is in use
+        - OutboxCorruptError          its file is damaged, or is no outbox
+        - OutboxUnavailableError      its file cannot be read or written now
 
 Each carries its `reason`, a name from the contract's catalogue (`fmi.v1.ErrorReason`, one section each
 in docs/errors.md), all broken rules in `violations`, and says whether a retry can help. One table maps
@@ -72,8 +78,14 @@ __all__ = [
     "DictionaryUnknownError",
     "EnvelopeError",
     "FMIError",
+    "ForkedError",
     "InvalidFilterError",
     "NotFoundError",
+    "OutboxCorruptError",
+    "OutboxError",
+    "OutboxFullError",
+    "OutboxLockedError",
+    "OutboxUnavailableError",
     "OverloadedError",
     "PacketIdReusedError",
     "PacketPolicyError",
@@ -314,6 +326,40 @@ class ConfigurationError(FMIError):
 
 class ClientClosedError(FMIError):
     """The client was closed, or it was made in another process."""
+
+
+class ForkedError(ClientClosedError):
+    """This process was forked from one that made the client, or that used gRPC."""
+
+
+class OutboxError(FMIError):
+    """The outbox of the site cannot do it."""
+
+
+class OutboxFullError(OutboxError):
+    """The outbox holds as much as it may; what was sent frees room."""
+
+    retryable_by_nature = True
+
+
+class OutboxLockedError(OutboxError):
+    """Another process uses the outbox's file, or this one opened it twice."""
+
+    @property
+    def pid(self) -> int | None:
+        """The process that holds the file, if it can be told."""
+        told = self.metadata.get("pid", "")
+        return int(told) if told.isdecimal() else None
+
+
+class OutboxCorruptError(OutboxError):
+    """The outbox's file is damaged, or is no outbox. It is left as it is."""
+
+
+class OutboxUnavailableError(OutboxError):
+    """The outbox's file cannot be read or written now, for example because the disk is full."""
+
+    retryable_by_nature = True
 
 
 REASON_CLASSES: Final[Mapping[error_pb2.ErrorReason.ValueType, type[FMIError]]] = MappingProxyType(

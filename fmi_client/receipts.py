@@ -21,6 +21,7 @@ class EmitStatus(StrEnum):
     DUPLICATE = "duplicate"
     QUARANTINED = "quarantined"
     REFUSED = "refused"
+    SPOOLED = "spooled"
 
 
 _STATUSES: Final = {
@@ -38,7 +39,8 @@ class Receipt:
     Attributes:
         packet_id: The packet's id.
         status: What became of it. ``duplicate`` is a success: the packet is durable and counts once;
-            it is also what a packet gets that the SDK itself had to send again.
+            it is also what a packet gets that the SDK itself had to send again. ``spooled`` means that
+            the outbox has it, and that what the server says of it is still to come.
         sequence: Its place among all packets of the server; None where the answer does not say (a
             batch's answer is short about packets of which nothing else is to be said).
         received_at: When the server first took it, in UTC; None where the answer does not say.

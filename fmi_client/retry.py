@@ -107,12 +107,16 @@ class Backoff:
         Raises:
             FMIError: `error` itself, where a retry cannot help or the policy is used up.
         """
-        self._failures += 1
-        delay_s = self._uniform() * self._policy.bound_s(self._failures)
-        delay_s += error.retry_after_s or 0.0
+        delay_s = self.next_delay_s(error)
         if not error.retryable or not (self.endless or self._allows(delay_s)):
             raise error
         return delay_s
+
+    def next_delay_s(self, error: FMIError) -> float:
+        """Count a failure and return the seconds to wait, whatever the failure is."""
+        self._failures += 1
+        delay_s = self._uniform() * self._policy.bound_s(self._failures)
+        return delay_s + (error.retry_after_s or 0.0)
 
     async def wait_or_raise(self, error: FMIError) -> None:
         """Count a failure and wait before the next attempt.

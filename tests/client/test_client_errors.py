@@ -30,6 +30,12 @@ CLASSES = {
 
 # What is not in the catalogue: groups, and what goes wrong without the server's saying so.
 WITHOUT_REASON = {
+    "ForkedError",
+    "OutboxCorruptError",
+    "OutboxError",
+    "OutboxFullError",
+    "OutboxLockedError",
+    "OutboxUnavailableError",
     "AccessDeniedError",
     "ClientClosedError",
     "ConfigurationError",

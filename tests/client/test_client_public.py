@@ -28,6 +28,8 @@ def test_public_names():
         "FMIClient",
         "FMIEmitter",
         "FMIEncoder",
+        "FileOutbox",
+        "Outbox",
         "PacketType",
         "Receipt",
         "RetryPolicy",
