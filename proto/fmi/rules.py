@@ -72,6 +72,8 @@ _IN_WORDS: Final = {
     "such as 0190b2c4-7e8a-7c3d-9f10-000000000001",
     "^[0-9a-f]{64}$": "must be 64 hexadecimal digits in lower case",
     "^[0-9]{0,19}$": "must be the page token of an earlier answer",
+    "^[0-9]{0,18}$": "must be the page token of an earlier answer",
+    "^[A-Za-z0-9_-]{16,64}$": "must be 16 to 64 letters a-z, digits and _ -, small or capital",
     r"^[^\p{Cc}\p{Zl}\p{Zp}]*$": "must have no control characters or line breaks",
 }
 """What each pattern of the contract allows; of one that allows emptiness too, `^(...)?$`, the inside."""

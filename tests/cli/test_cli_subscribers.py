@@ -57,7 +57,7 @@ def test_who_is_there_and_who_applied_what(ask, answers, script):
     lines = told.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     first = next(line for line in lines if line.startswith("site_001"))
-    assert first.split()[1:] == ["care", "latest", "3", "h", "7", "0", "0"] or "3h" in first
+    assert first.split()[1:] == ["care", "latest", "3", "h", "ago", "7", "0", "0"]
     assert any("(no name)" in line and "every" in line and "41" in line for line in lines)
     assert any(
         "site_001" in line and "prior" in line and "11" in line and "12" in line for line in lines
