@@ -77,6 +77,7 @@ class CohortRules:
     policy_window_s: float
     site_ttl_s: float
     updates_kept: int
+    packets_kept_s: float
 
 
 def compile_spec(
@@ -141,6 +142,7 @@ def compile_spec(
         policy_window_s=_seconds(filled.policy.window),
         site_ttl_s=_seconds(filled.retention.site_ttl),
         updates_kept=filled.retention.updates,
+        packets_kept_s=_seconds(filled.retention.packets),
     )
 
 
@@ -152,6 +154,10 @@ class CohortRegistry:
         open_cohorts: Whether an undeclared cohort comes into being with its first packet.
         defaults: Aggregation settings where a spec leaves them unset.
         max_cohorts: Cohorts at most; none is opened on demand past it.
+
+    Attributes:
+        forgotten_before: By cohort the emission time, Unix seconds, before which packets may have been
+            forgotten: a repeat of one could not be told from a new packet.
     """
 
     def __init__(
@@ -167,6 +173,7 @@ class CohortRegistry:
         self._defaults = defaults or AggregationConfig()
         self._max_cohorts = max_cohorts
         self._rules: dict[str, CohortRules] = {}
+        self.forgotten_before: dict[str, float] = {}
         # Of cohorts that may be opened: a batch asks for the same one many times before it is.
         self._openable: dict[str, CohortRules] = {}
         self._template = self.compile(cohort_pb2.CohortSpec(name="template"), declared=False)
@@ -336,6 +343,7 @@ def _fill(spec: cohort_pb2.CohortSpec, defaults: AggregationConfig) -> cohort_pb
     _default_duration(filled.retention, "site_ttl", 30 * DAY_S)
     if not filled.retention.HasField("updates"):
         filled.retention.updates = 1000
+    _default_duration(filled.retention, "packets", 7 * DAY_S)
     if not filled.privacy.ByteSize():
         filled.ClearField("privacy")
     if not filled.access.ByteSize():

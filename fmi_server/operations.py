@@ -11,6 +11,7 @@ from fmi.v1 import packet_pb2
 from fmi_server.errors import CohortUnknownError
 from fmi_server.feeds import kind_name
 from fmi_server.service import FMIService
+from fmi_server.storage.base import UnknownPacketError
 from fmi_server.storage.records import PacketKey, SiteRecord, StoredPacket
 
 __all__ = ["CohortOverview", "Operations", "SiteOverview"]
@@ -134,9 +135,14 @@ class Operations:
         self, domain_id: str, packet_id: str, *, quarantined: bool, reason: str
     ) -> bool:
         service = self._service
+        store = service.store
         key = PacketKey(domain_id, packet_id)
-        changed = await service.store.set_quarantine(key, quarantined=quarantined, reason=reason)
-        stored = await service.store.packet(key) if changed else None
-        if stored is not None and stored.record.cohort in service.cohorts:
-            await service.releaser.rebuild(stored.record.cohort)
+        stored = await store.packet(key)
+        if stored is None:
+            raise UnknownPacketError(packet=key)
+        cohort = stored.record.cohort
+        async with service.compactor.suspended(cohort, domain_id=domain_id):
+            changed = await store.set_quarantine(key, quarantined=quarantined, reason=reason)
+            if changed and cohort in service.cohorts:
+                await service.releaser.rebuild(cohort)
         return changed

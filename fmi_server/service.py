@@ -38,6 +38,7 @@ from fmi_server.aggregation import WarmStartRequest
 from fmi_server.aggregator import FMIAggregator
 from fmi_server.bus import Bus, FederationBusAdapter
 from fmi_server.cohorts import CohortRegistry, CohortRules
+from fmi_server.compaction import Compactor
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.dictionaries import DictionaryShelf
 from fmi_server.emission import Answer, Candidate, Intake, opening_warnings, settle
@@ -125,6 +126,7 @@ class FMIService:
             telemetry=self.telemetry,
             clock=clock,
         )
+        self.compactor = Compactor(self.store, self.cohorts, self.releaser, clock=clock)
         self._intake = Intake(self.registry, self.validator)
         self._decoder = EnvelopeDecoder(limits or EnvelopeLimits())
         self._decoding = ByteBudget(self._decoder.limits.max_decoded_bytes)
@@ -154,6 +156,7 @@ class FMIService:
         self._running = [
             self._tasks.create_task(self.releaser.run(), name="release"),
             self._tasks.create_task(self.releaser.sweep(), name="sweep"),
+            self._tasks.create_task(self.compactor.run(), name="compaction"),
             self._tasks.create_task(self.router.give_signs_of_life(), name="signs of life"),
         ]
         if self._bus is not None:
@@ -194,6 +197,7 @@ class FMIService:
         for record in await self.store.cohorts():
             if record.name not in self.cohorts:
                 self.cohorts.declare(cohort_pb2.CohortSpec.FromString(record.spec), force=True)
+        await self.compactor.load()
         await self._dictionaries.load()
         await self.releaser.load()
         self.telemetry.cohorts(len(self.cohorts))
@@ -505,11 +509,12 @@ class FMIService:
             rules, changed = self.cohorts.check(spec, force=force)
             if not changed:
                 return rules, changed
-            # Stored before it is in force: a crash in between changes nothing that anybody saw.
-            await self.store.put_cohort(rules.name, rules.spec.SerializeToString(), 1)
-            self.cohorts.declare(spec, force=force)
-            self.telemetry.cohorts(len(self.cohorts))
-        await self.releaser.rebuild(rules.name)
+            async with self.compactor.suspended(rules.name):
+                # Stored before it is in force: a crash in between changes nothing that anybody saw.
+                await self.store.put_cohort(rules.name, rules.spec.SerializeToString(), 1)
+                self.cohorts.declare(spec, force=force)
+                self.telemetry.cohorts(len(self.cohorts))
+                await self.releaser.rebuild(rules.name)
         return rules, changed
 
     async def register_dictionary(self, data: bytes) -> int:

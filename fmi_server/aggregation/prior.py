@@ -247,6 +247,36 @@ class CohortMatrix:
         applied, changed = self._cells.write(site_id, rows, fresh, weights, now, size)
         return PutReport(applied, changed, tuple(ignored))
 
+    def overtakes(
+        self, site_id: str, sections: Mapping[str, Mapping[str, float]], at: float
+    ) -> bool:
+        """Return whether nothing of a packet can stand any more: all of it was sent anew by its site.
+
+        So it is where `put` would change nothing, and each value has a strictly newer one in its place. A
+        value that `put` would ignore now does not count.
+
+        Args:
+            site_id: the site.
+            sections: section -> signal -> value.
+            at: time of the packet in seconds.
+        """
+        seen = self._cells.seen(site_id)
+        for section, values in sections.items():
+            for name, value in values.items():
+                row = self._names.row(section, name)
+                if row is None:
+                    if self._names.may_take(site_id, name):
+                        return False
+                elif not (seen is not None and at < seen[row] < math.inf) and self._takes(
+                    row, value
+                ):
+                    return False
+        return True
+
+    def _takes(self, row: int, value: float) -> bool:
+        """Return whether a value lies in the domain of its signal's transform."""
+        return not np.isnan(self._transforms.forward(np.array([row]), np.array([value]))).any()
+
     def drop(self, site_id: str) -> bool:
         """Remove a site and all its values; return whether it was there."""
         dropped = self._cells.drop(site_id)
