@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, cast
@@ -36,7 +36,7 @@ from fmi_server.aggregation import (
     warm_start,
 )
 from fmi_server.cohorts import CohortRules
-from fmi_server.site_records import SiteRecord, emitted_at, outcome_of, summary_of
+from fmi_server.site_records import SaidAgain, SiteRecord, emitted_at, outcome_of, summary_of
 
 __all__ = ["CohortState", "ReleasedStatistics"]
 
@@ -244,33 +244,49 @@ class CohortState:
                 changed = True
         return changed
 
-    def overtaken(self, packet: packet_pb2.Packet, now: float) -> bool:
-        """Say whether a packet cannot count any more under the rules in force, counted or not.
+    def overtaken(self, packets: Sequence[packet_pb2.Packet], now: float) -> list[bool]:
+        """Say of packets whether they cannot count any more under the rules in force, counted or not.
 
-        That is so where a state made without it is the same, now and after whatever comes: it is past
-        its time, or all that it says was said anew by its site. What has the time of the newest stays.
+        That is so where a state made without a packet is the same, now and after whatever comes: it is past
+        its time, or all that it says was said anew by its site. Equality holds while the bounds on the
+        names of an open vocabulary do not bind; where they do, who is first decides which names get in.
 
         Args:
-            packet: A packet that was validated and stored.
+            packets: Packets that were validated and stored, in the order in which they would be replayed:
+                of one site's packets of one time the later in it wins.
             now: Unix seconds.
         """
-        at = emitted_at(packet)
+        said: defaultdict[tuple[str, float], SaidAgain] = defaultdict(SaidAgain)
+        found = []
+        for packet in reversed(packets):
+            at = emitted_at(packet)
+            again = said[packet.header.domain_id, at]
+            found.append(self._overtaken(packet, at, again, now))
+            again.note(packet)
+            if packet.HasField("msp"):
+                again.signals |= self._matrix.stored(_sections(packet.msp))
+        return found[::-1]
+
+    def _overtaken(
+        self, packet: packet_pb2.Packet, at: float, again: SaidAgain, now: float
+    ) -> bool:
         from_s = now - self._rules.site_ttl_s
         outcomes_from = now - self._rules.policy_window_s
         if at < min(from_s, outcomes_from):
             return True
-        site = self._sites.get(packet.header.domain_id)
-        if site is None or site.is_told_by(packet, at):
+        domain_id, packet_id = packet.header.domain_id, packet.header.packet_id
+        site = self._sites.get(domain_id)
+        if site is None or site.is_told_by(packet, at, again):
             return False
         match packet.WhichOneof("body"):
             case "msp":
-                return at < from_s or self._matrix.overtakes(
-                    packet.header.domain_id, _sections(packet.msp), at
-                )
+                said = _sections(packet.msp)
+                return at < from_s or self._matrix.overtakes(domain_id, said, at, again.signals)
             case "pop":
-                return at < outcomes_from or site.outlives_outcome(at, packet.header.packet_id)
+                return at < outcomes_from or site.outlives_outcome(at, packet_id)
             case "ccs":
-                return at < from_s or site.outlives_summary(at, packet.header.packet_id)
+                silent = not (packet.ccs.causal_pairs or packet.ccs.tested_nodes)
+                return silent or at < from_s or site.outlives_summary(at, packet_id)
         return True
 
     def release(self, now: float) -> ReleasedStatistics:

@@ -192,5 +192,5 @@ class Compactor:
 def _overtaken(
     state: CohortState, page: Sequence[StoredPacket], location: str, now: float
 ) -> list[int]:
-    packets = zip(page, parsed(page, location), strict=True)
-    return [stored.sequence for stored, packet in packets if state.overtaken(packet, now)]
+    gone = state.overtaken(parsed(page, location), now)
+    return [stored.sequence for stored, overtaken in zip(page, gone, strict=True) if overtaken]

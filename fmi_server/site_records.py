@@ -17,6 +17,7 @@ __all__ = [
     "MAX_CAUSAL_ITEMS_PER_SITE",
     "MAX_OUTCOMES_PER_SITE",
     "MAX_SUMMARIES_PER_SITE",
+    "SaidAgain",
     "SiteRecord",
     "causal_items_of",
     "emitted_at",
@@ -33,6 +34,29 @@ MAX_SUMMARIES_PER_SITE: Final = 64
 MAX_CAUSAL_ITEMS_PER_SITE: Final = 5120
 """Causal pairs and tested nodes kept of one site, as many as the largest summary has; past it the oldest
 summary goes."""
+
+
+@dataclass(slots=True)
+class SaidAgain:
+    """What later packets of the same site and time say, in the place of what was said before.
+
+    Attributes:
+        heard: Whether there is one.
+        regime: Whether one names a regime.
+        concepts: Whether one has concepts.
+        signals: Section and name of the values that they have.
+    """
+
+    heard: bool = False
+    regime: bool = False
+    concepts: bool = False
+    signals: set[tuple[str, str]] = field(default_factory=set)
+
+    def note(self, packet: packet_pb2.Packet) -> None:
+        """Note a packet, apart from its signals."""
+        self.heard = True
+        self.regime |= bool(packet.header.provenance.regime_tag)
+        self.concepts |= bool(packet.ccs.concepts)
 
 
 @dataclass(slots=True)
@@ -85,12 +109,19 @@ class SiteRecord:
             self.causal_items -= causal_items_of(gone[2])
             self.causes_after = gone[:2]
 
-    def is_told_by(self, packet: packet_pb2.Packet, at: float) -> bool:
+    def is_told_by(self, packet: packet_pb2.Packet, at: float, again: SaidAgain) -> bool:
         """Say whether class, regime or concepts of the site are those of this packet, or would be."""
+
+        def newest(than: float, *, said_again: bool) -> bool:
+            return at > than or (at == than and not said_again)
+
         return (
-            at >= self.heard_at
-            or (bool(packet.header.provenance.regime_tag) and at >= self.regime_at)
-            or (bool(packet.ccs.concepts) and at >= self.concepts_at)
+            newest(self.heard_at, said_again=again.heard)
+            or (
+                bool(packet.header.provenance.regime_tag)
+                and newest(self.regime_at, said_again=again.regime)
+            )
+            or (bool(packet.ccs.concepts) and newest(self.concepts_at, said_again=again.concepts))
         )
 
     def outlives_outcome(self, at: float, packet_id: str) -> bool:

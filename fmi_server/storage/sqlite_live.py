@@ -99,9 +99,7 @@ def forget_packets(
     return len(rows)
 
 
-def count_packets(
-    connection: sqlite3.Connection, cohort: str | None
-) -> dict[str, Counter[str]]:
+def count_packets(connection: sqlite3.Connection, cohort: str | None) -> dict[str, Counter[str]]:
     """Count packets as `Store.packet_counts` says, from the sites' counters."""
     counts: dict[str, Counter[str]] = {}
     for name, *taken in connection.execute(
