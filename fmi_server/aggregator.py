@@ -110,17 +110,23 @@ class FMIAggregator:
         return self.result(state, now=newest if math.isfinite(newest) else self._clock())
 
     def state(
-        self, rules: CohortRules, *, reputations: dict[str, float] | None = None
+        self,
+        rules: CohortRules,
+        *,
+        reputations: dict[str, float] | None = None,
+        packets: Mapping[str, int] | None = None,
     ) -> CohortState:
         """Return the resident state of a cohort, made new where there is none.
 
         Args:
             rules: The cohort's rules.
             reputations: Of its sites, from an earlier life of the server; used for a new state.
+            packets: Packets counted by type, in the same way.
         """
         state = self._states.get(rules.name)
         if state is None:
-            state = self._states[rules.name] = CohortState(rules, reputations=reputations)
+            state = CohortState(rules, reputations=reputations, packets=packets)
+            self._states[rules.name] = state
         return state
 
     def signals_in_use(self, cohort: str) -> dict[str, str]:

@@ -1,16 +1,15 @@
 """CohortState: what is resident of one cohort, from packets to statistics.
 
-A packet touches one column of the matrix of its cohort, and the records of its site. Everything that is
-kept per site is bounded.
+A packet touches one column of the matrix of its cohort, and the record of its site.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, cast
 
 from fmi.plain import DEFAULT_PROFILE_CLASS
@@ -18,16 +17,12 @@ from fmi.rules import SECTIONS
 from fmi.v1 import packet_pb2
 from fmi_server.aggregation import (
     CausalConsensus,
-    CausalPair,
     CausalSettings,
-    CausalSummary,
     CohortMatrix,
     ContextReport,
     EstimatorName,
     EstimatorSettings,
-    ParamValue,
     PolicyDecision,
-    PolicyOutcome,
     PolicySettings,
     PriorRelease,
     ReputationBook,
@@ -41,84 +36,15 @@ from fmi_server.aggregation import (
     warm_start,
 )
 from fmi_server.cohorts import CohortRules
+from fmi_server.site_records import SaidAgain, SiteRecord, emitted_at, outcome_of, summary_of
 
-__all__ = ["CohortState", "ReleasedStatistics", "SiteRecord"]
-
-MAX_OUTCOMES_PER_SITE: Final = 256
-"""Policy outcomes kept of one site; past it the oldest goes."""
-
-MAX_SUMMARIES_PER_SITE: Final = 64
-"""Causal summaries kept of one site; past it the oldest goes."""
-
-MAX_CAUSAL_ITEMS_PER_SITE: Final = 5120
-"""Causal pairs and tested nodes kept of one site, as many as the largest summary has; past it the oldest
-summary goes."""
+__all__ = ["CohortState", "ReleasedStatistics"]
 
 MAX_CLASSES_TOLD: Final = 256
 """Profile classes that get a warm start, those of most sites first."""
 
 MAX_SIGNALS: Final = 4096
 """Signals that an open vocabulary may grow to."""
-
-
-@dataclass(slots=True)
-class SiteRecord:
-    """What is kept of one site, besides its column.
-
-    Attributes:
-        profile_class: Of its newest packet.
-        regime_tag: Of its newest packet that names one.
-        concepts: Scores of its newest summary that has some.
-        heard_at: Emission time of its newest packet, Unix seconds.
-        outcomes: Its policy outcomes as a heap, oldest first.
-        summaries: Its causal summaries as a heap, oldest first.
-        causal_items: Pairs and tested nodes in them.
-        causes_after: Emission time and packet of the newest summary that had to go; what is not newer
-            stays out, so that the order of packets does not matter.
-    """
-
-    profile_class: str = DEFAULT_PROFILE_CLASS
-    regime_tag: str = ""
-    concepts: dict[str, float] = field(default_factory=dict)
-    heard_at: float = float("-inf")
-    regime_at: float = float("-inf")
-    concepts_at: float = float("-inf")
-    outcomes: list[tuple[float, str, PolicyOutcome]] = field(default_factory=list)
-    summaries: list[tuple[float, str, CausalSummary]] = field(default_factory=list)
-    causal_items: int = 0
-    causes_after: tuple[float, str] = (float("-inf"), "")
-
-    def keep_outcome(self, entry: tuple[float, str, PolicyOutcome]) -> None:
-        """Keep an outcome, and let the oldest go where there are too many. An outcome counts once."""
-        if any(held[:2] == entry[:2] for held in self.outcomes):
-            return
-        if len(self.outcomes) < MAX_OUTCOMES_PER_SITE:
-            heapq.heappush(self.outcomes, entry)
-        else:
-            heapq.heappushpop(self.outcomes, entry)
-
-    def keep_summary(self, entry: tuple[float, str, CausalSummary]) -> None:
-        """Keep a summary, and let the oldest go where they hold too much. A summary counts once."""
-        if entry[:2] <= self.causes_after or any(held[:2] == entry[:2] for held in self.summaries):
-            return
-        heapq.heappush(self.summaries, entry)
-        self.causal_items += _causal_items(entry[2])
-        while (
-            len(self.summaries) > MAX_SUMMARIES_PER_SITE
-            or self.causal_items > MAX_CAUSAL_ITEMS_PER_SITE
-        ):
-            gone = heapq.heappop(self.summaries)
-            self.causal_items -= _causal_items(gone[2])
-            self.causes_after = gone[:2]
-
-    def drop_before(self, outcomes_from: float, summaries_from: float) -> bool:
-        """Drop what is older; return whether anything was."""
-        before = len(self.outcomes) + len(self.summaries)
-        while self.outcomes and self.outcomes[0][0] < outcomes_from:
-            heapq.heappop(self.outcomes)
-        while self.summaries and self.summaries[0][0] < summaries_from:
-            self.causal_items -= _causal_items(heapq.heappop(self.summaries)[2])
-        return len(self.outcomes) + len(self.summaries) < before
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +84,21 @@ class CohortState:
     Args:
         rules: The cohort's rules.
         reputations: Of sites, from an earlier life of the server.
+        packets: Packets counted by type, from an earlier life of the server.
 
     Attributes:
         packets: Packets counted, by type.
         ignored: Values of accepted packets that could not be counted, by reason.
     """
 
-    def __init__(self, rules: CohortRules, *, reputations: dict[str, float] | None = None) -> None:
-        self.packets: Counter[str] = Counter()
+    def __init__(
+        self,
+        rules: CohortRules,
+        *,
+        reputations: dict[str, float] | None = None,
+        packets: Mapping[str, int] | None = None,
+    ) -> None:
+        self.packets: Counter[str] = Counter(packets)
         self.ignored: Counter[str] = Counter()
         self._sites: dict[str, SiteRecord] = {}
         self._touched: set[str] = set()
@@ -236,18 +169,21 @@ class CohortState:
 
     def count(self, packet: packet_pb2.Packet) -> None:
         """Count a packet that was validated and stored. The order of packets does not matter."""
+        self.packets[packet.WhichOneof("body") or "unknown"] += 1
+        self._take(packet)
+
+    def _take(self, packet: packet_pb2.Packet) -> None:
         site = self._hear(packet)
         header = packet.header
-        at = _emitted_at(packet)
+        at = emitted_at(packet)
         kind = packet.WhichOneof("body")
         if kind == "msp":
             self._count_signals(header.domain_id, packet.msp, at)
         elif kind == "pop":
-            outcome = _outcome(header.domain_id, packet.pop)
+            outcome = outcome_of(header.domain_id, packet.pop)
             site.keep_outcome((at, header.packet_id, outcome))
         elif kind == "ccs":
             self._count_causes(site, packet, at)
-        self.packets[kind or "unknown"] += 1
 
     def count_all(self, packets: Sequence[packet_pb2.Packet]) -> None:
         """Count many packets at once.
@@ -255,10 +191,14 @@ class CohortState:
         The result is that of `count` for each. MSPs whose every signal is overtaken by a newer MSP of the
         same site among `packets` are not written to the matrix, which is what a packet costs.
         """
+        self.packets.update(packet.WhichOneof("body") or "unknown" for packet in packets)
+        self._take_all(packets)
+
+    def _take_all(self, packets: Sequence[packet_pb2.Packet]) -> None:
         # Of packets of one time the later in the list wins, as it does one by one.
         newest_first = sorted(
             (packet for packet in reversed(packets) if packet.HasField("msp")),
-            key=_emitted_at,
+            key=emitted_at,
             reverse=True,
         )
         written: dict[str, set[tuple[str, str]]] = {}
@@ -276,17 +216,17 @@ class CohortState:
                 self._matrix.holds(section, name) for section, name in _signals(packet.msp)
             ):
                 self._hear(packet)
-                self.packets["msp"] += 1
             else:
-                self.count(packet)
+                self._take(packet)
 
     def replay(self, packets: Sequence[packet_pb2.Packet]) -> None:
         """Count packets that were counted before: in an earlier life, or under other rules.
 
-        They are no news of a site, so they do not move the reputation it has.
+        They are no news of a site, so they do not move the reputation it has, and `packets` has them
+        already.
         """
         news = set(self._touched)
-        self.count_all(packets)
+        self._take_all(packets)
         self._touched = news | (self._touched - self._trust.snapshot().keys())
 
     def expire(self, now: float) -> bool:
@@ -307,6 +247,51 @@ class CohortState:
                 self._trust.forget(domain_id)
                 changed = True
         return changed
+
+    def overtaken(self, packets: Sequence[packet_pb2.Packet], now: float) -> list[bool]:
+        """Say of packets whether they cannot count any more under the rules in force, counted or not.
+
+        That is so where a state made without a packet is the same, now and after whatever comes: it is past
+        its time, or all that it says was said anew by its site. Equality holds while the bounds on the
+        names of an open vocabulary do not bind; where they do, who is first decides which names get in.
+
+        Args:
+            packets: Packets that were validated and stored, in the order in which they would be replayed:
+                of one site's packets of one time the later in it wins.
+            now: Unix seconds.
+        """
+        said: defaultdict[tuple[str, float], SaidAgain] = defaultdict(SaidAgain)
+        found = []
+        for packet in reversed(packets):
+            at = emitted_at(packet)
+            again = said[packet.header.domain_id, at]
+            found.append(self._overtaken(packet, at, again, now))
+            again.note(packet)
+            if packet.HasField("msp"):
+                again.signals |= self._matrix.stored(_sections(packet.msp))
+        return found[::-1]
+
+    def _overtaken(
+        self, packet: packet_pb2.Packet, at: float, again: SaidAgain, now: float
+    ) -> bool:
+        from_s = now - self._rules.site_ttl_s
+        outcomes_from = now - self._rules.policy_window_s
+        if at < min(from_s, outcomes_from):
+            return True
+        domain_id, packet_id = packet.header.domain_id, packet.header.packet_id
+        site = self._sites.get(domain_id)
+        if site is None or site.is_told_by(packet, at, again):
+            return False
+        match packet.WhichOneof("body"):
+            case "msp":
+                said = _sections(packet.msp)
+                return at < from_s or self._matrix.overtakes(domain_id, said, at, again.signals)
+            case "pop":
+                return at < outcomes_from or site.outlives_outcome(at, packet_id)
+            case "ccs":
+                silent = not (packet.ccs.causal_pairs or packet.ccs.tested_nodes)
+                return silent or at < from_s or site.outlives_summary(at, packet_id)
+        return True
 
     def release(self, now: float) -> ReleasedStatistics:
         """Compute the statistics of everything counted.
@@ -386,7 +371,7 @@ class CohortState:
         """Note what the header says of a site."""
         header = packet.header
         site = self._sites.setdefault(header.domain_id, SiteRecord())
-        at = _emitted_at(packet)
+        at = emitted_at(packet)
         if at >= site.heard_at:
             site.heard_at = at
             site.profile_class = header.profile_class or DEFAULT_PROFILE_CLASS
@@ -399,9 +384,7 @@ class CohortState:
         evidence = msp.evidence
         report = self._matrix.put(
             domain_id,
-            # In order of the names: that of a protobuf map is another in each process, and of an open
-            # vocabulary that is nearly full it would decide which names get in.
-            {section: dict(sorted(getattr(msp, section).items())) for section in SECTIONS},
+            _sections(msp),
             now=at,
             confidence=evidence.confidence if evidence.HasField("confidence") else 1.0,
             signal_confidence={
@@ -422,7 +405,7 @@ class CohortState:
             site.concepts = {concept.id: concept.score for concept in ccs.concepts}
         if ccs.causal_pairs or ccs.tested_nodes:
             header = packet.header
-            summary = _summary(header.domain_id, ccs, at)
+            summary = summary_of(header.domain_id, ccs, at)
             site.keep_summary((at, header.packet_id, summary))
 
     def _judge(self) -> None:
@@ -441,56 +424,13 @@ class CohortState:
         )
 
 
-def _emitted_at(packet: packet_pb2.Packet) -> float:
-    emitted_at = packet.header.emitted_at
-    return emitted_at.seconds + emitted_at.nanos / 1e9
+def _sections(msp: packet_pb2.MetaSignalPack) -> dict[str, Mapping[str, float]]:
+    # In order of the names: that of a protobuf map is another in each process, and of an open vocabulary
+    # that is nearly full it would decide which names get in.
+    return {section: dict(sorted(getattr(msp, section).items())) for section in SECTIONS}
 
 
 def _signals(msp: packet_pb2.MetaSignalPack) -> Iterator[tuple[str, str]]:
     for section in SECTIONS:
         for name in getattr(msp, section):
             yield section, name
-
-
-def _causal_items(summary: CausalSummary) -> int:
-    return len(summary.pairs) + len(summary.tested_nodes)
-
-
-def _outcome(domain_id: str, pop: packet_pb2.PolicyOutcomePack) -> PolicyOutcome:
-    return PolicyOutcome(
-        site_id=domain_id,
-        bundle={name: _param(value) for name, value in pop.bundle.items()},
-        before=dict(pop.before),
-        after=dict(pop.after),
-        confidence=pop.confidence if pop.HasField("confidence") else 1.0,
-        control_delta=dict(pop.control_delta),
-    )
-
-
-def _param(value: packet_pb2.ParamValue) -> ParamValue:
-    match value.WhichOneof("kind"):
-        case "text":
-            return value.text
-        case "flag":
-            return value.flag
-        case _:
-            return value.number
-
-
-def _summary(domain_id: str, ccs: packet_pb2.ConceptCausalSummary, at: float) -> CausalSummary:
-    return CausalSummary(
-        site_id=domain_id,
-        pairs=tuple(
-            CausalPair(
-                pair.source,
-                pair.target,
-                pair.weight,
-                pair.type or "direct",
-                pair.stderr if pair.HasField("stderr") else None,
-            )
-            for pair in ccs.causal_pairs
-        ),
-        tested_nodes=frozenset(ccs.tested_nodes),
-        trust=ccs.trust if ccs.HasField("trust") else 1.0,
-        at=at,
-    )

@@ -77,6 +77,7 @@ class CohortRules:
     policy_window_s: float
     site_ttl_s: float
     updates_kept: int
+    packets_kept_s: float
 
 
 def compile_spec(
@@ -141,6 +142,7 @@ def compile_spec(
         policy_window_s=_seconds(filled.policy.window),
         site_ttl_s=_seconds(filled.retention.site_ttl),
         updates_kept=filled.retention.updates,
+        packets_kept_s=_seconds(filled.retention.packets),
     )
 
 
@@ -156,6 +158,8 @@ class CohortRegistry:
     Attributes:
         signals_in_use: Of a cohort, the section of each signal that its sites send. An open cohort has no
             other vocabulary that a first spec could break.
+        forgotten_before: By cohort the emission time, Unix seconds, before which packets may have been
+            forgotten: a repeat of one could not be told from a new packet.
     """
 
     def __init__(
@@ -172,6 +176,7 @@ class CohortRegistry:
         self._max_cohorts = max_cohorts
         self.signals_in_use: Callable[[str], Mapping[str, str]] = lambda _: {}
         self._rules: dict[str, CohortRules] = {}
+        self.forgotten_before: dict[str, float] = {}
         # Of cohorts that may be opened: a batch asks for the same one many times before it is.
         self._openable: dict[str, CohortRules] = {}
         self._template = self.compile(cohort_pb2.CohortSpec(name="template"), declared=False)
@@ -343,6 +348,7 @@ def _fill(spec: cohort_pb2.CohortSpec, defaults: AggregationConfig) -> cohort_pb
     _default_duration(filled.retention, "site_ttl", 30 * DAY_S)
     if not filled.retention.HasField("updates"):
         filled.retention.updates = 1000
+    _default_duration(filled.retention, "packets", 7 * DAY_S)
     if not filled.privacy.ByteSize():
         filled.ClearField("privacy")
     if not filled.access.ByteSize():

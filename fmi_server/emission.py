@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
 from google.protobuf.message import DecodeError
 
@@ -20,6 +19,7 @@ from fmi_server.errors import (
     Violation,
 )
 from fmi_server.storage.records import AppendOutcome, PacketRecord
+from fmi_server.stored_packets import content_hash
 from fmi_server.validator import FMIValidator
 
 __all__ = [
@@ -33,8 +33,6 @@ __all__ = [
 ]
 
 PacketStatus = Literal["accepted", "duplicate", "quarantined", "refused"]
-
-_HASH_BYTES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +105,7 @@ class Intake:
             cohort=header.cohort,
             # The contract's rules hold, so there is a body.
             kind=packet.WhichOneof("body") or "msp",
-            content_hash=hashlib.blake2b(payload, digest_size=_HASH_BYTES).digest(),
+            content_hash=content_hash(payload),
             received_at_us=received_at_us,
             emitted_at_us=emitted_at.seconds * 1_000_000 + emitted_at.nanos // 1_000,
             quarantined=bool(inspection.quarantine_reason),

@@ -14,6 +14,7 @@ from fmi_server.errors import CohortUnknownError
 from fmi_server.feed_requests import kind_name
 from fmi_server.router import OpenSubscription
 from fmi_server.service import FMIService
+from fmi_server.storage.base import UnknownPacketError
 from fmi_server.storage.records import PacketKey, SiteRecord, StoredPacket
 
 __all__ = ["CohortOverview", "Operations", "SiteOverview"]
@@ -138,14 +139,19 @@ class Operations:
         self, domain_id: str, packet_id: str, *, quarantined: bool, reason: str
     ) -> bool:
         service = self._service
+        store = service.store
         key = PacketKey(domain_id, packet_id)
-        changed = await service.store.set_quarantine(key, quarantined=quarantined, reason=reason)
-        stored = await service.store.packet(key) if changed else None
-        if changed:
-            done = "put into" if quarantined else "taken out of"
-            _log.info("packet %s of site %s is %s quarantine", packet_id, domain_id, done)
-        if stored is not None and stored.record.cohort in service.cohorts:
-            await service.releaser.rebuild(stored.record.cohort)
+        stored = await store.packet(key)
+        if stored is None:
+            raise UnknownPacketError(packet=key)
+        cohort = stored.record.cohort
+        async with service.compactor.suspended(cohort, domain_id=domain_id):
+            changed = await store.set_quarantine(key, quarantined=quarantined, reason=reason)
+            if changed:
+                done = "put into" if quarantined else "taken out of"
+                _log.info("packet %s of site %s is %s quarantine", packet_id, domain_id, done)
+            if changed and cohort in service.cohorts:
+                await service.releaser.rebuild(cohort)
         return changed
 
     async def subscribers(

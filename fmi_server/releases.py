@@ -13,22 +13,24 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Final, ParamSpec, TypeVar
+from typing import Final
 
 from fmi.v1 import packet_pb2, update_pb2
 from fmi_server.aggregator import FMIAggregator
 from fmi_server.cohort_state import CohortState
 from fmi_server.cohorts import CohortRegistry, CohortRules
-from fmi_server.counted_time import NewestSignals, as_counted, counted_at_us
+from fmi_server.counted_time import NewestSignals, counted_at_us
 from fmi_server.errors import FMIError
 from fmi_server.publication import Publisher
 from fmi_server.router import FMIRouter
 from fmi_server.storage import Store, StoreError
 from fmi_server.storage.records import PacketRecord
+from fmi_server.stored_packets import parsed
 from fmi_server.telemetry import FMITelemetry
+from fmi_server.threads import in_thread
 
 __all__ = ["Releaser"]
 
@@ -49,9 +51,6 @@ RETRY_S: Final = 2.0
 """Seconds after which a release that failed is tried again."""
 
 _log = logging.getLogger(__name__)
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
@@ -87,6 +86,7 @@ class Releaser:
     Attributes:
         newest: As of when the newest signals of each site count.
         publisher: Stores and tells of updates.
+        arrivals: Packets taken to be counted, by cohort, since somebody last looked.
     """
 
     def __init__(
@@ -110,21 +110,42 @@ class Releaser:
         self._uncounted_bytes = 0
         self._saved_reputations: dict[str, dict[str, float]] = {}
         self.newest = NewestSignals()
+        self._saved_counts: dict[str, Counter[str]] = {}
+        self.arrivals: Counter[str] = Counter()
         self.publisher = Publisher(store, router, telemetry=telemetry, clock=clock)
 
     async def load(self) -> None:
-        """Bring back what was published, and count every stored packet that still counts."""
+        """Bring back what was published, and count the live packets; the others are not read.
+
+        Raises:
+            StoreCorruptError: A packet is not as it was stored.
+        """
         for cohort, published_at in (await self.publisher.load()).items():
             work = self._work[cohort]
             work.released_at = work.computed_at = published_at
+        known: set[str] = set()
         for site in await self._store.sites():
+            known.add(site.cohort)
             if site.reputation is not None:
                 saved = self._saved_reputations.setdefault(site.cohort, {})
                 saved[site.domain_id] = site.reputation
-        await self._replay(None, self._state)
-        for name, work in self._work.items():
-            if name in self._cohorts:
-                work.quorate = self._state(self._cohorts.rules(name)).quorum
+        self._saved_counts = await self._store.packet_counts()
+        for name in sorted(known):
+            await self._bring_back(name)
+
+    async def _bring_back(self, name: str) -> None:
+        try:
+            rules = self._cohorts.open(name)
+        except FMIError:
+            _log.warning(
+                "cohort %s has packets but is not declared; they are kept, not counted", name
+            )
+            return
+        state = self._state(rules)
+        await self._replay(state)
+        work = self._work[name]
+        work.quorate = state.quorum
+        self._mark_dirty(work)
 
     async def count(self, packet: packet_pb2.Packet) -> None:
         """Take a packet that is stored, to be counted by the next release of its cohort.
@@ -137,6 +158,7 @@ class Releaser:
         work.uncounted.append(packet)
         work.uncounted_bytes += size
         self._uncounted_bytes += size
+        self.arrivals[name] += 1
         if work.dirty_since is None:
             self._mark_dirty(work)
         if not work.quorate:
@@ -194,7 +216,7 @@ class Releaser:
 
     async def _drop_expired(self, name: str, work: _Cohort) -> None:
         state = self._state(self._cohorts.rules(name))
-        if await _in_thread(state.expire, self._clock()):
+        if await in_thread(state.expire, self._clock()):
             self._mark_dirty(work)
 
     def _mark_dirty(self, work: _Cohort) -> None:
@@ -218,7 +240,7 @@ class Releaser:
             state = self._state(rules)
             try:
                 now = self._clock()
-                result = await _in_thread(self._aggregator.result, state, now=now)
+                result = await in_thread(self._aggregator.result, state, now=now)
                 updates = await self.publisher.publish(rules, result)
                 await self._save_reputations(state)
             except BaseException:
@@ -234,7 +256,9 @@ class Releaser:
         return updates
 
     async def rebuild(self, cohort: str) -> None:
-        """Count all packets of a cohort anew: its rules or its quarantine changed.
+        """Count the live packets of a cohort anew: its rules or its quarantine changed.
+
+        What was retired under other rules is revived before (`compaction.Compactor.suspended`).
 
         Raises:
             StoreError: The packets cannot be read now. The state is as it was; the next release tries again.
@@ -247,10 +271,12 @@ class Releaser:
 
     async def _rebuild(self, cohort: str, work: _Cohort) -> None:
         rules = self._cohorts.rules(cohort)
-        state = CohortState(rules, reputations=self._saved_reputations.get(cohort))
-        waiting = len(work.uncounted)  # they are stored, so the replay counts them
         try:
-            await self._replay(cohort, lambda _: state)
+            counts = (await self._store.packet_counts(cohort)).get(cohort)
+            waiting = len(work.uncounted)  # they are stored, so the replay counts them
+            reputations = self._saved_reputations.get(cohort)
+            state = CohortState(rules, reputations=reputations, packets=counts)
+            await self._replay(state)
         except BaseException:
             self._mark_dirty(work)
             raise
@@ -287,9 +313,21 @@ class Releaser:
             await self._drop_expired(cohort, work)
         return self._state(rules), work.lock
 
+    @contextlib.asynccontextmanager
+    async def settled(self, cohort: str) -> AsyncIterator[CohortState]:
+        """Hold the state of a cohort, everything that waited counted; nothing changes it meanwhile."""
+        rules = self._cohorts.rules(cohort)
+        work = self._work[cohort]
+        async with work.lock:
+            await self._count_waiting(cohort, work)
+            yield self._state(rules)
+
     def _state(self, rules: CohortRules) -> CohortState:
-        reputations = self._saved_reputations.get(rules.name)
-        return self._aggregator.state(rules, reputations=reputations)
+        return self._aggregator.state(
+            rules,
+            reputations=self._saved_reputations.get(rules.name),
+            packets=self._saved_counts.get(rules.name),
+        )
 
     async def _count_waiting(self, name: str, work: _Cohort) -> None:
         if work.stale:
@@ -301,7 +339,7 @@ class Releaser:
         if len(waiting) < 64:
             state.count_all(waiting)
         else:
-            await _in_thread(state.count_all, waiting)
+            await in_thread(state.count_all, waiting)
         work.quorate = state.quorum
         for reason, count in state.ignored.items():
             self._telemetry.ignored(reason, count)
@@ -359,47 +397,18 @@ class Releaser:
         else:
             saved.update(moved)
 
-    async def _replay(
-        self, cohort: str | None, state_of: Callable[[CohortRules], CohortState]
-    ) -> None:
-        """Count the stored packets of a cohort, or of all, that are not past their time."""
-        now_us = self._clock() * 1e6
-        unknown: set[str] = set()
-        after = 0
-        while page := await self._store.load(cohort, after=after):
-            after = page[-1].sequence
-            packets: defaultdict[str, list[packet_pb2.Packet]] = defaultdict(list)
-            for stored in page:
-                record = stored.record
-                try:
-                    rules = self._cohorts.open(record.cohort)
-                except FMIError:
-                    unknown.add(record.cohort)
-                    continue
-                ttl_s = max(rules.site_ttl_s, rules.policy_window_s)
-                if not record.quarantined and record.emitted_at_us >= now_us - ttl_s * 1e6:
-                    self._note_newest(record)
-                    packet = packet_pb2.Packet.FromString(record.payload)
-                    packets[record.cohort].append(as_counted(packet, record.received_at_us))
-            for name, found in packets.items():
-                await _in_thread(state_of(self._cohorts.rules(name)).replay, found)
-                self._mark_dirty(self._work[name])
-        for name in sorted(unknown):
-            _log.warning(
-                "cohort %s has packets but is not declared; they are kept, not counted", name
-            )
+    async def _replay(self, state: CohortState) -> None:
+        """Count the live packets of a cohort that are not past their time."""
+        rules = state.rules
+        since_us = (self._clock() - max(rules.site_ttl_s, rules.policy_window_s)) * 1e6
+        async for page in self._store.live_pages(rules.name):
+            counting = [stored for stored in page if stored.record.emitted_at_us >= since_us]
+            packets = parsed(counting, self._store.location)
+            for stored in counting:
+                self._note_newest(stored.record)
+            await in_thread(state.replay, packets)
 
     def _note_newest(self, record: PacketRecord) -> None:
         if record.kind == "msp":
             counted_us = counted_at_us(record.emitted_at_us, record.received_at_us)
             self.newest.note(record.cohort, record.domain_id, counted_us)
-
-
-async def _in_thread(work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Work in a thread. A caller that is cancelled waits for it all the same: it holds the lock for it."""
-    working = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
-    try:
-        return await asyncio.shield(working)
-    except asyncio.CancelledError:
-        await asyncio.wait([working])
-        raise

@@ -39,6 +39,7 @@ from fmi_server.aggregator import FMIAggregator
 from fmi_server.applied import AppliedBook, Report
 from fmi_server.bus import Bus, FederationBusAdapter
 from fmi_server.cohorts import CohortRegistry, CohortRules
+from fmi_server.compaction import Compactor
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.counted_time import as_counted
 from fmi_server.dictionaries import DictionaryShelf
@@ -137,6 +138,7 @@ class FMIService:
         )
         self.applied = AppliedBook()
         self.cohorts.signals_in_use = self.aggregator.signals_in_use
+        self.compactor = Compactor(self.store, self.cohorts, self.releaser, clock=clock)
         self._intake = Intake(self.registry, self.validator)
         self._decoder = EnvelopeDecoder(limits or EnvelopeLimits())
         self._decoding = ByteBudget(self._decoder.limits.max_decoded_bytes)
@@ -166,6 +168,7 @@ class FMIService:
         self._running = [
             self._tasks.create_task(self.releaser.run(), name="release"),
             self._tasks.create_task(self.releaser.sweep(), name="sweep"),
+            self._tasks.create_task(self.compactor.run(), name="compaction"),
             self._tasks.create_task(self.router.give_signs_of_life(), name="signs of life"),
         ]
         if self._bus is not None:
@@ -206,6 +209,7 @@ class FMIService:
         for record in await self.store.cohorts():
             if record.name not in self.cohorts:
                 self.cohorts.declare(cohort_pb2.CohortSpec.FromString(record.spec), force=True)
+        await self.compactor.load()
         await self._dictionaries.load()
         await self.releaser.load()
         self.telemetry.cohorts(len(self.cohorts))
@@ -545,12 +549,13 @@ class FMIService:
             rules, changed = self.cohorts.check(spec, force=force)
             if not changed:
                 return rules, changed
-            # Stored before it is in force: a crash in between changes nothing that anybody saw.
-            await self.store.put_cohort(rules.name, rules.spec.SerializeToString(), 1)
-            self.cohorts.declare(spec, force=force)
-            self.telemetry.cohorts(len(self.cohorts))
+            async with self.compactor.suspended(rules.name):
+                # Stored before it is in force: a crash in between changes nothing that anybody saw.
+                await self.store.put_cohort(rules.name, rules.spec.SerializeToString(), 1)
+                self.cohorts.declare(spec, force=force)
+                self.telemetry.cohorts(len(self.cohorts))
+                await self.releaser.rebuild(rules.name)
         _log.info("cohort %s is declared, schema hash %s", rules.name, rules.schema_hash)
-        await self.releaser.rebuild(rules.name)
         return rules, changed
 
     async def register_dictionary(self, data: bytes) -> int:

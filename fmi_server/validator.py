@@ -145,12 +145,21 @@ class FMIValidator:
                 Reason.PACKET_TOO_LARGE,
             )
         emitted_at = packet.header.emitted_at
-        age_s = self._clock() - (emitted_at.seconds + emitted_at.nanos / 1e9)
+        at = emitted_at.seconds + emitted_at.nanos / 1e9
+        age_s = self._clock() - at
         if age_s > ingest.max_age_s:
             yield Violation(
                 "header.emitted_at",
                 "fmi.policy.max_age",
                 f"is {age_s:.0f} s old, the cohort takes at most {ingest.max_age_s:g} s",
+                Reason.PACKET_STALE,
+            )
+        elif at < self._cohorts.forgotten_before.get(rules.name, -math.inf):
+            yield Violation(
+                "header.emitted_at",
+                "fmi.policy.max_age",
+                f"is {age_s:.0f} s old, and packets of that time are no longer kept, so that a repeat could "
+                "not be told from a new packet",
                 Reason.PACKET_STALE,
             )
         elif -age_s > ingest.max_clock_skew_s:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -255,6 +255,49 @@ class CohortMatrix:
         self._names.values_came()
         applied, changed = self._cells.write(site_id, rows, fresh, weights, now, size)
         return PutReport(applied, changed, tuple(ignored))
+
+    def overtakes(
+        self,
+        site_id: str,
+        sections: Mapping[str, Mapping[str, float]],
+        at: float,
+        said_again: Container[tuple[str, str]] = (),
+    ) -> bool:
+        """Return whether nothing of a packet can stand any more: all of it was sent anew by its site.
+
+        Each value has a strictly newer one in its place, or is one that `put` would ignore.
+
+        Args:
+            site_id: the site.
+            sections: section -> signal -> value.
+            at: time of the packet in seconds.
+            said_again: signals, as (section, name), that a later packet of the same time has.
+        """
+        seen = self._cells.seen(site_id)
+        for section, values in sections.items():
+            for name, value in values.items():
+                row = self._names.row(section, name)
+                if row is None:
+                    if self._names.may_take(site_id, name):
+                        return False
+                    continue
+                newer = seen is not None and at < seen[row] < math.inf
+                if not newer and (section, name) not in said_again and self._fits(row, value):
+                    return False
+        return True
+
+    def stored(self, sections: Mapping[str, Mapping[str, float]]) -> set[tuple[str, str]]:
+        """Return the signals of a packet, as (section, name), that have a row and a usable value."""
+        rows = (
+            (section, name, self._names.row(section, name), value)
+            for section, values in sections.items()
+            for name, value in values.items()
+        )
+        return {(s, n) for s, n, row, value in rows if row is not None and self._fits(row, value)}
+
+    def _fits(self, row: int, value: float) -> bool:
+        """Return whether a value lies in the domain of its signal's transform."""
+        return not np.isnan(self._transforms.forward(np.array([row]), np.array([value]))).any()
 
     def drop(self, site_id: str) -> bool:
         """Remove a site and all its values; return whether it was there."""

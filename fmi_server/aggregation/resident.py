@@ -108,6 +108,11 @@ class ResidentMatrix:
                 self._site_size[column] = size
         return int(rows.size), int(np.count_nonzero(changed))
 
+    def seen(self, site_id: str) -> NDArray[np.float64] | None:
+        """Return the times of a site's cells by row, `+inf` where empty, a view; None without a column."""
+        column = self.column_of.get(site_id)
+        return None if column is None else self._seen[: self._rows, column]
+
     def drop(self, site_id: str) -> bool:
         """Empty the site's column and give it back; return whether the site was there."""
         column = self.column_of.pop(site_id, None)

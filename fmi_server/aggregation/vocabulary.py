@@ -95,12 +95,9 @@ class Vocabulary:
         row = self._row_of.get((section, name))
         if row is not None:
             return row
-        if name in self._declared:
-            return "section_conflict"
-        if not self._open:
-            return "undeclared"
-        if self._brought[site_id] >= self._max_new_per_site:
-            return "too_many_new_names"
+        refusal = self._refusal(site_id, name)
+        if refusal is not None:
+            return refusal
         row = len(self.rules)
         if row >= self._max_signals:
             spare = self._spare_row(values, in_use)
@@ -112,6 +109,24 @@ class Vocabulary:
         self._brought_by[row] = site_id
         self._brought[site_id] += 1
         return row
+
+    def row(self, section: str, name: str) -> int | None:
+        """Return the row of a name in a section, or None where it has none."""
+        return self._row_of.get((section, name))
+
+    def may_take(self, site_id: str, name: str) -> bool:
+        """Return whether a name without a row may get one; false only where `find` would refuse it."""
+        room = len(self.rules) < self._max_signals or self._values_went or bool(self._spare)
+        return room and self._refusal(site_id, name) is None
+
+    def _refusal(self, site_id: str, name: str) -> str | None:
+        if name in self._declared:
+            return "section_conflict"
+        if not self._open:
+            return "undeclared"
+        if self._brought[site_id] >= self._max_new_per_site:
+            return "too_many_new_names"
+        return None
 
     def values_came(self) -> None:
         """Note that values were written: another section may be the one of most sites."""

@@ -54,6 +54,7 @@ from fmi_server.storage.records import (
 )
 
 if TYPE_CHECKING:
+    from collections import Counter
     from collections.abc import AsyncIterator, Mapping, Sequence
     from types import TracebackType
 
@@ -271,6 +272,11 @@ class Store(ABC):
         await self.close()
 
     @property
+    def location(self) -> str:
+        """Where the store is, for messages to the operator."""
+        return "the store"
+
+    @property
     @abstractmethod
     def history_epoch(self) -> str:
         """Random name of this history: made with the store, changed when a backup is restored."""
@@ -304,14 +310,59 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def live_packets(
-        self, *, window_since_us: int, page: int = 1000
-    ) -> AsyncIterator[list[StoredPacket]]:
-        """Yield what a restart needs, in pages, in sequence order.
+    async def live_packets(
+        self, cohort: str, *, after: int = 0, limit: int = 1000
+    ) -> list[StoredPacket]:
+        """Return up to `limit` live packets of a cohort above `after`, in sequence order.
 
-        That is, leaving out quarantined packets: the newest MSP of each site in each cohort
-        (highest `emitted_at_us`, then highest sequence), and all POPs and CCSs with
-        `received_at_us >= window_since_us`.
+        Live is what is neither retired nor in quarantine. What is not live is not read.
+        """
+
+    async def live_pages(
+        self, cohort: str, *, page: int = 1000
+    ) -> AsyncIterator[list[StoredPacket]]:
+        """Yield all live packets of a cohort in pages, in sequence order."""
+        after = 0
+        while found := await self.live_packets(cohort, after=after, limit=page):
+            yield found
+            if len(found) < page:
+                return
+            after = found[-1].sequence
+
+    @abstractmethod
+    async def retire(self, sequences: Sequence[int]) -> int:
+        """Retire live packets, which cannot count any more; return how many were live.
+
+        They are still known: a repeat is answered as before.
+        """
+
+    @abstractmethod
+    async def revive(self, cohort: str, *, domain_id: str | None = None) -> int:
+        """Make the retired packets of a cohort live again, or those of one site; return how many.
+
+        It is done in small parts, so that others who write do not wait. Interrupted, some are live
+        again, and the same call revives the others.
+        """
+
+    @abstractmethod
+    async def forget(
+        self, cohort: str, *, received_before_us: int, emitted_before_us: int, limit: int = 500
+    ) -> int:
+        """Delete up to `limit` packets that are not live; return how many.
+
+        Those that were received *and* emitted before the given times, Unix microseconds. A repeat of one
+        would be taken for new, so who calls refuses what was emitted before; `forgotten` remembers it.
+        """
+
+    @abstractmethod
+    async def forgotten(self) -> dict[str, int]:
+        """Return by cohort the highest `emitted_before_us` with which packets were deleted."""
+
+    @abstractmethod
+    async def packet_counts(self, cohort: str | None = None) -> dict[str, Counter[str]]:
+        """Count the packets that were taken and are not in quarantine, forgotten ones included.
+
+        By cohort and kind, from the sites' counters: it costs what the sites cost.
         """
 
     @abstractmethod
@@ -330,7 +381,8 @@ class Store(ABC):
     ) -> bool:
         """Put a packet in quarantine or release it; return whether that changed anything.
 
-        The reason is kept while the packet is in quarantine and dropped on release.
+        The reason is kept while the packet is in quarantine and dropped on release. A packet that is
+        released is live.
 
         Raises:
             UnknownPacketError: There is no such packet.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ from fmi_server.storage.records import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = ["MemoryStore"]
 
@@ -39,10 +40,13 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Data:
-    """Everything kept. Packets stand in the order of their sequences, which begin at 1."""
+    """Everything kept. Packets stand by sequence, in its order."""
 
-    packets: list[StoredPacket]
+    packets: dict[int, StoredPacket]
     by_key: dict[PacketKey, int]
+    sequence: int
+    retired: set[int]
+    forgotten: dict[str, int]
     updates: dict[tuple[str, int], list[UpdateRecord]]
     update_sequence: int
     cohorts: dict[str, CohortRecord]
@@ -64,7 +68,7 @@ class MemoryStore(Store):
     async def open(self) -> None:
         """Begin empty, and say that nothing will last."""
         if self._kept is None:
-            self._kept = _Data([], {}, {}, 0, {}, {}, {})
+            self._kept = _Data({}, {}, 0, set(), {}, {}, 0, {}, {}, {})
             self._epoch = secrets.token_hex(16)
             self._stats = StoreStats()
             _LOG.warning("the store is in memory: nothing is durable, all is lost at the end")
@@ -128,8 +132,8 @@ class MemoryStore(Store):
         )
         sequence = data.by_key.get(key)
         if sequence is None:
-            sequence = len(data.packets) + 1
-            data.packets.append(StoredPacket(sequence, record))
+            sequence = data.sequence = data.sequence + 1
+            data.packets[sequence] = StoredPacket(sequence, record)
             data.by_key[key] = sequence
             data.sites[place] = replace(
                 site,
@@ -141,7 +145,7 @@ class MemoryStore(Store):
             return AppendOutcome(
                 "stored", sequence, seen, record.quarantined, record.quarantine_reason
             )
-        first = data.packets[sequence - 1].record
+        first = data.packets[sequence].record
         same = first.content_hash == record.content_hash
         data.sites[place] = replace(
             site,
@@ -160,43 +164,116 @@ class MemoryStore(Store):
         self, cohort: str | None = None, *, after: int = 0, limit: int = 1000
     ) -> list[StoredPacket]:
         """Return packets in sequence order."""
-        packets = islice(self._data.packets, max(0, after), None)
-        chosen = (p for p in packets if cohort is None or p.record.cohort == cohort)
+        chosen = (p for p in self._behind(after) if cohort in (None, p.record.cohort))
         return list(islice(chosen, limit))
 
+    def _behind(self, after: int) -> Iterator[StoredPacket]:
+        return (packet for packet in self._data.packets.values() if packet.sequence > after)
+
     async def live_packets(
-        self, *, window_since_us: int, page: int = 1000
-    ) -> AsyncIterator[list[StoredPacket]]:
-        """Yield what a restart needs, in pages."""
-        newest: dict[tuple[str, str], StoredPacket] = {}
-        live: list[StoredPacket] = []
-        for packet in self._data.packets:
-            record = packet.record
-            if record.quarantined:
-                continue
-            if record.kind != "msp":
-                if record.received_at_us >= window_since_us:
-                    live.append(packet)
-                continue
+        self, cohort: str, *, after: int = 0, limit: int = 1000
+    ) -> list[StoredPacket]:
+        """Return live packets in sequence order."""
+        retired = self._data.retired
+        live = (
+            packet
+            for packet in self._behind(after)
+            if packet.record.cohort == cohort
+            and not packet.record.quarantined
+            and packet.sequence not in retired
+        )
+        return list(islice(live, limit))
+
+    async def retire(self, sequences: Sequence[int]) -> int:
+        """Retire live packets."""
+        data = self._data
+        live = {
+            sequence
+            for sequence in sequences
+            if sequence in data.packets and not data.packets[sequence].record.quarantined
+        }
+        live -= data.retired
+        data.retired |= live
+        return len(live)
+
+    async def revive(self, cohort: str, *, domain_id: str | None = None) -> int:
+        """Make retired packets live again."""
+        data = self._data
+        found = set()
+        for sequence in data.retired:
+            record = data.packets[sequence].record
+            if record.cohort == cohort and domain_id in (None, record.domain_id):
+                found.add(sequence)
+        data.retired -= found
+        return len(found)
+
+    async def forget(
+        self, cohort: str, *, received_before_us: int, emitted_before_us: int, limit: int = 500
+    ) -> int:
+        """Delete packets that are not live."""
+        data = self._data
+        old = (
+            packet
+            for packet in data.packets.values()
+            if packet.record.cohort == cohort
+            and (packet.sequence in data.retired or packet.record.quarantined)
+            and packet.record.received_at_us < received_before_us
+            and packet.record.emitted_at_us < emitted_before_us
+            and packet.sequence < data.sequence
+        )
+        chosen = list(islice(old, limit))
+        for packet in chosen:
+            self._delete(data, packet)
+        if chosen:
+            floor = data.forgotten.get(cohort, emitted_before_us)
+            data.forgotten[cohort] = max(floor, emitted_before_us)
+        return len(chosen)
+
+    @staticmethod
+    def _delete(data: _Data, packet: StoredPacket) -> None:
+        record = packet.record
+        del data.packets[packet.sequence]
+        del data.by_key[PacketKey(record.domain_id, record.packet_id)]
+        data.retired.discard(packet.sequence)
+        if record.quarantined:
             place = (record.cohort, record.domain_id)
-            known = newest.get(place)
-            if known is None or record.emitted_at_us >= known.record.emitted_at_us:
-                newest[place] = packet
-        live = sorted([*live, *newest.values()], key=lambda packet: packet.sequence)
-        for start in range(0, len(live), page):
-            yield live[start : start + page]
+            site = data.sites[place]
+            data.sites[place] = replace(
+                site,
+                msp_count=site.msp_count - (record.kind == "msp"),
+                pop_count=site.pop_count - (record.kind == "pop"),
+                ccs_count=site.ccs_count - (record.kind == "ccs"),
+                quarantined_count=site.quarantined_count - 1,
+            )
+
+    async def forgotten(self) -> dict[str, int]:
+        """Return by cohort the highest time of `forget`."""
+        return dict(self._data.forgotten)
+
+    async def packet_counts(self, cohort: str | None = None) -> dict[str, Counter[str]]:
+        """Count the packets that were taken and are not in quarantine."""
+        counts: dict[str, Counter[str]] = {}
+        for site in self._data.sites.values():
+            if cohort in (None, site.cohort):
+                count = counts.setdefault(site.cohort, Counter())
+                count.update(msp=site.msp_count, pop=site.pop_count, ccs=site.ccs_count)
+        for packet in self._data.packets.values():
+            record = packet.record
+            if record.quarantined and record.cohort in counts:
+                counts[record.cohort][record.kind] -= 1
+        return {name: +count for name, count in counts.items()}
 
     async def packet(self, packet: int | PacketKey) -> StoredPacket | None:
         """Return one packet, or None."""
         data = self._data
         sequence = data.by_key.get(packet, 0) if isinstance(packet, PacketKey) else packet
-        return data.packets[sequence - 1] if 1 <= sequence <= len(data.packets) else None
+        return data.packets.get(sequence)
 
     async def quarantined(
         self, cohort: str | None = None, *, after: int = 0, limit: int = 1000
     ) -> list[StoredPacket]:
         """Return quarantined packets in sequence order."""
-        packets = islice(self._data.packets, max(0, after), None)
+        packets = self._behind(after)
         chosen = (p for p in packets if p.record.quarantined and cohort in (None, p.record.cohort))
         return list(islice(chosen, limit))
 
@@ -212,7 +289,8 @@ class MemoryStore(Store):
         record = replace(
             before, quarantined=quarantined, quarantine_reason=reason if quarantined else ""
         )
-        data.packets[found.sequence - 1] = StoredPacket(found.sequence, record)
+        data.packets[found.sequence] = StoredPacket(found.sequence, record)
+        data.retired.discard(found.sequence)
         place = (before.cohort, before.domain_id)
         site = data.sites[place]
         data.sites[place] = replace(

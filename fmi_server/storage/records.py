@@ -143,9 +143,10 @@ class SiteRecord:
         domain_id: The site.
         first_seen_us: Receipt of its first packet, repeats included, Unix microseconds.
         last_seen_us: Receipt of its latest packet, repeats included, Unix microseconds.
-        msp_count: MSPs kept, quarantined ones included.
-        pop_count: POPs kept, quarantined ones included.
-        ccs_count: CCSs kept, quarantined ones included.
+        msp_count: MSPs taken, those that were retired and forgotten since included, and those that are in
+            quarantine; one that is forgotten in quarantine never counted and is taken off.
+        pop_count: POPs, in the same way.
+        ccs_count: CCSs, in the same way.
         quarantined_count: Packets that are in quarantine now.
         duplicate_count: Repeats answered `duplicate`.
         reused_count: Records answered `reused`.

@@ -14,6 +14,7 @@ import math
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -43,7 +44,14 @@ from fmi_server.storage.sqlite_append import (
     stored_packet,
 )
 from fmi_server.storage.sqlite_backup import copy_database
-from fmi_server.storage.sqlite_live import live_sequences, set_packet_quarantine
+from fmi_server.storage.sqlite_live import (
+    LIVE,
+    count_packets,
+    forget_packets,
+    retired_sequences,
+    set_packet_quarantine,
+    set_retired,
+)
 from fmi_server.storage.sqlite_schema import (
     DatabaseLock,
     connect_reader,
@@ -54,7 +62,8 @@ from fmi_server.storage.sqlite_schema import (
 from fmi_server.storage.sqlite_writer import GroupLimits, GroupWriter
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections import Counter
+    from collections.abc import Callable, Mapping, Sequence
 
 __all__ = ["SqliteStore"]
 
@@ -67,6 +76,8 @@ _SITE_COLUMNS = (
 )
 _READERS = 2
 _NO_LIMIT = -1
+_PART_PACKETS = 500
+"""Packets that one transaction revives, so that group commits do not wait for it."""
 
 
 class SqliteStore(Store):
@@ -101,6 +112,11 @@ class SqliteStore(Store):
     def path(self) -> Path:
         """Where the database is."""
         return self._path
+
+    @property
+    def location(self) -> str:
+        """Where the database is."""
+        return str(self._path)
 
     @property
     def history_epoch(self) -> str:
@@ -230,18 +246,55 @@ class SqliteStore(Store):
         )
 
     async def live_packets(
-        self, *, window_since_us: int, page: int = 1000
-    ) -> AsyncIterator[list[StoredPacket]]:
-        """Yield what a restart needs, in pages."""
-        sequences = await self._read(lambda connection: live_sequences(connection, window_since_us))
-        for start in range(0, len(sequences), page):
-            chosen = sequences[start : start + page]
-            packets: list[StoredPacket] = []
-            for size in chunk_sizes(len(chosen)):
-                part = chosen[len(packets) : len(packets) + size]
-                marks = ", ".join("?" * size)
-                packets += await self._packets(f"sequence IN ({marks}) ORDER BY sequence", part)
-            yield packets
+        self, cohort: str, *, after: int = 0, limit: int = 1000
+    ) -> list[StoredPacket]:
+        """Return live packets in sequence order."""
+        return await self._packets(LIVE, (cohort, after, limit))
+
+    async def retire(self, sequences: Sequence[int]) -> int:
+        """Retire live packets."""
+
+        def change(connection: sqlite3.Connection) -> int:
+            return set_retired(connection, sequences, retired=True)
+
+        return await self._open_writer().run(change)
+
+    async def revive(self, cohort: str, *, domain_id: str | None = None) -> int:
+        """Make retired packets live again, in small parts."""
+        writer = self._open_writer()
+        found = await self._read(lambda reader: retired_sequences(reader, cohort, domain_id))
+        revived = 0
+        for start in range(0, len(found), _PART_PACKETS):
+            change = partial(set_retired, sequences=found[start : start + _PART_PACKETS])
+            revived += await writer.run(partial(change, retired=False))
+        return revived
+
+    async def forget(
+        self, cohort: str, *, received_before_us: int, emitted_before_us: int, limit: int = 500
+    ) -> int:
+        """Delete packets that are not live."""
+        return await self._open_writer().run(
+            lambda connection: forget_packets(
+                connection,
+                cohort,
+                received_before_us=received_before_us,
+                emitted_before_us=emitted_before_us,
+                limit=limit,
+            )
+        )
+
+    async def forgotten(self) -> dict[str, int]:
+        """Return by cohort the highest time of `forget`."""
+        rows = await self._read(
+            lambda connection: connection.execute(
+                "SELECT cohort, emitted_before_us FROM forgotten"
+            ).fetchall()
+        )
+        return dict(rows)
+
+    async def packet_counts(self, cohort: str | None = None) -> dict[str, Counter[str]]:
+        """Count the packets that were taken and are not in quarantine."""
+        return await self._read(lambda connection: count_packets(connection, cohort))
 
     async def packet(self, packet: int | PacketKey) -> StoredPacket | None:
         """Return one packet, or None."""

@@ -41,7 +41,7 @@ PACKET_COLUMNS = (
 )
 _KIND_NUMBERS = {kind: number for number, kind in enumerate(PACKET_KINDS)}
 _LARGEST_CHUNK = 256
-"""Rows per statement: 12 columns x 256 stay far below SQLite's limit of 32,766 parameters."""
+"""Rows per statement: 11 columns x 256 stay far below SQLite's limit of 32,766 parameters."""
 
 PacketRow = tuple[int, str, str, str, int, bytes, int, int, int, str, bytes]
 
@@ -56,8 +56,6 @@ class _SiteDelta:
     quarantined: int = 0
     duplicates: int = 0
     reused: int = 0
-    newest_msp: int | None = None
-    newest_emitted_us: int | None = None
 
 
 def chunk_sizes(count: int) -> Iterator[int]:
@@ -88,14 +86,10 @@ def _insert_packets(rows: int) -> str:
 
 @cache
 def _upsert_sites(rows: int) -> str:
-    newer = (
-        "excluded.newest_emitted_us IS NOT NULL AND "
-        "(newest_emitted_us IS NULL OR excluded.newest_emitted_us >= newest_emitted_us)"
-    )
     return f"""INSERT INTO sites (
             cohort, domain_id, first_seen_us, last_seen_us, msp_count, pop_count, ccs_count,
-            quarantined_count, duplicate_count, reused_count, newest_msp, newest_emitted_us
-        ) VALUES {placeholders(12, rows)}
+            quarantined_count, duplicate_count, reused_count
+        ) VALUES {placeholders(10, rows)}
         ON CONFLICT (cohort, domain_id) DO UPDATE SET
             first_seen_us = min(first_seen_us, excluded.first_seen_us),
             last_seen_us = max(last_seen_us, excluded.last_seen_us),
@@ -104,10 +98,7 @@ def _upsert_sites(rows: int) -> str:
             ccs_count = ccs_count + excluded.ccs_count,
             quarantined_count = quarantined_count + excluded.quarantined_count,
             duplicate_count = duplicate_count + excluded.duplicate_count,
-            reused_count = reused_count + excluded.reused_count,
-            newest_msp = CASE WHEN {newer} THEN excluded.newest_msp ELSE newest_msp END,
-            newest_emitted_us = CASE WHEN {newer}
-                THEN excluded.newest_emitted_us ELSE newest_emitted_us END"""  # noqa: S608 - constants only
+            reused_count = reused_count + excluded.reused_count"""  # noqa: S608 - constants only
 
 
 def last_packet_sequence(connection: sqlite3.Connection) -> int:
@@ -251,13 +242,7 @@ def _count_sites(
             delta.first_seen_us = received
         if outcome.status == "stored":
             delta.kinds[_KIND_NUMBERS[record.kind]] += 1
-            if record.quarantined:
-                delta.quarantined += 1
-            elif record.kind == "msp" and (
-                delta.newest_emitted_us is None or record.emitted_at_us >= delta.newest_emitted_us
-            ):
-                delta.newest_msp = outcome.sequence
-                delta.newest_emitted_us = record.emitted_at_us
+            delta.quarantined += record.quarantined
         elif outcome.status == "duplicate":
             delta.duplicates += 1
         else:
@@ -271,8 +256,6 @@ def _count_sites(
             delta.quarantined,
             delta.duplicates,
             delta.reused,
-            delta.newest_msp,
-            delta.newest_emitted_us,
         )
         for key, delta in deltas.items()
     ]

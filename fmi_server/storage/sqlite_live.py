@@ -1,100 +1,139 @@
-"""What counts now: the newest MSP of each site, and how quarantine moves it."""
+"""Which packets count: retired when they cannot count any more, revived, forgotten; quarantine.
+
+A packet is live, retired or in quarantine, one of the three. Only the live ones have to be read to bring
+a cohort's state back.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
+
+from fmi_server.storage.records import PACKET_KINDS, StoredPacket
+from fmi_server.storage.sqlite_append import chunk_sizes
 
 if TYPE_CHECKING:
     import sqlite3
+    from collections.abc import Sequence
 
-    from fmi_server.storage.records import StoredPacket
+__all__ = [
+    "count_packets",
+    "forget_packets",
+    "retired_sequences",
+    "set_packet_quarantine",
+    "set_retired",
+]
 
-__all__ = ["live_sequences", "set_packet_quarantine"]
-
-
-def live_sequences(connection: sqlite3.Connection, window_since_us: int) -> list[int]:
-    """Return the sequences of what a restart needs, as `Store.live_packets` defines it."""
-    connection.execute("BEGIN")  # one snapshot for all three questions
-    try:
-        found = {
-            sequence
-            for (sequence,) in connection.execute(
-                "SELECT newest_msp FROM sites WHERE newest_msp IS NOT NULL UNION ALL "
-                "SELECT sequence FROM packets "
-                "WHERE kind > 0 AND quarantined = 0 AND received_at_us >= ?",
-                (window_since_us,),
-            )
-        }
-        lost = connection.execute(
-            "SELECT cohort, domain_id FROM sites "
-            "WHERE newest_msp IS NULL AND newest_emitted_us IS NOT NULL"
-        ).fetchall()
-        if lost:
-            found |= _search_newest(connection, set(lost))
-    finally:
-        connection.execute("COMMIT")
-    return sorted(found)
+LIVE = "cohort = ? AND retired = 0 AND quarantined = 0 AND sequence > ? ORDER BY sequence LIMIT ?"
+"""The condition of `Store.live_packets`, answered by an index that holds nothing else."""
 
 
-def _search_newest(connection: sqlite3.Connection, sites: set[tuple[str, str]]) -> set[int]:
-    """Find the newest MSP of sites whose pointer quarantine emptied, in one pass over all."""
-    # CROSS JOIN fixes the order of the loops: packets once, not once for each such site.
-    newest: dict[tuple[str, str], tuple[int, int]] = {}
-    for cohort, domain_id, emitted_at_us, sequence in connection.execute(
-        "SELECT p.cohort, p.domain_id, p.emitted_at_us, p.sequence FROM packets AS p "
-        "CROSS JOIN sites AS s ON s.cohort = p.cohort AND s.domain_id = p.domain_id "
-        "WHERE s.newest_msp IS NULL AND p.kind = 0 AND p.quarantined = 0"
+def set_retired(connection: sqlite3.Connection, sequences: Sequence[int], *, retired: bool) -> int:
+    """Retire live packets, or revive retired ones, inside the open transaction; return how many changed."""
+    changed = 0
+    start = 0
+    for size in chunk_sizes(len(sequences)):
+        changed += connection.execute(
+            f"UPDATE packets SET retired = ? WHERE sequence IN ({', '.join('?' * size)}) "  # noqa: S608 - constants only
+            "AND retired <> ? AND quarantined = 0",
+            (retired, *sequences[start : start + size], retired),
+        ).rowcount
+        start += size
+    return changed
+
+
+def retired_sequences(
+    connection: sqlite3.Connection, cohort: str, domain_id: str | None
+) -> list[int]:
+    """Return the sequences of a cohort's retired packets, or of those of one of its sites."""
+    rows = connection.execute(
+        "SELECT sequence FROM packets "
+        "WHERE cohort = ?1 AND retired = 1 AND (?2 IS NULL OR domain_id = ?2)",
+        (cohort, domain_id),
+    )
+    return sorted(sequence for (sequence,) in rows)
+
+
+def forget_packets(
+    connection: sqlite3.Connection,
+    cohort: str,
+    *,
+    received_before_us: int,
+    emitted_before_us: int,
+    limit: int,
+) -> int:
+    """Delete packets as `Store.forget` says, inside the open transaction; return how many."""
+    # The last packet stays: the next sequence is counted from it.
+    old = (
+        "SELECT sequence, domain_id, kind, quarantined FROM packets "
+        "WHERE cohort = ?1 AND received_at_us < ?2 AND emitted_at_us < ?3 "
+        "AND sequence < (SELECT max(sequence) FROM packets)"
+    )
+    rows = connection.execute(
+        f"{old} AND retired = 1 UNION ALL {old} AND quarantined = 1 LIMIT ?4",
+        (cohort, received_before_us, emitted_before_us, limit),
+    ).fetchall()
+    if not rows:
+        return 0
+    never_counted = Counter((domain_id, kind) for _, domain_id, kind, held in rows if held)
+    for (domain_id, kind), count in never_counted.items():
+        column = f"{PACKET_KINDS[kind]}_count"
+        connection.execute(
+            f"UPDATE sites SET {column} = {column} - ?1, quarantined_count = quarantined_count - ?1 "  # noqa: S608 - constants only
+            "WHERE cohort = ?2 AND domain_id = ?3",
+            (count, cohort, domain_id),
+        )
+    start = 0
+    for size in chunk_sizes(len(rows)):
+        chosen = [row[0] for row in rows[start : start + size]]
+        connection.execute(
+            f"DELETE FROM packets WHERE sequence IN ({', '.join('?' * size)})",  # noqa: S608 - constants only
+            chosen,
+        )
+        start += size
+    connection.execute(
+        "INSERT INTO forgotten (cohort, emitted_before_us) VALUES (?, ?) ON CONFLICT (cohort) "
+        "DO UPDATE SET emitted_before_us = max(emitted_before_us, excluded.emitted_before_us)",
+        (cohort, emitted_before_us),
+    )
+    return len(rows)
+
+
+def count_packets(connection: sqlite3.Connection, cohort: str | None) -> dict[str, Counter[str]]:
+    """Count packets as `Store.packet_counts` says, from the sites' counters."""
+    counts: dict[str, Counter[str]] = {}
+    for name, *taken in connection.execute(
+        "SELECT cohort, sum(msp_count), sum(pop_count), sum(ccs_count) FROM sites "
+        "WHERE ?1 IS NULL OR cohort = ?1 GROUP BY cohort",
+        (cohort,),
     ):
-        site = (cohort, domain_id)
-        position = (emitted_at_us, sequence)
-        if site in sites and position > newest.get(site, (-(2**63), 0)):
-            newest[site] = position
-    return {sequence for _, sequence in newest.values()}
+        counts[name] = Counter(dict(zip(PACKET_KINDS, taken, strict=True)))
+    for name, kind, held in connection.execute(
+        "SELECT cohort, kind, count(*) FROM packets "
+        "WHERE quarantined = 1 AND (?1 IS NULL OR cohort = ?1) GROUP BY cohort, kind",
+        (cohort,),
+    ):
+        counts[name][PACKET_KINDS[kind]] -= held
+    return {name: +count for name, count in counts.items()}
 
 
 def set_packet_quarantine(
     connection: sqlite3.Connection, found: StoredPacket, *, quarantined: bool, reason: str
 ) -> bool:
-    """Change a packet's quarantine and its site's counters inside the open transaction.
+    """Change a packet's quarantine and its site's counter inside the open transaction.
 
-    The newest MSP of a site is known by a pointer. Putting that very MSP in quarantine leaves the
-    pointer empty, and `live_packets` looks for the one before; the time of emission stays, so that
-    any later MSP takes over.
+    A packet that is released is live, whatever it was before.
     """
     record = found.record
     connection.execute(
-        "UPDATE packets SET quarantined = ?, quarantine_reason = ? WHERE sequence = ?",
+        "UPDATE packets SET quarantined = ?, quarantine_reason = ?, retired = 0 WHERE sequence = ?",
         (quarantined, reason if quarantined else "", found.sequence),
     )
     if record.quarantined == quarantined:
         return False
-    site = (record.cohort, record.domain_id)
     connection.execute(
         "UPDATE sites SET quarantined_count = quarantined_count + ? "
         "WHERE cohort = ? AND domain_id = ?",
-        (1 if quarantined else -1, *site),
+        (1 if quarantined else -1, record.cohort, record.domain_id),
     )
-    if record.kind != "msp":
-        return True
-    if quarantined:
-        connection.execute(
-            "UPDATE sites SET newest_msp = NULL "
-            "WHERE cohort = ? AND domain_id = ? AND newest_msp = ?",
-            (*site, found.sequence),
-        )
-    else:
-        # On a tie with an empty pointer the search decides.
-        connection.execute(
-            "UPDATE sites SET newest_msp = ?, newest_emitted_us = ? "
-            "WHERE cohort = ? AND domain_id = ? AND (newest_emitted_us IS NULL "
-            "OR newest_emitted_us < ? OR (newest_emitted_us = ? AND newest_msp < ?))",
-            (
-                found.sequence,
-                record.emitted_at_us,
-                *site,
-                record.emitted_at_us,
-                record.emitted_at_us,
-                found.sequence,
-            ),
-        )
     return True

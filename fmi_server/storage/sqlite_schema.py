@@ -52,8 +52,6 @@ _PAGE_BYTES = 8192
 
 # The unique key leads with packet_id: these are UUIDv7, so new keys share a few index pages. Led
 # by domain_id the key would dirty one page per site and group, and cost three times the time.
-# newest_msp is NULL while newest_emitted_us is not: the newest MSP went into quarantine and the
-# one before it has to be looked for.
 _VERSION_1 = (
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID",
     """CREATE TABLE packets (
@@ -108,7 +106,26 @@ _VERSION_1 = (
     ) STRICT""",
 )
 
-_MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1,)
+# A packet is live, retired or in quarantine, one of the three. Who starts reads the live ones, so
+# they have an index that holds nothing else; who forgets reads the others in the order of receipt.
+# forgotten: packets of a cohort emitted before that may be gone, so a repeat of one is unknown.
+_VERSION_2 = (
+    "ALTER TABLE packets ADD COLUMN retired INTEGER NOT NULL DEFAULT 0 CHECK (retired IN (0, 1))",
+    "DROP INDEX packets_by_cohort",
+    "DROP INDEX packets_in_window",
+    """CREATE INDEX packets_live ON packets (cohort, sequence)
+        WHERE retired = 0 AND quarantined = 0""",
+    "CREATE INDEX packets_retired ON packets (cohort, received_at_us) WHERE retired = 1",
+    """CREATE INDEX packets_quarantined ON packets (cohort, kind, received_at_us)
+        WHERE quarantined = 1""",
+    "ALTER TABLE sites DROP COLUMN newest_msp",
+    "ALTER TABLE sites DROP COLUMN newest_emitted_us",
+    """CREATE TABLE forgotten (
+        cohort TEXT PRIMARY KEY, emitted_before_us INTEGER NOT NULL
+    ) STRICT, WITHOUT ROWID""",
+)
+
+_MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2)
 """Statements that lead from version i to i + 1. Released entries never change."""
 
 SCHEMA_VERSION = len(_MIGRATIONS)
@@ -322,11 +339,12 @@ def _migrate(connection: sqlite3.Connection) -> None:
 
 def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
     present = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema")}
-    expected = {
-        statement.split(" ON ")[0].split(" (")[0].split()[-1]
-        for migration in _MIGRATIONS
-        for statement in migration
-        if statement.startswith("CREATE")
-    }
+    expected: set[str] = set()
+    for statement in (statement for migration in _MIGRATIONS for statement in migration):
+        name = statement.split(" ON ")[0].split(" (")[0].split()[-1]
+        if statement.startswith("CREATE"):
+            expected.add(name)
+        elif statement.startswith("DROP"):
+            expected.discard(name)
     if missing := sorted(expected - present):
         raise StoreCorruptError(path=str(path), detail="missing in it: " + ", ".join(missing))

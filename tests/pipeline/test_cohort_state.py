@@ -17,15 +17,15 @@ from parts import NOW, ccs, msp, pop
 from fmi.v1 import cohort_pb2, packet_pb2
 from fmi_server.aggregation import CausalPair, CausalSummary, WarmStartRequest
 from fmi_server.aggregator import FMIAggregator
-from fmi_server.cohort_state import (
+from fmi_server.cohort_state import CohortState
+from fmi_server.cohorts import CohortRegistry, CohortRules
+from fmi_server.contracts import FMIContractRegistry
+from fmi_server.site_records import (
     MAX_CAUSAL_ITEMS_PER_SITE,
     MAX_OUTCOMES_PER_SITE,
     MAX_SUMMARIES_PER_SITE,
-    CohortState,
     SiteRecord,
 )
-from fmi_server.cohorts import CohortRegistry, CohortRules
-from fmi_server.contracts import FMIContractRegistry
 from fmi_server.validator import FMIValidator
 
 CONTRACT = FMIContractRegistry()

@@ -48,9 +48,9 @@ class FaultyStore(MemoryStore):
             raise StoreUnavailableError("io_error", detail="the test lost the answer")
         return sequences
 
-    async def load(self, cohort=None, **how) -> list[StoredPacket]:
-        self._refuse("load")
-        return await super().load(cohort, **how)
+    async def live_packets(self, cohort, **how) -> list[StoredPacket]:
+        self._refuse("live_packets")
+        return await super().live_packets(cohort, **how)
 
     async def put_reputations(self, cohort, reputations) -> None:
         self._refuse("put_reputations")
@@ -365,7 +365,7 @@ async def test_a_rebuild_that_cannot_read_leaves_the_state_as_it_was(server, sto
     await server.send(*taus(0.1, 0.2, 0.3))
     await server.release()
     await server.send(msp("late", controller={"tau": 0.2}))
-    store.refuse = {"load"}
+    store.refuse = {"live_packets"}
     with pytest.raises(StoreUnavailableError):
         await server.releaser.rebuild("care")
     with pytest.raises(StoreUnavailableError):

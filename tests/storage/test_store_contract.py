@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -68,8 +69,18 @@ def update(sequence: int, revision: int, cohort: str = "health", kind: int = 1) 
     )
 
 
-async def live(store: Store, since: int = 0, page: int = 1000) -> list[StoredPacket]:
-    return [p async for got in store.live_packets(window_since_us=since, page=page) for p in got]
+async def live(store: Store, cohort: str = "health", page: int = 1000) -> list[StoredPacket]:
+    got: list[StoredPacket] = []
+    while part := await store.live_packets(
+        cohort, after=got[-1].sequence if got else 0, limit=page
+    ):
+        assert len(part) <= page
+        got += part
+    return got
+
+
+async def live_ids(store: Store, cohort: str = "health") -> list[str]:
+    return [p.record.packet_id for p in await live(store, cohort)]
 
 
 def test_public_names() -> None:
@@ -193,16 +204,18 @@ CALLS = st.lists(
     max_size=8,
 )
 FLIPS = st.lists(st.tuples(st.integers(0, 11), st.booleans()), max_size=6)
+RETIREMENTS = st.lists(st.tuples(st.integers(0, 11), st.booleans()), max_size=6)
 
 
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(calls=CALLS, flips=FLIPS, together=st.booleans())
-def test_any_history_equals_the_model(  # noqa: C901, PLR0915 - one history, one model
+@given(calls=CALLS, flips=FLIPS, retirements=RETIREMENTS, together=st.booleans())
+def test_any_history_equals_the_model(  # noqa: PLR0915 - one history, one model
     make_store: Callable[[], Store],
     calls: list[list[tuple[str, str, str, str, bytes, int, bool]]],
     flips: list[tuple[int, bool]],
+    retirements: list[tuple[int, bool]],
     *,
     together: bool,
 ) -> None:
@@ -282,23 +295,39 @@ def test_any_history_equals_the_model(  # noqa: C901, PLR0915 - one history, one
                 )
             assert not counters
 
-            newest: dict[tuple[str, str], tuple[int, int]] = {}
-            expected_live: set[int] = set()
-            for sequence, record in present.items():
-                if record.quarantined:
-                    continue
-                place = (record.cohort, record.domain_id)
-                if record.kind != "msp":
-                    if record.received_at_us >= 200:
-                        expected_live.add(sequence)
-                else:
-                    newest[place] = max(
-                        newest.get(place, (-1, 0)), (record.emitted_at_us, sequence)
+            sequences = [p.sequence for p in kept]
+            retired: set[int] = set()
+            for index, revived in retirements:
+                chosen = sequences[index : index + 3]
+                if revived and chosen:
+                    record = present[chosen[0]]
+                    mine = {
+                        s
+                        for s in retired
+                        if present[s].cohort == record.cohort
+                        and present[s].domain_id == record.domain_id
+                    }
+                    assert await store.revive(record.cohort, domain_id=record.domain_id) == len(
+                        mine
                     )
-            expected_live |= {sequence for _, sequence in newest.values()}
-            got = await live(store, since=200, page=2)
-            assert [p.sequence for p in got] == sorted(expected_live)
-            assert [p.record for p in got] == [present[s] for s in sorted(expected_live)]
+                    retired -= mine
+                else:
+                    new = {s for s in chosen if not present[s].quarantined} - retired
+                    assert await store.retire(chosen) == len(new)
+                    retired |= new
+            counts = await store.packet_counts()
+            for cohort in sorted({r.cohort for r in present.values()}):
+                expected_live = [
+                    StoredPacket(s, r)
+                    for s, r in present.items()
+                    if r.cohort == cohort and not r.quarantined and s not in retired
+                ]
+                assert await live(store, cohort, page=2) == expected_live
+                counted = [
+                    r.kind for r in present.values() if r.cohort == cohort and not r.quarantined
+                ]
+                assert counts[cohort] == Counter(counted)
+            assert await store.load() == [StoredPacket(s, r) for s, r in present.items()]
 
     asyncio.run(scenario())
 
@@ -327,23 +356,93 @@ async def test_packet_by_sequence_and_by_key(store: Store) -> None:
     assert await store.packet(0) is None
 
 
-async def test_an_old_msp_that_arrives_late_is_not_the_newest(store: Store) -> None:
-    await store.append([packet("new", emitted_at_us=200)])
-    await store.append([packet("late", emitted_at_us=100)])
-    assert [p.record.packet_id for p in await live(store)] == ["new"]
-    await store.append([packet("same", emitted_at_us=200)])
-    assert [p.record.packet_id for p in await live(store)] == ["same"]
+# What counts
 
 
-async def test_a_release_does_not_overtake_a_later_msp_of_the_same_time(store: Store) -> None:
-    one, _, three = await store.append([packet(name) for name in ("p1", "p2", "p3")])
-    await store.set_quarantine(one.sequence, quarantined=True)
-    await store.set_quarantine(three.sequence, quarantined=True)
-    assert [p.record.packet_id for p in await live(store)] == ["p2"]
-    await store.set_quarantine(one.sequence, quarantined=False)
-    assert [p.record.packet_id for p in await live(store)] == ["p2"]
-    await store.set_quarantine(three.sequence, quarantined=False)
-    assert [p.record.packet_id for p in await live(store)] == ["p3"]
+async def test_a_retired_packet_is_known_and_not_live(store: Store) -> None:
+    first, second, third = await store.append([packet(f"p{n}") for n in (1, 2, 3)])
+    assert await store.retire([first.sequence, third.sequence, 99]) == 2
+    assert await store.retire([first.sequence]) == 0
+    assert await live_ids(store) == ["p2"]
+    assert [p.record.packet_id for p in await store.load()] == ["p1", "p2", "p3"]
+    (again,) = await store.append([packet("p1")])
+    assert again == replace(first, status="duplicate")
+    assert await store.retire([]) == 0
+    assert await store.revive("health", domain_id="site-b") == 0
+    assert await store.revive("retail") == 0
+    assert await store.revive("health") == 2
+    assert [p.sequence for p in await live(store)] == [o.sequence for o in (first, second, third)]
+
+
+async def test_many_packets_are_retired_and_revived(store: Store) -> None:
+    outcomes = await store.append([packet(f"p{n}") for n in range(1300)])
+    assert await store.retire([o.sequence for o in outcomes[:1299]]) == 1299
+    assert await live_ids(store) == ["p1299"]
+    assert await store.revive("health", domain_id="site-a") == 1299
+    assert len(await live(store)) == 1300
+
+
+async def test_quarantine_and_retirement_exclude_each_other(store: Store) -> None:
+    (outcome,) = await store.append([packet()])
+    await store.set_quarantine(outcome.sequence, quarantined=True)
+    assert await store.retire([outcome.sequence]) == 0
+    assert await live_ids(store) == []
+    await store.set_quarantine(outcome.sequence, quarantined=False)
+    await store.retire([outcome.sequence])
+    await store.set_quarantine(outcome.sequence, quarantined=True)
+    assert await store.revive("health") == 0
+    await store.set_quarantine(outcome.sequence, quarantined=False)
+    assert await live_ids(store) == ["p1"], "a packet that is released is live"
+
+
+async def test_only_what_does_not_count_and_is_old_is_forgotten(store: Store) -> None:
+    records = {
+        "live": packet("live"),
+        "old": packet("old"),
+        "received late": packet("received late", received_at_us=5_000),
+        "emitted late": packet("emitted late", emitted_at_us=5_000),
+        "elsewhere": packet("elsewhere", cohort="retail"),
+        "held": packet("held", kind="pop", quarantined=True, quarantine_reason="trust"),
+        "last": packet("last"),
+    }
+    outcomes = dict(zip(records, await store.append(list(records.values())), strict=True))
+    await store.retire([outcomes[name].sequence for name in records if name != "live"])
+    when = {"received_before_us": 2_000, "emitted_before_us": 1_000}
+    assert await store.forgotten() == {}
+    assert await store.forget("unknown", **when) == 0
+    assert await store.forgotten() == {}
+    assert await store.forget("health", **when) == 2
+    assert await store.forget("health", **when) == 0
+    # The last one stays although it is old: the sequences go on behind it.
+    left = ["live", "received late", "emitted late", "elsewhere", "last"]
+    assert [p.record.packet_id for p in await store.load()] == left
+    assert await store.forgotten() == {"health": 1_000}
+    (site,) = await store.sites("health")
+    assert (site.msp_count, site.pop_count, site.quarantined_count) == (5, 0, 0)
+    assert await store.packet_counts() == {"health": {"msp": 5}, "retail": {"msp": 1}}
+    (known, new) = await store.append([packet("last"), packet("old")])
+    assert (known.status, new.status) == ("duplicate", "stored")
+    assert new.sequence > outcomes["last"].sequence
+
+
+async def test_packets_are_forgotten_in_parts(store: Store) -> None:
+    outcomes = await store.append([packet(f"p{n}") for n in range(600)])
+    await store.retire([o.sequence for o in outcomes])
+    when = {"received_before_us": 2_000, "emitted_before_us": 1_000}
+    gone = [await store.forget("health", limit=250, **when) for _ in range(4)]
+    assert gone == [250, 250, 99, 0]
+    assert [p.record.packet_id for p in await store.load()] == ["p599"]
+    await store.forget("health", received_before_us=500, emitted_before_us=500)
+    assert await store.forgotten() == {"health": 1_000}, "the time never goes back"
+
+
+async def test_sequences_are_never_given_again(make_store: Callable[[], Store]) -> None:
+    async with make_store() as store:
+        outcomes = await store.append([packet(f"p{n}") for n in range(3)])
+        await store.retire([o.sequence for o in outcomes])
+        await store.forget("health", received_before_us=9_999, emitted_before_us=9_999)
+        (later,) = await store.append([packet("later")])
+        assert later.sequence > outcomes[-1].sequence
 
 
 async def test_quarantine_lists_and_releases(store: Store) -> None:

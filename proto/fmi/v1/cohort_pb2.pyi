@@ -569,21 +569,31 @@ class RetentionSpec(_message.Message):
 
     SITE_TTL_FIELD_NUMBER: _builtins.int
     UPDATES_FIELD_NUMBER: _builtins.int
+    PACKETS_FIELD_NUMBER: _builtins.int
     updates: _builtins.int
     """Optional. Updates kept per kind. Unset means 1000."""
     @_builtins.property
     def site_ttl(self) -> _duration_pb2.Duration:
         """Optional. How long a site's signals count after its last packet. Unset means 30 days."""
 
+    @_builtins.property
+    def packets(self) -> _duration_pb2.Duration:
+        """Optional. How long a packet that does not count any more is kept after its arrival: one that its site
+        overtook, one past its time, one in quarantine. A change of this spec, or of a packet's quarantine,
+        counts what is kept anew. A packet is kept longer while a repeat of it would not be refused as stale,
+        and what counts is always kept. Unset means 7 days.
+        """
+
     def __init__(
         self,
         *,
         site_ttl: _duration_pb2.Duration | None = ...,
         updates: _builtins.int | None = ...,
+        packets: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_updates", b"_updates", "site_ttl", b"site_ttl", "updates", b"updates"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_updates", b"_updates", "packets", b"packets", "site_ttl", b"site_ttl", "updates", b"updates"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_updates", b"_updates", "site_ttl", b"site_ttl", "updates", b"updates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_updates", b"_updates", "packets", b"packets", "site_ttl", b"site_ttl", "updates", b"updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__updates: _TypeAlias = _typing.Literal["updates"]  # noqa: Y015
     _WhichOneofArgType__updates: _TypeAlias = _typing.Literal["_updates", b"_updates"]  # noqa: Y015
