@@ -134,11 +134,26 @@ async def test_a_repeat_is_a_duplicate_or_stale_and_never_counts_again(server, s
     assert known == [None] * 4, "they were forgotten"
 
 
+async def test_a_site_whose_clock_is_ahead_loses_nothing(server, store, clock):
+    for value in (0.5, 0.6):
+        clock.advance(1)
+        await server.send(
+            msp("ahead", controller={"tau": value}, at=clock() + 200),
+            *(msp(f"s{i}", controller={"tau": value}, at=clock()) for i in range(3)),
+        )
+    await server.releaser.release("care")
+    assert await server.compactor.compact("care") == Compacted(live=4, retired=4, forgotten=0)
+    again = await CompactedServer(store, clock).load()
+    await again.releaser.release("care")
+    assert again.prior() == server.prior()
+    assert server.prior()["tau"] == pytest.approx(0.6)
+
+
 async def test_a_cohort_that_takes_older_packets_does_not_take_forgotten_ones_again(
     server, store, clock
 ):
-    old = msp("s0", controller={"tau": 0.5}, at=clock())
-    await server.send(old, msp("s0", controller={"tau": 0.6}, at=clock() + 1))
+    old = msp("s0", controller={"tau": 0.5}, at=clock() - 1)
+    await server.send(old, msp("s0", controller={"tau": 0.6}, at=clock()))
     clock.advance(9 * DAY_S)
     await server.send(msp("s1", controller={"tau": 0.6}, at=clock()))
     assert (await server.compactor.compact("care")).forgotten == 1

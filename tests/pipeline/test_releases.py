@@ -14,6 +14,7 @@ from fmi.v1 import cohort_pb2, packet_pb2, update_pb2
 from fmi_server.aggregator import FMIAggregator
 from fmi_server.cohorts import CohortRegistry
 from fmi_server.contracts import FMIContractRegistry
+from fmi_server.counted_time import as_counted
 from fmi_server.emission import Intake
 from fmi_server.errors import CohortUnknownError, CompactedError
 from fmi_server.feed_requests import kind_name
@@ -89,7 +90,7 @@ class Server:
             candidate = self._intake.inspect(packet, received_at_us=int(self.clock() * 1e6))
             (outcome,) = await self.store.append([candidate.record])
             if outcome.status == "stored" and not outcome.quarantined:
-                await self.releaser.count(packet)
+                await self.releaser.count(as_counted(packet, outcome.received_at_us))
 
     async def release(self, cohort: str = "care") -> list[str]:
         return shown(await self.releaser.release(cohort))

@@ -325,10 +325,15 @@ def rows(data_dir: Path, *tables: str) -> dict[str, list[tuple[Any, ...]]]:
     tables = tables or ("packets", "sites", "updates", "cohorts", "dictionaries")
     address = f"{(data_dir / 'fmi.sqlite3').as_uri()}?mode=ro"
     with contextlib.closing(sqlite3.connect(address, uri=True)) as connection:
-        return {
-            table: connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall()  # noqa: S608 - constants only
-            for table in tables
-        }
+        return {table: _rows(connection, table) for table in tables}
+
+
+def _rows(connection: sqlite3.Connection, table: str) -> list[tuple[Any, ...]]:
+    """All rows of a table, the payload last wherever a migration put other columns."""
+    names = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
+    names.sort(key="payload".__eq__)
+    columns = ", ".join(names)
+    return connection.execute(f"SELECT {columns} FROM {table} ORDER BY 1, 2").fetchall()  # noqa: S608 - constants only
 
 
 def packet_keys(data_dir: Path) -> list[tuple[str, str]]:
