@@ -14,20 +14,17 @@ cannot be translated is collected, so that one `PlainDataError` names all of it.
 
 from __future__ import annotations
 
-import contextlib
-import datetime as dt
-import numbers
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, Final, TypeGuard
 
-from google.protobuf import json_format, timestamp_pb2
+from google.protobuf import json_format
 from google.protobuf.message import Message
 
+from fmi.plain_values import PlainDataError, Problem, ValueReader, is_numeric, shown
 from fmi.v1 import packet_pb2
 
 __all__ = [
@@ -54,9 +51,6 @@ OLDEST_REVISION: Final = max(1, CURRENT_REVISION - 1)
 DEFAULT_COHORT: Final = "default"
 DEFAULT_PROFILE_CLASS: Final = "default"
 
-MAX_NESTING: Final = 16
-"""Plain dicts nested deeper than this are refused: names joined by dots would say nothing any more."""
-
 
 class PacketType(StrEnum):
     """The three kinds of packet, under the names of the bodies of `fmi.v1.Packet`."""
@@ -64,23 +58,6 @@ class PacketType(StrEnum):
     MSP = "msp"
     POP = "pop"
     CCS = "ccs"
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing that could not be translated: where, which rule, and what to do."""
-
-    field: str
-    rule_id: str
-    description: str
-
-
-class PlainDataError(ValueError):
-    """Plain data is not a packet. `problems` names every field that could not be translated."""
-
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        self.problems = tuple(problems)
-        super().__init__("; ".join(f"{p.field}: {p.description}" for p in self.problems))
 
 
 def new_packet_id(*, now_ms: int | None = None) -> str:
@@ -106,7 +83,7 @@ def flatten(values: Mapping[str, Any], *, field: str = "values") -> dict[str, fl
     Raises:
         PlainDataError: A value is not a number, two names collide, or the nesting is too deep.
     """
-    reader = _Reader()
+    reader = _PacketReader()
     flat = reader.numbers(values, field)
     reader.raise_problems()
     return flat
@@ -118,7 +95,7 @@ def param_value(value: object, *, field: str = "value") -> packet_pb2.ParamValue
     Raises:
         PlainDataError: The value is none of these.
     """
-    reader = _Reader()
+    reader = _PacketReader()
     translated = reader.param(value, field)
     reader.raise_problems()
     return translated
@@ -137,7 +114,7 @@ def packet_from_plain(data: Mapping[str, Any]) -> packet_pb2.Packet:
         PlainDataError: A field is unknown or cannot be translated, or it is not clear which type of
             packet it is.
     """
-    reader = _Reader()
+    reader = _PacketReader()
     packet = reader.packet(data)
     reader.raise_problems()
     return packet
@@ -173,29 +150,19 @@ _CAMEL: Final = {
 _EVIDENCE_FIELDS: Final = ("confidence", "samples", "stderr")
 
 
-class _Reader:
-    """Reads plain data and collects what is wrong with it, so that all of it is told at once."""
-
-    def __init__(self) -> None:
-        self.problems: list[Problem] = []
-
-    def raise_problems(self) -> None:
-        if self.problems:
-            raise PlainDataError(self.problems)
-
-    def problem(self, field: str, rule: str, description: str) -> None:
-        self.problems.append(Problem(field, f"fmi.plain.{rule}", description))
+class _PacketReader(ValueReader):
+    """Reads packets in any of the three forms."""
 
     def packet(self, data: Mapping[str, Any]) -> packet_pb2.Packet:
-        named = self._named(self._mapping(data, "packet"))
+        named = self._named(self.mapping(data, "packet"))
         kind = self._kind(named)
-        header = self._mapping(named.pop("header", {}), "header")
+        header = self.mapping(named.pop("header", {}), "header")
         header_fields = self._named(header)
         self._move(named, header_fields, _HEADER_FIELDS)
         packet = packet_pb2.Packet(header=self.header(header_fields))
         if kind is None:
             return packet
-        body = self._named(self._mapping(named.pop(kind.value, {}), kind.value))
+        body = self._named(self.mapping(named.pop(kind.value, {}), kind.value))
         self._move(named, body, _BODY_FIELDS[kind])
         for name in named:
             self.problem(name, "unknown_field", f"is not a field of a packet of type {kind.value}")
@@ -214,13 +181,13 @@ class _Reader:
             path = f"header.{name}"
             match name:
                 case "emitted_at":
-                    self._timestamp(header.emitted_at, value, path)
+                    self.timestamp(header.emitted_at, value, path)
                 case "provenance":
-                    self._parse(value, header.provenance, path)
+                    self.message(value, header.provenance, path)
                 case "rev":
-                    header.rev = self._integer(value, path, limit=2**32)
+                    header.rev = self.integer(value, path, limit=2**32)
                 case _ if name in _HEADER_FIELDS:
-                    setattr(header, name, self._text(value, path))
+                    setattr(header, name, self.text(value, path))
                 case _:
                     self.problem(path, "unknown_field", "is not a field of a packet's header")
         return header
@@ -251,18 +218,18 @@ class _Reader:
             path = f"pop.{name}"
             match name:
                 case "bundle":
-                    for key, item in self._leaves(value, path, is_leaf=_is_param):
+                    for key, item in self.leaves(value, path, is_leaf=_is_param):
                         where = f'{path}["{key}"]'
                         if key in pack.bundle:
-                            self._collision(where)
+                            self.collision(where)
                         pack.bundle[key].CopyFrom(self.param(item, where))
                 case "before" | "after" | "control_delta":
                     getattr(pack, name).update(self.numbers(value, path))
                 case "windows":
-                    pack.windows = self._integer(value, path, limit=2**32)
+                    pack.windows = self.integer(value, path, limit=2**32)
                 case "confidence":
                     if value is not None:
-                        pack.confidence = self._number(value, path)
+                        pack.confidence = self.number(value, path)
                 case _:
                     self.problem(path, "unknown_field", "is not a field of a Policy Outcome Pack")
         return pack
@@ -275,21 +242,21 @@ class _Reader:
                 case "causal_pairs":
                     pack.causal_pairs.extend(
                         self.causal_pair(item, f"{path}[{index}]")
-                        for index, item in enumerate(self._items(value, path))
+                        for index, item in enumerate(self.items(value, path))
                     )
                 case "concepts":
-                    for index, item in enumerate(self._items(value, path)):
-                        self._parse(item, pack.concepts.add(), f"{path}[{index}]")
+                    for index, item in enumerate(self.items(value, path)):
+                        self.message(item, pack.concepts.add(), f"{path}[{index}]")
                 case "tested_nodes":
                     pack.tested_nodes.extend(
-                        self._text(item, f"{path}[{index}]")
-                        for index, item in enumerate(self._items(value, path))
+                        self.text(item, f"{path}[{index}]")
+                        for index, item in enumerate(self.items(value, path))
                     )
                 case "stability_delta":
-                    pack.stability_delta = self._number(value, path)
+                    pack.stability_delta = self.number(value, path)
                 case "trust":
                     if value is not None:
-                        pack.trust = self._number(value, path)
+                        pack.trust = self.number(value, path)
                 case _:
                     self.problem(
                         path, "unknown_field", "is not a field of a Concept Causal Summary"
@@ -298,10 +265,10 @@ class _Reader:
 
     def numbers(self, values: object, path: str) -> dict[str, float]:
         flat: dict[str, float] = {}
-        for name, value in self._leaves(values, path):
+        for name, value in self.leaves(values, path):
             if name in flat:
-                self._collision(f'{path}["{name}"]')
-            flat[name] = self._number(value, f'{path}["{name}"]')
+                self.collision(f'{path}["{name}"]')
+            flat[name] = self.number(value, f'{path}["{name}"]')
         return flat
 
     def param(self, value: object, path: str) -> packet_pb2.ParamValue:
@@ -312,8 +279,8 @@ class _Reader:
         if isinstance(value, bool):
             return packet_pb2.ParamValue(flag=value)
         if isinstance(value, str):
-            return packet_pb2.ParamValue(text=self._text(value, path))
-        return packet_pb2.ParamValue(number=self._number(value, path))
+            return packet_pb2.ParamValue(text=self.text(value, path))
+        return packet_pb2.ParamValue(number=self.number(value, path))
 
     def window_span(self, value: object, path: str) -> packet_pb2.WindowSpan | None:
         if value is None:
@@ -325,11 +292,11 @@ class _Reader:
             if unknown := sorted(set(map(str, value)) - {"start", "end"}):
                 self.problem(path, "unknown_field", f"has unknown fields: {', '.join(unknown)}")
         else:
-            ends = list(self._items(value, path))
+            ends = list(self.items(value, path))
         if len(ends) != 2:
             self.problem(path, "window_span", "must be a pair: the first and the last window")
             return None
-        start, end = (self._integer(e, path, limit=2**63) for e in ends)
+        start, end = (self.integer(e, path, limit=2**63) for e in ends)
         return packet_pb2.WindowSpan(start=start, end=end)
 
     def evidence(self, value: object, path: str) -> packet_pb2.Evidence:
@@ -337,19 +304,19 @@ class _Reader:
         if isinstance(value, packet_pb2.Evidence):
             return value
         evidence = packet_pb2.Evidence()
-        for name, item in self._mapping(value, path).items():
+        for name, item in self.mapping(value, path).items():
             if name in _EVIDENCE_FIELDS and isinstance(item, Mapping):
-                for signal, number in self._leaves(item, f"{path}.{name}"):
+                for signal, number in self.leaves(item, f"{path}.{name}"):
                     self._evidence_number(
                         evidence.signals[signal], name, number, f'{path}.{name}["{signal}"]'
                     )
             elif name in ("confidence", "samples", "sites") and not isinstance(item, Mapping):
                 self._evidence_number(evidence, name, item, f"{path}.{name}")
             elif name == "signals":
-                for signal, fields in self._mapping(item, f"{path}.signals").items():
-                    self._signal_evidence(evidence, self._text(str(signal), path), fields, path)
+                for signal, fields in self.mapping(item, f"{path}.signals").items():
+                    self._signal_evidence(evidence, self.text(str(signal), path), fields, path)
             elif isinstance(item, Mapping):
-                self._signal_evidence(evidence, self._text(str(name), path), item, path)
+                self._signal_evidence(evidence, self.text(str(name), path), item, path)
             else:
                 self.problem(
                     f"{path}.{name}",
@@ -364,7 +331,7 @@ class _Reader:
     ) -> None:
         where = f'{path}.signals["{signal}"]'
         evidence.signals[signal].SetInParent()
-        for name, number in self._mapping(fields, where).items():
+        for name, number in self.mapping(fields, where).items():
             if name in _EVIDENCE_FIELDS:
                 self._evidence_number(evidence.signals[signal], name, number, f"{where}.{name}")
             else:
@@ -378,9 +345,9 @@ class _Reader:
         path: str,
     ) -> None:
         if name == "samples":
-            target.samples = self._integer(value, path, limit=2**64)
+            target.samples = self.integer(value, path, limit=2**64)
         else:
-            setattr(target, name, self._number(value, path))
+            setattr(target, name, self.number(value, path))
 
     def causal_pair(self, value: object, path: str) -> packet_pb2.CausalPair:
         """Read a pair from ``(source, target, weight, type[, stderr])`` or from a mapping."""
@@ -388,19 +355,19 @@ class _Reader:
         if isinstance(value, packet_pb2.CausalPair):
             return value
         if isinstance(value, Mapping):
-            self._parse(value, pair, path)
+            self.message(value, pair, path)
             return pair
-        parts = list(self._items(value, path))
+        parts = list(self.items(value, path))
         if not 3 <= len(parts) <= 5:
             self.problem(path, "causal_pair", "must be (source, target, weight, type[, stderr])")
             return pair
-        pair.source = self._text(parts[0], f"{path}.source")
-        pair.target = self._text(parts[1], f"{path}.target")
-        pair.weight = self._number(parts[2], f"{path}.weight")
+        pair.source = self.text(parts[0], f"{path}.source")
+        pair.target = self.text(parts[1], f"{path}.target")
+        pair.weight = self.number(parts[2], f"{path}.weight")
         if len(parts) > 3 and parts[3] is not None:
-            pair.type = self._text(parts[3], f"{path}.type")
+            pair.type = self.text(parts[3], f"{path}.type")
         if len(parts) > 4 and parts[4] is not None:
-            pair.stderr = self._number(parts[4], f"{path}.stderr")
+            pair.stderr = self.number(parts[4], f"{path}.stderr")
         return pair
 
     def _named(self, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -420,7 +387,7 @@ class _Reader:
 
     def _kind(self, named: dict[str, Any]) -> PacketType | None:
         given = [named.pop(key) for key in _TYPE_KEYS if key in named]
-        told = {item.lower() if isinstance(item, str) else _shown(item) for item in given}
+        told = {item.lower() if isinstance(item, str) else shown(item) for item in given}
         told |= {kind.value for kind in PacketType if kind.value in named}
         if not told:
             told = {kind.value for kind in PacketType if _BODY_FIELDS[kind] & named.keys()}
@@ -428,122 +395,13 @@ class _Reader:
         if len(told) == 1 and told <= known:
             return PacketType(told.pop())
         if unknown := sorted(told - known):
-            text = f"unknown packet type {_shown(unknown[0])}; the types are msp, pop, ccs"
+            text = f"unknown packet type {shown(unknown[0])}; the types are msp, pop, ccs"
         elif told:
             text = f"says more than one packet type: {', '.join(sorted(told))}"
         else:
             text = "must say the packet type: msp, pop or ccs"
         self.problem("type", "packet_type", text)
         return None
-
-    def _collision(self, path: str) -> None:
-        self.problem(path, "name_collision", "two nested names flatten to this one")
-
-    def _leaves(
-        self, values: object, path: str, *, is_leaf: Callable[[object], bool] = lambda _: False
-    ) -> Iterable[tuple[str, object]]:
-        stack = [("", self._mapping(values, path), 0)]
-        while stack:
-            prefix, mapping, depth = stack.pop()
-            for key, value in mapping.items():
-                name = f"{prefix}{self._text(str(key), path)}"
-                if not isinstance(value, Mapping) or is_leaf(value):
-                    yield name, value
-                elif depth + 1 >= MAX_NESTING:
-                    self.problem(f'{path}["{name}"]', "nesting", f"is deeper than {MAX_NESTING}")
-                else:
-                    stack.append((f"{name}.", value, depth + 1))
-
-    def _mapping(self, value: object, path: str) -> Mapping[str, Any]:
-        if isinstance(value, Mapping):
-            return value
-        if value is not None:
-            self.problem(path, "mapping", f"must be a mapping, not {type(value).__name__}")
-        return {}
-
-    def _items(self, value: object, path: str) -> Iterable[object]:
-        if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
-            return value
-        if value is not None:
-            self.problem(path, "sequence", f"must be a sequence, not {type(value).__name__}")
-        return ()
-
-    def _number(self, value: Any, path: str) -> float:
-        if _is_numeric(value):
-            with contextlib.suppress(ValueError, OverflowError):
-                return float(value)  # text as in ProtoJSON: "NaN", "Infinity", "0.9"
-        self.problem(path, "number", f"must be a number, not {_shown(value)}")
-        return 0.0
-
-    def _integer(self, value: Any, path: str, *, limit: int) -> int:
-        # Text as in ProtoJSON, where 64-bit numbers are text.
-        with contextlib.suppress(ValueError, OverflowError):
-            number = -1
-            if isinstance(value, bool):
-                pass
-            elif isinstance(value, str | numbers.Integral):
-                number = int(value)
-            elif isinstance(value, numbers.Real) and float(value).is_integer():
-                number = int(float(value))
-            if 0 <= number < limit:
-                return number
-        self.problem(path, "integer", f"must be a whole number from 0, not {_shown(value)}")
-        return 0
-
-    def _text(self, value: object, path: str) -> str:
-        if isinstance(value, str):
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                self.problem(path, "text", "is not valid Unicode")
-                return ""
-            return value
-        self.problem(path, "text", f"must be text, not {_shown(value)}")
-        return ""
-
-    def _timestamp(self, target: timestamp_pb2.Timestamp, value: Any, path: str) -> None:
-        try:
-            if isinstance(value, timestamp_pb2.Timestamp):
-                target.CopyFrom(value)
-            elif isinstance(value, dt.datetime):
-                target.FromDatetime(value)
-            elif isinstance(value, str):
-                target.FromJsonString(value)
-            elif _is_numeric(value):
-                target.FromNanoseconds(int(float(value) * 1e9))
-            else:
-                self._no_timestamp(value, path)
-        except (ValueError, TypeError, OverflowError):
-            self._no_timestamp(value, path)
-
-    def _no_timestamp(self, value: object, path: str) -> None:
-        self.problem(
-            path,
-            "timestamp",
-            f"must be a datetime, RFC 3339 text or Unix seconds, not {_shown(value)}",
-        )
-
-    def _parse(self, value: object, target: Message, path: str) -> None:
-        """Read a small message that has no plain form of its own as ProtoJSON."""
-        if isinstance(value, Message):
-            if value.DESCRIPTOR is target.DESCRIPTOR:
-                target.CopyFrom(value)
-            else:
-                self.problem(path, "message", f"must be a {target.DESCRIPTOR.name}")
-            return
-        try:
-            json_format.ParseDict(dict(self._mapping(value, path)), target, max_recursion_depth=8)
-        except Exception as error:  # protobuf has many ways, SystemError among them, to say no
-            self.problem(path, "message", (str(error).splitlines() or ["is wrong"])[0][:200])
-
-
-def _shown(value: object) -> str:
-    kind = type(value).__name__
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a whole number of thousands of digits; deep nesting
-        return kind
-    return f"{kind} {text if len(text) <= 40 else text[:37] + '...'}"
 
 
 def _is_param(value: object) -> TypeGuard[Mapping[str, Any]]:
@@ -557,11 +415,6 @@ def _is_param(value: object) -> TypeGuard[Mapping[str, Any]]:
         case "flag":
             return isinstance(item, bool)
         case "number":
-            return _is_numeric(item)
+            return is_numeric(item)
         case _:
             return False
-
-
-def _is_numeric(value: object) -> bool:
-    """Say whether a value may stand for a number. A flag is none, although Python counts with it."""
-    return isinstance(value, numbers.Real | str) and not isinstance(value, bool)

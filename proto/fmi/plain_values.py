@@ -1,0 +1,192 @@
+"""Plain values in, typed values out: what `fmi.plain` reads packets with.
+
+A `ValueReader` never raises over a value. It notes a `Problem` and gives a neutral value instead, so
+that whoever reads a packet can go on and tell all that is wrong with it at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from google.protobuf import json_format, timestamp_pb2
+from google.protobuf.message import Message
+
+__all__ = ["MAX_NESTING", "PlainDataError", "Problem", "ValueReader", "is_numeric", "shown"]
+
+MAX_NESTING: Final = 16
+"""Plain dicts nested deeper than this are refused: names joined by dots would say nothing any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that could not be translated: where, which rule, and what to do."""
+
+    field: str
+    rule_id: str
+    description: str
+
+
+class PlainDataError(ValueError):
+    """Plain data is not a packet. `problems` names every field that could not be translated."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(f"{p.field}: {p.description}" for p in self.problems))
+
+
+class ValueReader:
+    """Reads plain values and collects what is wrong with them.
+
+    Attributes:
+        problems: What is wrong so far.
+    """
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+
+    def raise_problems(self) -> None:
+        """Raise what was noted, if anything.
+
+        Raises:
+            PlainDataError: There are problems; it has all of them.
+        """
+        if self.problems:
+            raise PlainDataError(self.problems)
+
+    def problem(self, field: str, rule: str, description: str) -> None:
+        """Note that a field breaks a rule."""
+        self.problems.append(Problem(field, f"fmi.plain.{rule}", description))
+
+    def collision(self, path: str) -> None:
+        """Note that two names became one."""
+        self.problem(path, "name_collision", "two nested names flatten to this one")
+
+    def leaves(
+        self, values: object, path: str, *, is_leaf: Callable[[object], bool] = lambda _: False
+    ) -> Iterable[tuple[str, object]]:
+        """Yield what nested mappings hold, under their names joined by dots.
+
+        Args:
+            values: The mapping.
+            path: What to call it in a problem.
+            is_leaf: Says which mappings are values themselves.
+        """
+        stack = [("", self.mapping(values, path), 0)]
+        while stack:
+            prefix, mapping, depth = stack.pop()
+            for key, value in mapping.items():
+                name = f"{prefix}{self.text(str(key), path)}"
+                if not isinstance(value, Mapping) or is_leaf(value):
+                    yield name, value
+                elif depth + 1 >= MAX_NESTING:
+                    self.problem(f'{path}["{name}"]', "nesting", f"is deeper than {MAX_NESTING}")
+                else:
+                    stack.append((f"{name}.", value, depth + 1))
+
+    def mapping(self, value: object, path: str) -> Mapping[str, Any]:
+        """Read a mapping; empty where it is None or none."""
+        if isinstance(value, Mapping):
+            return value
+        if value is not None:
+            self.problem(path, "mapping", f"must be a mapping, not {type(value).__name__}")
+        return {}
+
+    def items(self, value: object, path: str) -> Iterable[object]:
+        """Read a sequence; empty where it is None or none. A text is no sequence here."""
+        if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+            return value
+        if value is not None:
+            self.problem(path, "sequence", f"must be a sequence, not {type(value).__name__}")
+        return ()
+
+    def number(self, value: Any, path: str) -> float:
+        """Read a number; 0 where it is none."""
+        if is_numeric(value):
+            with contextlib.suppress(ValueError, OverflowError):
+                return float(value)  # text as in ProtoJSON: "NaN", "Infinity", "0.9"
+        self.problem(path, "number", f"must be a number, not {shown(value)}")
+        return 0.0
+
+    def integer(self, value: Any, path: str, *, limit: int) -> int:
+        """Read a whole number from 0 and below a limit; 0 where it is none."""
+        # Text as in ProtoJSON, where 64-bit numbers are text.
+        with contextlib.suppress(ValueError, OverflowError):
+            number = -1
+            if isinstance(value, bool):
+                pass
+            elif isinstance(value, str | numbers.Integral):
+                number = int(value)
+            elif isinstance(value, numbers.Real) and float(value).is_integer():
+                number = int(float(value))
+            if 0 <= number < limit:
+                return number
+        self.problem(path, "integer", f"must be a whole number from 0, not {shown(value)}")
+        return 0
+
+    def text(self, value: object, path: str) -> str:
+        """Read a text; empty where it is none, or is not Unicode."""
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                self.problem(path, "text", "is not valid Unicode")
+                return ""
+            return value
+        self.problem(path, "text", f"must be text, not {shown(value)}")
+        return ""
+
+    def timestamp(self, target: timestamp_pb2.Timestamp, value: Any, path: str) -> None:
+        """Read a time into `target`: a datetime, RFC 3339 text or Unix seconds."""
+        try:
+            if isinstance(value, timestamp_pb2.Timestamp):
+                target.CopyFrom(value)
+            elif isinstance(value, dt.datetime):
+                target.FromDatetime(value)
+            elif isinstance(value, str):
+                target.FromJsonString(value)
+            elif is_numeric(value):
+                target.FromNanoseconds(int(float(value) * 1e9))
+            else:
+                self._no_timestamp(value, path)
+        except (ValueError, TypeError, OverflowError):
+            self._no_timestamp(value, path)
+
+    def _no_timestamp(self, value: object, path: str) -> None:
+        self.problem(
+            path,
+            "timestamp",
+            f"must be a datetime, RFC 3339 text or Unix seconds, not {shown(value)}",
+        )
+
+    def message(self, value: object, target: Message, path: str) -> None:
+        """Read a small message that has no plain form of its own as ProtoJSON."""
+        if isinstance(value, Message):
+            if value.DESCRIPTOR is target.DESCRIPTOR:
+                target.CopyFrom(value)
+            else:
+                self.problem(path, "message", f"must be a {target.DESCRIPTOR.name}")
+            return
+        try:
+            json_format.ParseDict(dict(self.mapping(value, path)), target, max_recursion_depth=8)
+        except Exception as error:  # protobuf has many ways, SystemError among them, to say no
+            self.problem(path, "message", (str(error).splitlines() or ["is wrong"])[0][:200])
+
+
+def shown(value: object) -> str:
+    """Say a value and its type in few characters, whatever it is."""
+    kind = type(value).__name__
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits; deep nesting
+        return kind
+    return f"{kind} {text if len(text) <= 40 else text[:37] + '...'}"
+
+
+def is_numeric(value: object) -> bool:
+    """Say whether a value may stand for a number. A flag is none, although Python counts with it."""
+    return isinstance(value, numbers.Real | str) and not isinstance(value, bool)
