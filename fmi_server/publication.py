@@ -154,7 +154,8 @@ class Publisher:
         """Tell of updates that got into the store although their write failed."""
         while page := await self._store.updates_since(self.log.head):
             for record in page:
-                self._tell(record, update_pb2.Update.FromString(record.payload))
+                update = update_pb2.Update.FromString(self.updates.framed(record).payload)
+                self._tell(record, update)
         self._unsure = False
 
     def _changes(
@@ -172,7 +173,6 @@ class Publisher:
             revision = latest.revision + 1 if latest else 1
             update = _framed_update(rules.name, kind, revision, body)
             update.sequence = self.log.head + len(records) + 1
-            update.history_epoch = self.log.history_epoch
             update.released_at.FromNanoseconds(released_at_ns)
             updates.append(update)
             records.append(
@@ -186,6 +186,8 @@ class Publisher:
                     payload=update.SerializeToString(),
                 )
             )
+            # Not part of what is stored: a backup that is restored goes on in another history.
+            update.history_epoch = self.log.history_epoch
         return updates, records
 
     def _tell(self, record: UpdateRecord, update: update_pb2.Update) -> None:

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Final, Protocol
 
 from fmi.v1 import interchange_service_pb2 as wire_pb2
+from fmi.v1 import update_pb2
 from fmi_server.feed_requests import Key
 
 __all__ = ["PublishedUpdate", "UpdateLog", "UpdateReader", "resume_token"]
@@ -41,7 +42,12 @@ class PublishedUpdate:
     def from_payload(
         cls, key: Key, revision: int, sequence: int, payload: bytes, *, history_epoch: str
     ) -> PublishedUpdate:
-        """Frame a serialised update as an event, without decoding it."""
+        """Frame a serialised update as an event of a history, without decoding it.
+
+        The history goes behind the update: of a field that stands twice the last one counts (protobuf's
+        encoding guide), and what was stored before a backup was restored names the history of that time.
+        """
+        payload += update_pb2.Update(history_epoch=history_epoch).SerializeToString()
         head = wire_pb2.SubscribeResponse(resume_token=resume_token(history_epoch, sequence))
         event = head.SerializeToString() + _UPDATE_TAG + _varint(len(payload)) + payload
         return cls(key, revision, sequence, event, len(payload))

@@ -248,8 +248,8 @@ async def test_revisions_and_sequences_have_no_gaps(server, store):
             assert update.prior_update.rev == update.revision
     assert len(by_key) == 4
     assert all(found == list(range(1, 41)) for found in by_key.values())
-    stored = await store.updates_since(0, limit=1000)
-    assert [update_pb2.Update.FromString(record.payload) for record in stored] == server.told
+    stored = await server.releaser.publisher.updates.since(0, 1000)
+    assert [update_pb2.Update.FromString(update.payload) for update in stored] == server.told
 
 
 async def test_concurrent_releases_of_many_cohorts_have_no_gaps(server):
