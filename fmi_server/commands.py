@@ -8,30 +8,27 @@ import os
 import sys
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import click
 import structlog
 import yaml
 
-from fmi_server import app
+from fmi_server import app, store_commands
 from fmi_server.cohort_files import read_cohort_folder
 from fmi_server.config import (
     PRIVACY_SETTINGS,
     ServerSettings,
     SettingsError,
-    load_settings,
     unknown_variables,
 )
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.errors import FMIError
+from fmi_server.invocation import fail, settings_of
 
 __all__ = ["cli"]
 
 _log = logging.getLogger(__name__)
-
-EXIT_SETTINGS: Final = 2
-"""A setting, a cohort file or the store is wrong: starting again will not help."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,6 +39,10 @@ def cli() -> None:
     Settings come from flags, then from the environment (FMI_DATA_DIR and so on), then from the YAML file
     given by --config.
     """
+
+
+for _command in store_commands.COMMANDS:
+    cli.add_command(_command)
 
 
 def _setting_options(command: Any) -> Any:  # click's decorators carry no useful types
@@ -86,14 +87,14 @@ def _metavar(kind: Any) -> str | None:
 @_setting_options
 def serve(config: Path | None, **flags: Any) -> None:
     """Serve until SIGTERM, then drain."""
-    settings = _settings(config, flags)
+    settings = settings_of(config, flags)
     _configure_logging(settings)
     for line in unknown_variables(os.environ):
         _log.warning("%s", line)
     try:
         asyncio.run(app.serve(settings))
     except (FMIError, SettingsError) as error:
-        _fail(error)
+        fail(error)
 
 
 @cli.command("check-config")
@@ -103,7 +104,7 @@ def check_config(config: Path | None, **flags: Any) -> None:
 
     Prints the settings in force as YAML, which --config takes.
     """
-    settings = _settings(config, flags)
+    settings = settings_of(config, flags)
     for line in unknown_variables(os.environ):
         click.echo(f"warning: {line}", err=True)
     try:
@@ -111,25 +112,12 @@ def check_config(config: Path | None, **flags: Any) -> None:
         folder = settings.cohorts
         files = read_cohort_folder(folder, FMIContractRegistry()) if folder else []
     except SettingsError as error:
-        _fail(error)
+        fail(error)
     shown = settings.model_dump(mode="json")
     click.echo(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True), nl=False)
     click.echo(f"# {len(files)} cohort {'file is' if len(files) == 1 else 'files are'} in order")
     if files:
         click.echo("# not compared with the store: a change that would break sites stops the start")
-
-
-def _settings(config: Path | None, flags: dict[str, Any]) -> ServerSettings:
-    given = {name: value for name, value in flags.items() if value is not None}
-    try:
-        return load_settings(given, config_file=config)
-    except SettingsError as error:
-        _fail(error)
-
-
-def _fail(error: BaseException) -> NoReturn:
-    click.echo(f"fmi-server: {error}", err=True)
-    sys.exit(EXIT_SETTINGS)
 
 
 def _configure_logging(settings: ServerSettings) -> None:

@@ -5,6 +5,13 @@ from __future__ import annotations
 from fmi_server.storage.base import Store, StoreError
 from fmi_server.storage.memory import MemoryStore
 from fmi_server.storage.sqlite import SqliteStore
-from fmi_server.storage.sqlite_backup import restore_backup
+from fmi_server.storage.sqlite_backup import backup_database, restore_backup
 
-__all__ = ["MemoryStore", "SqliteStore", "Store", "StoreError", "restore_backup"]
+__all__ = [
+    "MemoryStore",
+    "SqliteStore",
+    "Store",
+    "StoreError",
+    "backup_database",
+    "restore_backup",
+]

@@ -32,6 +32,7 @@ __all__ = [
     "APPLICATION_ID",
     "SCHEMA_VERSION",
     "DatabaseLock",
+    "check_identity",
     "connect_reader",
     "connect_writer",
     "prepare_database",
@@ -162,6 +163,23 @@ class DatabaseLock:
             raise
         self._descriptor = descriptor
 
+    def holder(self) -> int | None:
+        """Return the process that holds the lock; None where none does. Nothing is created."""
+        path = self._database.with_name(self._database.name + ".lock")
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        try:
+            # Shared, so that two who ask at the same time do not see each other.
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0)
+            return int(holder) if holder.isdigit() else None
+        finally:
+            os.close(descriptor)
+        return None
+
     def release(self) -> None:
         """Give the lock back; releasing twice is no error."""
         if self._descriptor >= 0:
@@ -268,9 +286,7 @@ def prepare_database(path: Path, *, max_bytes: int | None) -> tuple[sqlite3.Conn
             detail=f"SQLite is {sqlite3.sqlite_version}, 3.37.0 or newer is needed",
             path=str(path),
         )
-    _check_magic(path)
-    if not _is_ours(path):
-        raise StoreCorruptError(path=str(path), detail="it belongs to another program")
+    check_identity(path)
     connection = connect_writer(path, max_bytes=max_bytes)
     try:
         _migrate(connection)
@@ -281,6 +297,18 @@ def prepare_database(path: Path, *, max_bytes: int | None) -> tuple[sqlite3.Conn
         connection.close()
         raise
     return connection, epoch
+
+
+def check_identity(path: Path) -> None:
+    """Tell a new or an FMI database from anything else, before anything is written to it.
+
+    Raises:
+        StoreCorruptError: Not a database, or another program's.
+        StoreVersionError: From a newer version.
+    """
+    _check_magic(path)
+    if not _is_ours(path):
+        raise StoreCorruptError(path=str(path), detail="it belongs to another program")
 
 
 def _history_epoch(connection: sqlite3.Connection, path: Path) -> str:

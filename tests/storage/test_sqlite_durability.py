@@ -360,7 +360,7 @@ async def test_backup_under_load_and_restore_as_a_new_history(tmp_path: Path) ->
             await store.backup(tmp_path / "missing" / "copy.db")
         assert caught.value.cause in ("no_directory", "read_only")
         everything = await load_all(store)
-    new_epoch = restore_backup(copy, restored)
+    new_epoch = restore_backup(copy, restored).history_epoch
     with pytest.raises(FileExistsError):
         restore_backup(copy, path)
     async with SqliteStore(restored) as store:

@@ -89,6 +89,7 @@ def test_public_names() -> None:
         "SqliteStore",
         "Store",
         "StoreError",
+        "backup_database",
         "restore_backup",
     ]
 

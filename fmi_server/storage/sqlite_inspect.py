@@ -1,0 +1,244 @@
+"""Look into a database without changing it, also while a server uses it."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fmi_server.storage.base import StoreCorruptError, StoreUnavailableError
+from fmi_server.storage.records import PACKET_KINDS
+from fmi_server.storage.sqlite_schema import (
+    SCHEMA_VERSION,
+    DatabaseLock,
+    check_identity,
+    translate_error,
+)
+
+__all__ = [
+    "CohortContents",
+    "DatabaseContents",
+    "UpdateRange",
+    "check_integrity",
+    "check_packets",
+    "inspect_database",
+    "open_for_inspection",
+]
+
+_PROBLEMS_TOLD = 5
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateRange:
+    """The updates of one kind that a cohort has.
+
+    Attributes:
+        kind: Number of the kind.
+        oldest: The oldest revision held.
+        newest: The newest revision.
+        published_at_us: When the newest was published, Unix microseconds.
+    """
+
+    kind: int
+    oldest: int
+    newest: int
+    published_at_us: int
+
+
+@dataclass(slots=True)
+class CohortContents:
+    """What a database holds of one cohort.
+
+    Attributes:
+        declared: Whether its spec is kept.
+        sites: Sites that sent something.
+        packets: Packets held by type.
+        live: Packets held that count or may count.
+        retired: Packets held that are only known, so that a repeat is answered.
+        quarantined: Packets held in quarantine.
+        oldest_us: When the oldest packet held was received, Unix microseconds; None without any.
+        newest_us: When the newest was.
+        updates: Its updates, by kind.
+    """
+
+    declared: bool = False
+    sites: int = 0
+    packets: dict[str, int] = field(default_factory=dict)
+    live: int = 0
+    retired: int = 0
+    quarantined: int = 0
+    oldest_us: int | None = None
+    newest_us: int | None = None
+    updates: list[UpdateRange] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseContents:
+    """What a database holds.
+
+    Attributes:
+        path: Where it is.
+        size_bytes: Bytes on disk, those of its log included.
+        schema_version: Its schema.
+        history_epoch: The name of its history.
+        update_sequence: The sequence of the last update.
+        dictionaries: Compression dictionaries.
+        server_pid: The process that has it open; None where none does.
+        cohorts: What it holds by cohort, in order of name.
+    """
+
+    path: Path
+    size_bytes: int
+    schema_version: int
+    history_epoch: str
+    update_sequence: int
+    dictionaries: int
+    server_pid: int | None
+    cohorts: dict[str, CohortContents]
+
+
+def open_for_inspection(path: Path, *, oldest: int = SCHEMA_VERSION) -> sqlite3.Connection:
+    """Connect for reading only.
+
+    Args:
+        path: The database.
+        oldest: The oldest schema version that will do.
+
+    Raises:
+        StoreCorruptError: It is no database of this server.
+        StoreVersionError: It is from a newer version.
+        StoreUnavailableError: There is none, it cannot be read, or its schema is older than `oldest`.
+    """
+    try:
+        if not path.exists():
+            raise StoreUnavailableError("no_directory", detail="there is no store", path=str(path))
+        check_identity(path)
+        address = f"{path.absolute().as_uri()}?mode=ro"
+        connection = sqlite3.connect(address, uri=True, timeout=5.0, isolation_level=None)
+        try:
+            connection.execute("PRAGMA query_only = ON")
+            _refuse_older(connection, path, oldest)
+        except BaseException:
+            connection.close()
+            raise
+    except (sqlite3.Error, OSError) as error:
+        raise translate_error(error, path) from error
+    return connection
+
+
+def _refuse_older(connection: sqlite3.Connection, path: Path, oldest: int) -> None:
+    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    if version < oldest:
+        detail = (
+            f"its schema is version {version}, and {oldest} is the oldest that can be read here; a server "
+            "brings it up to date when it starts"
+        )
+        raise StoreUnavailableError("unsupported", detail=detail, path=str(path))
+
+
+def check_integrity(connection: sqlite3.Connection, path: Path) -> None:
+    """Read every page and index entry, and compare them. It takes as long as reading the file.
+
+    Raises:
+        StoreCorruptError: Something is damaged.
+    """
+    try:
+        found = [row[0] for row in connection.execute(f"PRAGMA integrity_check({_PROBLEMS_TOLD})")]
+    except sqlite3.DatabaseError as error:
+        raise translate_error(error, path) from error
+    if found != ["ok"]:
+        problems = "; ".join(line for text in found for line in str(text).splitlines())
+        raise StoreCorruptError(path=str(path), detail=problems[:500])
+
+
+def check_packets(
+    connection: sqlite3.Connection, path: Path, content_hash: Callable[[bytes], bytes]
+) -> int:
+    """Compare every packet with the hash it was stored with; return how many there are.
+
+    Raises:
+        StoreCorruptError: One is not as it was stored.
+    """
+    checked = 0
+    try:
+        rows = connection.execute("SELECT sequence, content_hash, payload FROM packets")
+        for sequence, stored, payload in rows:
+            if content_hash(payload) != stored:
+                raise StoreCorruptError(
+                    path=str(path),
+                    detail=f"packet {sequence} is not as it was stored; restore a backup",
+                )
+            checked += 1
+    except sqlite3.DatabaseError as error:
+        raise translate_error(error, path) from error
+    return checked
+
+
+def inspect_database(connection: sqlite3.Connection, path: Path) -> DatabaseContents:
+    """Count what a database holds, as of one moment.
+
+    Raises:
+        StoreCorruptError: It is damaged.
+    """
+    connection.execute("BEGIN")
+    try:
+        return DatabaseContents(
+            path=path,
+            size_bytes=_size_bytes(path),
+            schema_version=int(connection.execute("PRAGMA user_version").fetchone()[0]),
+            history_epoch=_one(connection, "SELECT value FROM meta WHERE name = 'history_epoch'"),
+            update_sequence=_one(connection, "SELECT max(sequence) FROM updates") or 0,
+            dictionaries=_one(connection, "SELECT count(*) FROM dictionaries") or 0,
+            server_pid=DatabaseLock(path).holder(),
+            cohorts=_cohorts(connection),
+        )
+    except sqlite3.DatabaseError as error:
+        raise translate_error(error, path) from error
+    finally:
+        connection.execute("ROLLBACK")
+
+
+def _cohorts(connection: sqlite3.Connection) -> dict[str, CohortContents]:
+    cohorts: defaultdict[str, CohortContents] = defaultdict(CohortContents)
+    for (name,) in connection.execute("SELECT name FROM cohorts"):
+        cohorts[name].declared = True
+    for name, sites in connection.execute("SELECT cohort, count(*) FROM sites GROUP BY cohort"):
+        cohorts[name].sites = sites
+    rows = connection.execute(
+        "SELECT cohort, kind, count(*), sum(retired), sum(quarantined), min(received_at_us), "
+        "max(received_at_us) FROM packets GROUP BY cohort, kind"
+    )
+    for name, kind, held, retired, quarantined, oldest_us, newest_us in rows:
+        contents = cohorts[name]
+        contents.packets[PACKET_KINDS[kind]] = held
+        contents.retired += retired
+        contents.quarantined += quarantined
+        contents.live += held - retired - quarantined
+        contents.oldest_us = min(oldest_us, contents.oldest_us or oldest_us)
+        contents.newest_us = max(newest_us, contents.newest_us or newest_us)
+    # Of a single max() or min() SQLite takes the other columns from the row that has it.
+    rows = connection.execute(
+        "SELECT cohort, kind, (SELECT min(revision) FROM updates AS o WHERE o.cohort = u.cohort "
+        "AND o.kind = u.kind), max(revision), published_at_us FROM updates AS u "
+        "GROUP BY cohort, kind ORDER BY cohort, kind"
+    )
+    for name, kind, oldest, newest, published_at_us in rows:
+        cohorts[name].updates.append(UpdateRange(kind, oldest, newest, published_at_us))
+    return dict(sorted(cohorts.items()))
+
+
+def _one(connection: sqlite3.Connection, query: str) -> Any:
+    row = connection.execute(query).fetchone()
+    return None if row is None else row[0]
+
+
+def _size_bytes(path: Path) -> int:
+    size = 0
+    for name in (path.name, f"{path.name}-wal"):
+        with contextlib.suppress(FileNotFoundError):
+            size += path.with_name(name).stat().st_size
+    return size
