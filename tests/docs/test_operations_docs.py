@@ -1,0 +1,55 @@
+"""The commands of the page on operating a server, run in its order."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+from documents import ROOT, TARGET, console_commands, run
+
+from fmi.plain import new_packet_id, packet_from_plain
+from fmi_server.app import STORE_FILE
+from fmi_server.service import FMIService
+from fmi_server.storage import SqliteStore
+
+PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+
+
+async def fill(data_dir: Path) -> None:
+    async with FMIService(store=SqliteStore(data_dir / STORE_FILE)) as service:
+        await service.emit(
+            packet_from_plain(
+                {
+                    "type": "msp",
+                    "packet_id": new_packet_id(),
+                    "domain_id": "site_001",
+                    "cohort": "care",
+                    "rev": 1,
+                    "emitted_at": time.time(),
+                    "controller": {"tau": 0.9},
+                }
+            )
+        )
+
+
+def test_the_commands_do_what_the_page_says(tmp_path: Path) -> None:
+    for name in ("fmi-data", "backups"):
+        (tmp_path / name).mkdir()
+    asyncio.run(fill(tmp_path / "fmi-data"))
+    commands = [command for command, _ in console_commands(PAGE, "fmi-server")]
+    assert [command.split()[1] for command in commands] == [
+        "backup",
+        "inspect",
+        "inspect",
+        "restore",
+    ]
+    outputs = []
+    for command in commands:
+        done = run(command.split(), TARGET, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert "checked: every page and 1 packets are in order" in outputs[2]
+    assert "set aside" in outputs[3]
+    names = {path.name.partition("-2")[0] for path in (tmp_path / "fmi-data").iterdir()}
+    assert {"fmi.sqlite3", "fmi.sqlite3.replaced"} <= names
