@@ -332,7 +332,7 @@ def _is_ours(path: Path) -> bool:
     """Tell a new or an FMI database from another program's, before anything is written to it."""
     if not path.exists() or path.stat().st_size == 0:
         return True
-    address = path.as_uri() + "?mode=ro"
+    address = path.absolute().as_uri() + "?mode=ro"
     with contextlib.closing(sqlite3.connect(address, uri=True)) as connection:
         identity = connection.execute("PRAGMA application_id").fetchone()[0]
         version = connection.execute("PRAGMA user_version").fetchone()[0]
