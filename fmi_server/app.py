@@ -11,10 +11,10 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2
@@ -45,6 +45,10 @@ from fmi_server.version import VERSION
 __all__ = ["RunningServer", "check_settings", "running", "serve", "server_arguments"]
 
 STORE_FILE: Final = "fmi.sqlite3"
+
+INGEST: Final = "fmi.v1.InterchangeService/Emit"
+"""The name under which health tells whether packets are taken. A server whose store refuses writes still
+serves reads and subscriptions, so it is not to be taken out of service for that."""
 
 LAST_CALLS_S: Final = 1.0
 """Seconds for what is still open when every Emit is answered: reads, watchers of health, and calls that came
@@ -167,7 +171,7 @@ async def running(
             await service.put_cohort_spec(file.spec, force=settings.force_cohorts)
         metrics = _serve_metrics(settings, telemetry)  # before the server, which it may not stop
         await server.start()
-        for name in ("", *SERVICE_NAMES):
+        for name in ("", INGEST, *SERVICE_NAMES):
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         host = settings.listen.rpartition(":")[0]
         _log.info(
@@ -183,7 +187,8 @@ async def running(
         )
         stop = asyncio.Event()
         try:
-            yield RunningServer(f"{host}:{port}", service, stop)
+            async with _beside(_tell_of_ingest(service, health_servicer), "health of ingest"):
+                yield RunningServer(f"{host}:{port}", service, stop)
         finally:
             # Readiness falls first, then subscriptions end with a hint to reconnect, then calls at work
             # get their time, all of it counted from here.
@@ -195,6 +200,16 @@ async def running(
                     await service.drain()
             await server.stop(min(LAST_CALLS_S, max(0.0, deadline - clock())))
             metrics()
+
+
+async def _tell_of_ingest(service: FMIService, health_servicer: health.aio.HealthServicer) -> None:
+    """Tell health whether packets are taken, until cancelled."""
+    watch, states = service.store_watch, health_pb2.HealthCheckResponse
+    while True:
+        await watch.changed()
+        await health_servicer.set(
+            INGEST, states.SERVING if watch.fault is None else states.NOT_SERVING
+        )
 
 
 @contextlib.asynccontextmanager
@@ -223,14 +238,21 @@ async def _uplinked(settings: ServerSettings, service: FMIService) -> AsyncItera
             settings.parent,
             settings.parent_domain_id,
         )
-        # Not a task group: that would wrap what goes wrong in the server itself.
-        sending = asyncio.create_task(uplink.run(), name="uplink")
-        sending.add_done_callback(_tell_of_the_end)
-        try:
+        async with _beside(uplink.run(), "uplink"):
             yield
-        finally:
-            sending.cancel()
-            await asyncio.wait({sending})
+
+
+@contextlib.asynccontextmanager
+async def _beside(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
+    """Carry work on for as long as the context lasts."""
+    # Not a task group: that would wrap what goes wrong in the server itself.
+    task = asyncio.create_task(work, name=name)
+    task.add_done_callback(_tell_of_the_end)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
 
 
 def _tell_of_the_end(task: asyncio.Task[None]) -> None:

@@ -67,6 +67,7 @@ from fmi_server.router import AGGREGATOR, FMIRouter
 from fmi_server.storage import MemoryStore, Store, StoreError
 from fmi_server.storage.base import StoreUnavailableError
 from fmi_server.storage.records import AppendOutcome
+from fmi_server.store_watch import StoreWatch
 from fmi_server.telemetry import FMITelemetry
 from fmi_server.validator import FMIValidator, Inspection
 
@@ -104,6 +105,7 @@ class FMIService:
     Attributes:
         applied: What subscribers reported of the updates they got.
         closing: Set when the service takes nothing new.
+        store_watch: Says whether the store takes writes.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class FMIService:
             clock=clock,
         )
         self.applied = AppliedBook()
+        self.store_watch = StoreWatch(self.store, telemetry=self.telemetry)
         self.cohorts.signals_in_use = self.aggregator.signals_in_use
         self.compactor = Compactor(self.store, self.cohorts, self.releaser, clock=clock)
         self._intake = Intake(self.registry, self.validator)
@@ -169,6 +172,7 @@ class FMIService:
             self._tasks.create_task(self.releaser.run(), name="release"),
             self._tasks.create_task(self.releaser.sweep(), name="sweep"),
             self._tasks.create_task(self.compactor.run(), name="compaction"),
+            self._tasks.create_task(self.store_watch.run(), name="store watch"),
             self._tasks.create_task(self.router.give_signs_of_life(), name="signs of life"),
         ]
         if self._bus is not None:

@@ -68,6 +68,11 @@ class FMITelemetry:
         )
         self._subscribers = Gauge("fmi_subscribers", "Open subscriptions.", registry=self.registry)
         self._cohorts = Gauge("fmi_cohorts", "Cohorts known.", registry=self.registry)
+        self._store_writable = Gauge(
+            "fmi_store_writable",
+            "Whether the store takes writes: 1, or 0 while it refuses them.",
+            registry=self.registry,
+        )
         self._release_seconds = Histogram(
             "fmi_release_seconds",
             "Seconds from the start of a release until it is durable.",
@@ -135,6 +140,10 @@ class FMITelemetry:
     def cohorts(self, count: int) -> None:
         """Set the number of cohorts."""
         self._cohorts.set(count)
+
+    def store_takes_writes(self, takes: bool) -> None:
+        """Set whether the store takes writes."""
+        self._store_writable.set(takes)
 
     def snapshot(self) -> Mapping[str, float]:
         """Return every count by name and labels, for example `fmi_packets_total{type="msp",...}`."""

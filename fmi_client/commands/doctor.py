@@ -39,6 +39,8 @@ _CALLS: Final = 5
 _HEALTH: Final = "/grpc.health.v1.Health/Check"
 _CONTRACT: Final = "/fmi.v1.RegistryService/GetContract"
 _SERVING: Final = 1
+_NOT_SERVING: Final = 2
+_INGEST: Final = "fmi.v1.InterchangeService/Emit"
 _STYLES: Final = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.ERROR: "bold red"}
 _MARKS: Final = {Verdict.OK: "ok", Verdict.WARNING: "warn", Verdict.ERROR: "FAIL"}
 
@@ -115,13 +117,14 @@ class _Calls:
     metadata: tuple[tuple[str, str], ...]
     timeout_s: float
 
-    def health(self) -> int:
-        """Return the `ServingStatus` of the server as a whole.
+    def health(self, name: str = "") -> int:
+        """Return the `ServingStatus` of a name, by default of the server as a whole.
 
-        A `HealthCheckRequest` for it is empty, and the answer's only field is an enum in field 1, which
-        is on the wire as in a `UInt32Value`; so the base install needs no health package.
+        The only field of a `HealthCheckRequest` is a text in field 1, and the answer's an enum in field 1,
+        on the wire as in a `StringValue` and a `UInt32Value`; so the base install needs no health package.
         """
-        raw = self._call(_HEALTH, b"", _same, _same)
+        request = wrappers_pb2.StringValue(value=name).SerializeToString()
+        raw = self._call(_HEALTH, request, _same, _same)
         return wrappers_pb2.UInt32Value.FromString(raw).value
 
     def contract(self) -> registry_service_pb2.GetContractResponse:
@@ -151,6 +154,8 @@ def _examine_calls(calls: _Calls) -> Iterator[Finding]:
     yield healthy
     if healthy.final:
         return
+    if healthy.verdict is Verdict.OK:
+        yield from _examine_ingest(calls)
     try:
         answer = calls.contract()
     except grpc.RpcError as error:
@@ -193,6 +198,22 @@ def _examine_health(calls: _Calls) -> Finding:
         final=False,
         values={"status": status},
     )
+
+
+def _examine_ingest(calls: _Calls) -> Iterator[Finding]:
+    """Say that packets are not taken, where the server says so; there is nothing to say of one that does."""
+    try:
+        status = calls.health(_INGEST)
+    except grpc.RpcError:
+        return  # a server that tells of no such thing
+    if status == _NOT_SERVING:
+        yield fault(
+            "packets",
+            "the server takes none now: its store refuses writes",
+            "Sites need do nothing, the SDK sends again; the operator finds the cause in the server's log.",
+            ExitCode.SERVER,
+            final=False,
+        )
 
 
 def _judge_contract(answer: registry_service_pb2.GetContractResponse) -> Finding:

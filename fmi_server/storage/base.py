@@ -32,7 +32,7 @@ Errors::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 from fmi_server.errors import FMIError, Reason
 from fmi_server.storage.records import (
@@ -49,6 +49,7 @@ from fmi_server.storage.records import (
     SiteRecord,
     StoredPacket,
     StoreStats,
+    UnavailableReason,
     UpdateRecord,
     record_problem,
 )
@@ -85,17 +86,6 @@ __all__ = [
     "UnknownPacketError",
     "UpdateRecord",
     "record_problem",
-]
-
-UnavailableReason = Literal[
-    "busy",
-    "closed",
-    "disk_full",
-    "io_error",
-    "locked",
-    "no_directory",
-    "read_only",
-    "unsupported",
 ]
 
 
@@ -284,6 +274,10 @@ class Store(ABC):
     @abstractmethod
     def stats(self) -> StoreStats:
         """Return counters since opening; costs nothing and needs no disk."""
+
+    @abstractmethod
+    async def probe(self) -> None:
+        """Write something that changes nothing, DURABLE, to find out whether the store takes writes."""
 
     # Packets
 

@@ -93,6 +93,10 @@ class MemoryStore(Store):
         """Return counters since opening."""
         return self._stats if self._kept is not None else StoreStats()
 
+    async def probe(self) -> None:
+        """Do nothing: memory takes writes."""
+        _ = self._data
+
     # Packets
 
     async def append(self, records: Sequence[PacketRecord]) -> list[AppendOutcome]:

@@ -19,12 +19,23 @@ __all__ = [
     "SiteRecord",
     "StoreStats",
     "StoredPacket",
+    "UnavailableReason",
     "UpdateRecord",
     "record_problem",
 ]
 
 PacketKind = Literal["msp", "pop", "ccs"]
 AppendStatus = Literal["stored", "duplicate", "reused", "rejected"]
+UnavailableReason = Literal[
+    "busy",
+    "closed",
+    "disk_full",
+    "io_error",
+    "locked",
+    "no_directory",
+    "read_only",
+    "unsupported",
+]
 
 PACKET_KINDS: tuple[PacketKind, ...] = ("msp", "pop", "ccs")
 """The kinds of packet, in the order of their numbers on disk. Only ever appended to."""
@@ -192,6 +203,7 @@ class StoreStats:
         commit_seconds: Time spent in group commits, in all.
         pending_records: Records that wait to be written now.
         pending_bytes: Their payload bytes.
+        fault: Why the last group commit failed; None where it succeeded.
     """
 
     groups: int = 0
@@ -206,6 +218,7 @@ class StoreStats:
     commit_seconds: float = 0.0
     pending_records: int = 0
     pending_bytes: int = 0
+    fault: UnavailableReason | None = None
 
 
 def _text_problem(field: str, value: object) -> str:

@@ -16,6 +16,7 @@ from fmi_server.storage.sqlite_schema import (
     SCHEMA_VERSION,
     DatabaseLock,
     check_identity,
+    read_only_address,
     translate_error,
 )
 
@@ -117,8 +118,9 @@ def open_for_inspection(path: Path, *, oldest: int = SCHEMA_VERSION) -> sqlite3.
         if not path.exists():
             raise StoreUnavailableError("no_directory", detail="there is no store", path=str(path))
         check_identity(path)
-        address = f"{path.absolute().as_uri()}?mode=ro"
-        connection = sqlite3.connect(address, uri=True, timeout=5.0, isolation_level=None)
+        connection = sqlite3.connect(
+            read_only_address(path), uri=True, timeout=5.0, isolation_level=None
+        )
         try:
             connection.execute("PRAGMA query_only = ON")
             _refuse_older(connection, path, oldest)

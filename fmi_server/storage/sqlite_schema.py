@@ -36,6 +36,7 @@ __all__ = [
     "connect_reader",
     "connect_writer",
     "prepare_database",
+    "read_only_address",
     "set_size_limit",
     "sync_directory",
     "translate_error",
@@ -299,6 +300,18 @@ def prepare_database(path: Path, *, max_bytes: int | None) -> tuple[sqlite3.Conn
     return connection, epoch
 
 
+def read_only_address(path: Path) -> str:
+    """Return the URI to open a database with that is not to be changed.
+
+    A database with a write-ahead log needs a file beside it even to be read. Where none can be made, as on
+    a disk that is read-only, it is read without, which is right as long as it has no log.
+    """
+    address = path.absolute().as_uri() + "?mode=ro"
+    log = path.with_name(f"{path.name}-wal")
+    has_log = log.exists() and log.stat().st_size > 0
+    return address if has_log or os.access(path.parent, os.W_OK) else f"{address}&immutable=1"
+
+
 def check_identity(path: Path) -> None:
     """Tell a new or an FMI database from anything else, before anything is written to it.
 
@@ -332,8 +345,7 @@ def _is_ours(path: Path) -> bool:
     """Tell a new or an FMI database from another program's, before anything is written to it."""
     if not path.exists() or path.stat().st_size == 0:
         return True
-    address = path.absolute().as_uri() + "?mode=ro"
-    with contextlib.closing(sqlite3.connect(address, uri=True)) as connection:
+    with contextlib.closing(sqlite3.connect(read_only_address(path), uri=True)) as connection:
         identity = connection.execute("PRAGMA application_id").fetchone()[0]
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         objects = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]

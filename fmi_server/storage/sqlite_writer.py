@@ -18,7 +18,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fmi_server.storage.base import StoreBusyError, StoreError, StoreUnavailableError
-from fmi_server.storage.records import AppendOutcome, AppendStatus, PacketRecord, StoreStats
+from fmi_server.storage.records import (
+    AppendOutcome,
+    AppendStatus,
+    PacketRecord,
+    StoreStats,
+    UnavailableReason,
+)
 from fmi_server.storage.sqlite_append import append_packets, last_packet_sequence
 from fmi_server.storage.sqlite_schema import connect_writer, translate_error
 
@@ -98,6 +104,12 @@ class _Group:
     records: int = 0
     tally: dict[AppendStatus, int] = field(default_factory=dict)
     stored_bytes: int = 0
+
+    @property
+    def fault(self) -> UnavailableReason | None:
+        """Why it failed as a whole; None where it did not."""
+        first = self.answers[0]
+        return first.cause if self.failed and isinstance(first, StoreUnavailableError) else None
 
     def count(self) -> None:
         """Count the outcomes; done on the writer's thread, which has the time."""
@@ -216,6 +228,7 @@ class GroupWriter:
             largest_group=max(stats.largest_group, group.records),
             last_group=group.records,
             commit_seconds=stats.commit_seconds + group.seconds,
+            fault=group.fault,
         )
 
     # On the writer's thread

@@ -1,0 +1,85 @@
+"""Watches whether the store takes writes, and says when that changes.
+
+A server whose disk is full is read-only: Emits are refused with a typed error, everything that reads goes
+on. Nothing has to be done for that, since each write is refused by itself; what is missing is that somebody
+says so, and finds out without a packet when there is room again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Final
+
+from fmi_server.storage import Store, StoreError
+from fmi_server.storage.base import UnavailableReason
+from fmi_server.telemetry import FMITelemetry
+
+__all__ = ["StoreWatch"]
+
+LOOK_S: Final = 1.0
+"""Seconds between two looks; a look at a sound store costs nothing."""
+
+SOUND_LOOKS: Final = 3
+"""Looks in a row without a failed write after which the store is called sound again. A disk with room for a
+small write and not for a large one would else change its state each second."""
+
+_log = logging.getLogger(__name__)
+
+
+class StoreWatch:
+    """Says whether a store takes writes.
+
+    Args:
+        store: The store.
+        telemetry: Shows it.
+
+    Attributes:
+        fault: Why writes fail; None while the store takes them.
+    """
+
+    def __init__(self, store: Store, *, telemetry: FMITelemetry) -> None:
+        self.fault: UnavailableReason | None = None
+        self._store = store
+        self._telemetry = telemetry
+        self._changed = asyncio.Event()
+        telemetry.store_takes_writes(True)
+
+    async def changed(self) -> None:
+        """Wait until `fault` became something else. For one waiter."""
+        await self._changed.wait()
+        self._changed.clear()
+
+    async def run(self) -> None:
+        """Look again and again, until cancelled. While writes fail, each look tries one of its own."""
+        loop = asyncio.get_running_loop()
+        since, sound = 0.0, 0
+        while True:
+            await asyncio.sleep(LOOK_S)
+            found = self._store.stats().fault
+            if found is not None:
+                sound = 0
+                with contextlib.suppress(StoreError):
+                    await self._store.probe()
+            elif self.fault is not None:
+                sound += 1
+            if found is not None and self.fault is None:
+                since = loop.time()
+                _log.error(
+                    "%s takes no writes (%s): Emits are refused and sites send again, releases wait; "
+                    "what reads goes on",
+                    self._store.location,
+                    found,
+                )
+                self._set(found)
+            elif self.fault is not None and sound >= SOUND_LOOKS:
+                _log.info(
+                    "%s takes writes again, after %.0f s", self._store.location, loop.time() - since
+                )
+                self._set(None)
+
+    def _set(self, fault: UnavailableReason | None) -> None:
+        self.fault = fault
+        self._telemetry.store_takes_writes(fault is None)
+        self._changed.set()
