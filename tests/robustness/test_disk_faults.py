@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from server_harness import PRIOR, Client, eventually, msp, packet_keys, refusal_of, spec
 from server_process import COMMAND, LOCAL, assert_refused, run, started
 
-from fmi.v1 import cohort_pb2
+from fmi.v1 import cohort_pb2, packet_pb2
 
 INGEST = "fmi.v1.InterchangeService/Emit"
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -55,6 +55,17 @@ async def health_of(target: str) -> AsyncIterator[health_pb2_grpc.HealthStub]:
         yield health_pb2_grpc.HealthStub(channel)
 
 
+async def fill(client: Client, kept: list[tuple[str, str]]) -> packet_pb2.Packet:
+    """Emit until a packet is refused; return that one, and note those that were acknowledged."""
+    while True:
+        packet = msp("filler", metrics=FILLER)
+        try:
+            await client.emit(packet)
+        except grpc.aio.AioRpcError:
+            return packet
+        kept.append(("filler", packet.header.packet_id))
+
+
 async def test_a_full_disk_makes_the_server_read_only_until_there_is_room(small_disk):
     """DURABLE and EXPLAINED on a full disk: what was acknowledged stays, the rest is refused and told of."""
     flags = (*LOCAL, "--data-dir", str(small_disk / "data"), "--progress-interval-s", "0.5")
@@ -78,15 +89,8 @@ async def test_a_full_disk_makes_the_server_read_only_until_there_is_room(small_
         kept = packet_keys(small_disk / "data")
         async with client.subscribed("care", kinds=[PRIOR]) as events:
             await events.until("snapshot_end")
-            refused = None
-            while refused is None:
-                packet = msp("filler", metrics=FILLER)
-                try:
-                    await client.emit(packet)
-                except grpc.aio.AioRpcError:
-                    refused = await refusal_of(client.emit(packet))
-                else:
-                    kept.append(("filler", packet.header.packet_id))
+            packet = await fill(client, kept)
+            refused = await refusal_of(client.emit(packet))
             assert (refused.code, refused.reason) == (
                 grpc.StatusCode.UNAVAILABLE,
                 "STORE_UNAVAILABLE",
