@@ -1,0 +1,185 @@
+"""Databases of each released schema, as the code of their time wrote them, come up to date, and keep all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fmi.plain import new_packet_id
+from fmi.v1 import packet_pb2, update_pb2
+from fmi_client import AsyncFMIClient
+from fmi_server.app import STORE_FILE
+from fmi_server.service import FMIService
+from fmi_server.storage import SqliteStore, backup_database, restore_backup
+from fmi_server.storage.records import PACKET_KINDS
+from fmi_server.storage.sqlite_schema import SCHEMA_VERSION
+from fmi_server.testing import running_server
+
+DATA = Path(__file__).parent / "data"
+RELEASED = sorted(int(path.stem.removeprefix("schema-")) for path in DATA.glob("schema-*.sql"))
+
+KEPT = {
+    "packets": "sequence, domain_id, packet_id, cohort, kind, content_hash, received_at_us, "
+    "emitted_at_us, quarantined, quarantine_reason, payload",
+    "updates": "sequence, cohort, kind, revision, published_at_us, content_hash, payload",
+    "sites": "cohort, domain_id, first_seen_us, last_seen_us, msp_count, pop_count, ccs_count, "
+    "quarantined_count, duplicate_count, reused_count, reputation",
+    "cohorts": "name, spec, revision",
+    "dictionaries": "dictionary_id, data, created_at_us",
+    "meta": "name, value",
+}
+"""What schema 1 kept, and every later one must."""
+
+Contents = dict[str, list[tuple[object, ...]]]
+
+
+def contents(path: Path) -> Contents:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return {
+            table: connection.execute(f"SELECT {columns} FROM {table} ORDER BY 1, 2").fetchall()  # noqa: S608 - constants only
+            for table, columns in KEPT.items()
+        }
+
+
+def version(path: Path) -> int:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def schema(path: Path) -> dict[str, str]:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        found = connection.execute("SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL")
+        return {name: " ".join(sql.split()) for name, sql in found}
+
+
+@pytest.fixture(params=RELEASED, ids=lambda number: f"schema-{number}")
+def released(request, tmp_path) -> Path:
+    """A database of a released schema, made of its dump by SQLite alone."""
+    path = tmp_path / "data" / STORE_FILE
+    path.parent.mkdir()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript((DATA / f"schema-{request.param}.sql").read_text())
+    assert version(path) == request.param
+    return path
+
+
+def test_each_schema_before_this_one_has_a_dump() -> None:
+    assert list(range(1, SCHEMA_VERSION)) == RELEASED
+
+
+async def test_everything_is_kept(released):
+    before = contents(released)
+    assert all(before.values()), "the dump has something of everything"
+    async with SqliteStore(released) as store:
+        packets = await store.load()
+        live = await store.live_packets("care")
+    assert version(released) == SCHEMA_VERSION
+    assert contents(released) == before
+    assert [
+        (p.sequence, p.record.packet_id, PACKET_KINDS.index(p.record.kind)) for p in packets
+    ] == [(row[0], row[2], row[4]) for row in before["packets"]]
+    quarantined = {row[0] for row in before["packets"] if row[8]}
+    of_care = {row[0] for row in before["packets"] if row[3] == "care"}
+    assert {p.sequence for p in live} == of_care - quarantined
+
+
+async def test_it_ends_in_the_schema_that_a_new_database_has(released, tmp_path):
+    for path in (released, tmp_path / "new"):
+        async with SqliteStore(path):
+            pass
+    migrated, new = schema(released), schema(tmp_path / "new")
+    assert migrated.keys() == new.keys()
+    assert migrated == new
+
+
+async def test_a_server_goes_on_with_it(released):
+    """It serves what was released, knows what was sent, and goes on with the next revision."""
+    before = contents(released)
+    sent = [packet_pb2.Packet.FromString(row[10]) for row in before["packets"]]
+    newest = {(row[1], row[2]): update_pb2.Update.FromString(row[6]) for row in before["updates"]}
+    # At the time of the dump: today its packets are too old to be sent again, and count no more.
+    last_s = max(row[6] for row in before["packets"]) / 1e6
+    async with FMIService(store=SqliteStore(released), clock=lambda: last_s + 60) as service:
+        assert (await service.emit(sent[0])).status == "duplicate"
+        packet = packet_pb2.Packet()
+        packet.CopyFrom(sent[0])
+        packet.header.packet_id = new_packet_id()
+        packet.header.emitted_at.FromSeconds(int(last_s) + 30)
+        packet.msp.controller["tau"] = 0.123
+        assert (await service.emit(packet)).status == "accepted"
+        released_kinds = {u.kind: u.revision for u in await service.release("care")}
+    prior = update_pb2.UPDATE_KIND_PRIOR
+    assert released_kinds[prior] == newest["care", prior].revision + 1
+    async with (
+        running_server(released.parent) as server,
+        AsyncFMIClient(server.target) as client,
+    ):
+        for (cohort, kind), update in newest.items():
+            assert await client.get_update(cohort, kind, update.revision) == update
+
+
+async def test_it_can_be_backed_up_before_and_restored_by_a_newer_server(released, tmp_path):
+    before = contents(released)
+    backup_database(released, tmp_path / "copy")
+    assert version(tmp_path / "copy") == version(released) < SCHEMA_VERSION
+    restore_backup(tmp_path / "copy", tmp_path / "restored")
+    after = contents(tmp_path / "restored")
+    assert version(tmp_path / "restored") == SCHEMA_VERSION
+    assert after.pop("meta") != before.pop("meta"), "a history of its own"
+    assert after == before
+
+
+CHILD = """
+import os, signal, sqlite3, sys
+from pathlib import Path
+from fmi_server.storage import sqlite_schema
+
+at, seen, connect = int(sys.argv[1]), 0, sqlite3.connect
+
+def trace(statement):
+    global seen
+    seen += 1
+    if seen == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def traced(*args, **options):
+    connection = connect(*args, **options)
+    connection.set_trace_callback(trace)
+    return connection
+
+sqlite3.connect = traced
+connection, _ = sqlite_schema.prepare_database(Path(sys.argv[2]), max_bytes=None)
+connection.close()
+"""
+
+
+def test_killed_at_any_statement_it_is_old_or_new(released):
+    """kill -9 in the middle of a migration: the next start finds one version or the other, whole."""
+    before, old = contents(released), version(released)
+    kills = 0
+    for at in range(1, 200):
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, str(at), str(released)], check=False, timeout=60
+        )
+        if done.returncode == 0:
+            break
+        kills += 1
+        assert version(released) in range(old, SCHEMA_VERSION + 1)
+        assert contents(released) == before
+        if version(released) == SCHEMA_VERSION:
+            break
+    assert kills > 10
+    asyncio.run(opened(released))
+    assert version(released) == SCHEMA_VERSION
+    assert contents(released) == before
+
+
+async def opened(path: Path) -> None:
+    async with SqliteStore(path):
+        pass
