@@ -16,8 +16,9 @@ from typing import Final
 import grpc
 
 from fmi.plain import new_packet_id, packet_from_plain
+from fmi.v1 import admin_service_pb2, cohort_pb2, packet_pb2
 from fmi.v1 import interchange_service_pb2 as wire
-from fmi.v1 import packet_pb2
+from fmi.v1.admin_service_pb2_grpc import AdminServiceStub
 from fmi.v1.interchange_service_pb2_grpc import InterchangeServiceStub
 
 __all__ = ["Load", "Tally"]
@@ -30,6 +31,9 @@ STEADY_SUBSCRIBERS: Final = 20
 VISITS_PER_S: Final = 2.0
 LONGEST_VISIT_S: Final = 10.0
 CALL_S: Final = 30.0
+WINDOW_S: Final = 60
+"""Seconds for which outcomes and summaries count. They are kept until then or until a site has 256, and the
+memory for that shall be full when the warm-up is over."""
 
 NEVER_READS: Final = (
     # A window that does not grow, so that what nobody reads stays at the server.
@@ -66,16 +70,14 @@ class Load:
         self.tally = Tally()
 
     async def run(self) -> None:
-        """Keep the load up until cancelled."""
+        """Declare the cohorts, and keep the load up until cancelled."""
         async with contextlib.AsyncExitStack() as stack:
-            singles, batches, readers, asleep = [
-                InterchangeServiceStub(
-                    await stack.enter_async_context(
-                        grpc.aio.insecure_channel(self._target, options)
-                    )
-                )
+            channels = [
+                await stack.enter_async_context(grpc.aio.insecure_channel(self._target, options))
                 for options in (*[(("grpc.use_local_subchannel_pool", 1),)] * 3, NEVER_READS)
             ]
+            await self._declare(channels[0])
+            singles, batches, readers, asleep = map(InterchangeServiceStub, channels)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(_paced(self._per_s / 5, lambda due: self._emit(singles, due)))
                 batches_per_s = self._per_s * 4 / 5 / BATCH
@@ -84,6 +86,14 @@ class Load:
                     tasks.create_task(self._follow(readers, every=number % 2 == 0))
                 tasks.create_task(_paced(VISITS_PER_S, lambda _due: self._visit(readers)))
                 tasks.create_task(self._never_read(asleep))
+
+    async def _declare(self, channel: grpc.aio.Channel) -> None:
+        admin = AdminServiceStub(channel)
+        for name in COHORTS:
+            spec = cohort_pb2.CohortSpec(name=name)
+            spec.policy.window.FromSeconds(WINDOW_S)
+            request = admin_service_pb2.PutCohortSpecRequest(spec=spec)
+            await admin.PutCohortSpec(request, timeout=CALL_S)
 
     def _packet(self) -> packet_pb2.Packet:
         chance = self._chance

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from fmi_server.storage.records import AppendOutcome, PacketRecord
 from fmi_server.update_log import UpdateLog, UpdateReader
 
 WRITES_LATE_S = 0.2
-EVERY_NTH = 7
+EVERY_NTH = 3
 
 
 class EarlyStore(SqliteStore):
@@ -75,20 +76,20 @@ def stored_by(kind: Callable[[Path], SqliteStore]) -> Callable[[ServerSettings],
     return make
 
 
-Change = Callable[[wire_pb2.SubscribeResponse, int], list[wire_pb2.SubscribeResponse]]
-"""What is sent in the place of an event, which is the n-th of its kind."""
+Change = Callable[[wire_pb2.SubscribeResponse, int, bool], list[wire_pb2.SubscribeResponse]]
+"""What is sent in the place of an event, which is the n-th of its kind, to a subscriber of EVERY or not."""
 
 
 def fed_by(change: Change) -> Callable[..., Feed]:
     """Make the feeds in the place of those that the router makes."""
 
-    async def changed(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        counts: dict[str, int] = {}
+    async def changed(events: AsyncIterator[bytes], *, every: bool) -> AsyncIterator[bytes]:
+        counts: Counter[str] = Counter()
         async for data in events:
             event = wire_pb2.SubscribeResponse.FromString(data)
             kind = event.WhichOneof("event")
-            counts[kind] = counts.get(kind, 0) + 1
-            for sent in change(event, counts[kind]):
+            counts[kind] += 1
+            for sent in change(event, counts[kind], every):
                 yield sent.SerializeToString()
 
     def make(
@@ -98,27 +99,40 @@ def fed_by(change: Change) -> Callable[..., Feed]:
 
         class Changed(base):
             def events(self, now_ns):
-                return changed(super().events(now_ns))
+                return changed(super().events(now_ns), every=request.every)
 
         return Changed(request, log, reader, page_updates=page_updates)
 
     return make
 
 
-def skip(event: wire_pb2.SubscribeResponse, number: int) -> list[wire_pb2.SubscribeResponse]:
+def skip(
+    event: wire_pb2.SubscribeResponse, number: int, _: bool
+) -> list[wire_pb2.SubscribeResponse]:
     return [] if event.HasField("update") and number % EVERY_NTH == 0 else [event]
 
 
-def repeat(event: wire_pb2.SubscribeResponse, number: int) -> list[wire_pb2.SubscribeResponse]:
+def repeat(
+    event: wire_pb2.SubscribeResponse, number: int, _: bool
+) -> list[wire_pb2.SubscribeResponse]:
     return [event, event] if event.HasField("update") and number % EVERY_NTH == 0 else [event]
 
 
-def hide(event: wire_pb2.SubscribeResponse, _: int) -> list[wire_pb2.SubscribeResponse]:
-    return [] if event.HasField("lagged") else [event]
+def hide(
+    event: wire_pb2.SubscribeResponse, number: int, every: bool
+) -> list[wire_pb2.SubscribeResponse]:
+    """Leave out updates of LATEST and tell of none."""
+    return (
+        []
+        if event.HasField("lagged") or (not every and not skip(event, number, every))
+        else [event]
+    )
 
 
-def alter(event: wire_pb2.SubscribeResponse, number: int) -> list[wire_pb2.SubscribeResponse]:
-    if event.update.HasField("prior_update") and number % EVERY_NTH == 0:
+def alter(
+    event: wire_pb2.SubscribeResponse, _number: int, _: bool
+) -> list[wire_pb2.SubscribeResponse]:
+    if event.update.HasField("prior_update"):
         event.update.prior_update.confidence += 1.0
     return [event]
 

@@ -9,12 +9,18 @@ import random
 import grpc
 from guarantees import Compacted
 from rig import COHORT, QUICK_RECONNECT, SHORT, Rig
-from server_harness import CAUSES, HINT, PRIOR, WARM_START, Client, Refusal
+from server_harness import CAUSES, HINT, PRIOR, WARM_START, Client, Refusal, eventually
 
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi_client import AsyncFMIClient, RetryPolicy
 
 __all__ = ["Follower", "SdkFollower"]
+
+CUT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+"""How a stream ends that is cut; the second where a server ends that had not yet seen it."""
+
+LONGEST_S = 4.0
+"""Seconds that a subscriber stays away at most."""
 
 KINDS = {"prior": PRIOR, "warm_start": WARM_START, "policy_hint": HINT, "causal_consensus": CAUSES}
 PATIENT = RetryPolicy(initial_s=0.02, max_s=0.2, max_attempts=100_000, deadline_s=60.0)
@@ -54,10 +60,17 @@ class Follower:
                     async with asyncio.timeout(patience_s):
                         await self._follow(client)
                 except TimeoutError:
-                    await asyncio.sleep(self._chance.uniform(0.1, 1.5))
+                    await self._miss_some()
                 except grpc.aio.AioRpcError as error:
                     self._ended(Refusal.read(error))
             await asyncio.sleep(0.02)
+
+    async def _miss_some(self) -> None:
+        """Stay away while others get a few updates, or many."""
+        others = self._rig.history.records[0].events
+        goal = len(others) + self._chance.choice((1, 20, 50))
+        with contextlib.suppress(TimeoutError):
+            await eventually(lambda: len(others) >= goal or self._rig.stopping.is_set(), LONGEST_S)
 
     def _may_leave(self) -> bool:
         return self._away and self.ready.is_set() and not self._rig.stopping.is_set()
@@ -87,7 +100,7 @@ class Follower:
 
     def _ended(self, refusal: Refusal) -> None:
         if refusal.reason != "COMPACTED":
-            assert refusal.code == grpc.StatusCode.UNAVAILABLE, refusal
+            assert refusal.code in CUT, refusal
             return
         told = refusal.metadata
         line = (told["cohort"], KINDS[told["kind"]])

@@ -36,18 +36,18 @@ async def test_kill_9_under_load_breaks_no_guarantee(tmp_path):
 
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize(
-    ("fault", "rounds", "guarantees"),
+    ("fault", "guarantees"),
     [
-        ("answers early", 2, {"DURABLE"}),
-        ("counts repeats", 2, {"ONCE"}),
-        ("skips an update", 2, {"RESUMABLE"}),
-        ("repeats an update", 2, {"ORDERED", "RESUMABLE"}),
-        ("hides what was left out", 5, {"RESUMABLE"}),
-        ("alters an update", 2, {"RESUMABLE"}),
+        ("answers early", {"DURABLE"}),
+        ("counts repeats", {"ONCE"}),
+        ("skips an update", {"RESUMABLE"}),
+        ("repeats an update", {"ORDERED", "RESUMABLE"}),
+        ("hides what was left out", {"RESUMABLE"}),
+        ("alters an update", {"RESUMABLE"}),
     ],
 )
-async def test_a_server_with_a_fault_is_caught(tmp_path, fault, rounds, guarantees):
+async def test_a_server_with_a_fault_is_caught(tmp_path, fault, guarantees):
     """The same load against a server with that fault: the checker must name what it breaks."""
     command = (*FAULTY, fault, "serve")
-    done = await campaign(tmp_path, rounds=rounds, seed=1, commands=(command,))
+    done = await campaign(tmp_path, rounds=2, seed=1, commands=(command,))
     assert guarantees <= {found.guarantee for found in done.broken()}

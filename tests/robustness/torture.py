@@ -45,6 +45,7 @@ FAULTY = (sys.executable, str(Path(__file__).with_name("faulty_server.py")))
 COMPACTING = (*FAULTY, "compacts all the time", "serve")
 ROUNDS_OF_CAMPAIGN = 250
 QUIET_S = 90.0
+CATCH_UP_S = 5.0
 
 ENDINGS = {
     "at any moment": 5,
@@ -274,7 +275,7 @@ async def everything_seen(rig: Rig) -> None:
         )
 
     with contextlib.suppress(TimeoutError):  # the checker says what is missing
-        await eventually(caught_up, 10.0)
+        await eventually(caught_up, CATCH_UP_S)
 
 
 def main() -> None:
