@@ -7,8 +7,10 @@ BIN := $(VENV)/bin
 PROTO_BIN := .venv-proto/bin
 IMAGE := build/contract.binpb
 RELEASED_IMAGE := proto/released.binpb
+FMI_TORTURE_MINUTES ?= 60
+FMI_SOAK_MINUTES ?= 30
 
-.PHONY: help demo test test-lowest check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-peers bench-warm-start wheel clean
+.PHONY: help demo test test-lowest torture soak check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-peers bench-warm-start wheel clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -21,6 +23,12 @@ test: $(VENV)/ready ## Run all tests
 
 test-lowest: .venv-lowest/ready ## Run all tests with the lowest versions that we declare
 	.venv-lowest/bin/python -m pytest
+
+torture: $(VENV)/ready ## Kill a server under load again and again, for FMI_TORTURE_MINUTES
+	$(BIN)/python tests/robustness/torture.py --minutes $(FMI_TORTURE_MINUTES)
+
+soak: $(VENV)/ready ## Watch a server under a steady load, for FMI_SOAK_MINUTES, and draw it
+	$(BIN)/python -m benchmarks.soak --minutes $(FMI_SOAK_MINUTES)
 
 check: $(VENV)/ready .venv-proto/ready ## Check format, lint, types, imports, contract, generated code
 	$(BIN)/ruff format --check .

@@ -327,10 +327,12 @@ class Subscription:
         """Note where the stream is; say whether the consumer shall have the event."""
         self._backoff.endless = True
         self._outages.arrived()
+        kind = event.WhichOneof("event")
+        if kind == "update" and self._request.start_revisions:
+            self._note_start(event.update.history_epoch)
         if event.resume_token:
             self._request.resume_token = event.resume_token
             del self._request.start_revisions[:]
-        kind = event.WhichOneof("event")
         if kind == "snapshot_end":
             self._request.ClearField("handover")
         if kind == "update":
@@ -347,6 +349,17 @@ class Subscription:
             first = max(1, event.lagged.from_revision)  # 0: the server cannot tell any more
             self._lagged_revisions += event.lagged.to_revision - first + 1
         return kind is not None  # events that a newer server has
+
+    def _note_start(self, epoch: str) -> None:
+        """Count what lies before the start revisions as given.
+
+        A token says one place for all. Of one cohort that place may lie before the start of another, whose
+        revisions from before its start come again where the stream goes on from there.
+        """
+        for start in self._request.start_revisions:
+            if start.history_epoch in ("", epoch):
+                had = (epoch, start.revision - 1)
+                self._given.setdefault((start.cohort, start.kind), had)
 
     def _recover(self, error: FMIError) -> None:
         """Prepare the next attempt, or end the subscription with `error`."""

@@ -91,6 +91,33 @@ async def test_broken_stream_goes_on_behind_the_last_event(server, connect, fail
     assert (second.resume_token, list(second.start_revisions)) == ("t2", [])
 
 
+async def test_what_lies_before_a_start_does_not_come_after_a_cut(server, connect):
+    """A token says one place for all: behind that of `retail` lie revisions of `care` that were had."""
+    server.script(
+        "Subscribe",
+        streams(update_event(1, cohort="retail"), then=UNAVAILABLE),
+        streams(*(update_event(revision) for revision in (2, 3, 4)), hold=True),
+    )
+    client = await connect()
+    starts = {("care", "prior"): 4, ("retail", "prior"): 1}
+    async with client.subscribe("*", mode="every", start=starts) as subscription:
+        found = await take(subscription, 2)
+        assert [(u.cohort, u.revision) for u in found] == [("retail", 1), ("care", 4)]
+        assert subscription.statistics.duplicates == 2
+
+
+async def test_a_start_says_nothing_of_another_history(server, connect):
+    server.script(
+        "Subscribe", streams(update_event(2, epoch="e2"), update_event(3, epoch="e2"), hold=True)
+    )
+    client = await connect()
+    start = interchange_service_pb2.StartRevision(
+        cohort="care", kind=update_pb2.UPDATE_KIND_PRIOR, revision=9, history_epoch="e1"
+    )
+    async with client.subscribe("care", start=[start]) as subscription:
+        assert revisions(await take(subscription, 2)) == [2, 3]
+
+
 async def test_resume_token_of_an_earlier_subscription(server, connect):
     server.script("Subscribe", streams(update_event(8), hold=True))
     client = await connect()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 __all__ = ["BadNetwork", "bad_network"]
 
@@ -15,8 +15,11 @@ class BadNetwork:
     Attributes:
         target: Where clients connect, `HOST:PORT`.
         delay_s: Seconds that each piece of data takes, both ways.
+        twice: Whether what clients say on new connections arrives a second time, on a twin whose answers
+            nobody hears.
         connections: Connections that were made.
         cuts: Connections that were cut.
+        twins: Connections that arrived a second time.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -25,10 +28,14 @@ class BadNetwork:
         self._open: set[asyncio.StreamWriter] = set()
         self._flowing = asyncio.Event()
         self._flowing.set()
+        self._answering = asyncio.Event()
+        self._answering.set()
         self._refusing = False
         self.delay_s = 0.0
+        self.twice = False
         self.connections = 0
         self.cuts = 0
+        self.twins = 0
 
     @property
     def target(self) -> str:
@@ -39,8 +46,21 @@ class BadNetwork:
         """Let nothing through, and close nothing: the peers believe that they are connected."""
         self._flowing.clear()
 
+    def deafen(self) -> None:
+        """Let what clients say through and none of the answers: a connection that is open one way only."""
+        self._answering.clear()
+
     def thaw(self) -> None:
+        """Let everything through again."""
         self._flowing.set()
+        self._answering.set()
+
+    def heal(self) -> None:
+        """Become a good network."""
+        self.thaw()
+        self.refuse(refusing=False)
+        self.twice = False
+        self.delay_s = 0.0
 
     def refuse(self, *, refusing: bool) -> None:
         """Close new connections at once."""
@@ -67,30 +87,59 @@ class BadNetwork:
             writer.transport.abort()
             return
         self.connections += 1
-        try:
-            far_reader, far_writer = await asyncio.open_connection(self._host, self._port)
-        except OSError:
-            writer.transport.abort()
-            return
-        ends = {writer, far_writer}
-        self._open |= ends
-        try:
-            await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
-        finally:
-            self._open -= ends
-            for end in ends:
-                end.transport.abort()
+        async with contextlib.AsyncExitStack() as ends:
+            ends.enter_context(self._known(writer))
+            try:
+                far_reader, far_writer = await asyncio.open_connection(self._host, self._port)
+                ends.enter_context(self._known(far_writer))
+                writers = [far_writer]
+                if self.twice:
+                    twin_reader, twin = await asyncio.open_connection(self._host, self._port)
+                    ends.enter_context(self._known(twin))
+                    writers.append(twin)
+                    unheard = asyncio.create_task(_swallow(twin_reader))
+                    ends.callback(unheard.cancel)
+                    self.twins += 1
+            except OSError:
+                return
+            await asyncio.gather(
+                self._pump(reader, writers, self._flowing),
+                self._pump(far_reader, [writer], self._flowing, self._answering),
+            )
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    @contextlib.contextmanager
+    def _known(self, end: asyncio.StreamWriter) -> Iterator[None]:
+        self._open.add(end)
+        try:
+            yield
+        finally:
+            self._open.discard(end)
+            end.transport.abort()
+
+    async def _pump(
+        self,
+        reader: asyncio.StreamReader,
+        writers: Sequence[asyncio.StreamWriter],
+        *gates: asyncio.Event,
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65_536):
-                await self._flowing.wait()
+                for gate in gates:
+                    await gate.wait()
                 if self.delay_s:
                     await asyncio.sleep(self.delay_s)
-                writer.write(data)
-                await writer.drain()
-        # One end is gone: so is the other.
-        writer.transport.abort()
+                for writer in writers:
+                    writer.write(data)
+                await writers[0].drain()
+        # One end is gone: so are the others.
+        for writer in writers:
+            writer.transport.abort()
+
+
+async def _swallow(reader: asyncio.StreamReader) -> None:
+    with contextlib.suppress(OSError):
+        while await reader.read(65_536):
+            pass
 
 
 @contextlib.asynccontextmanager

@@ -1,4 +1,7 @@
-"""Sites and a subscriber behind a network that delays, freezes, cuts and refuses, with the SDK.
+"""Sites and subscribers behind a network that delays, freezes, cuts, refuses and half-opens, with the SDK.
+
+The sites' network also lets connections arrive twice. The subscribers' does not: a twin has their secret
+`instance_id` and would end their stream (SUPERSEDED), as a second subscriber under it shall.
 
 FMI_NETWORK_FAULTS sets the number of faults; 25 where it is not set.
 """
@@ -11,7 +14,7 @@ import os
 import random
 
 import pytest
-from guarantees import Answer, History, Store, broken
+from guarantees import Answer, History, Record, Store, broken
 from proxy import BadNetwork, bad_network
 from server_harness import PRIOR, Client, eventually, rows
 
@@ -44,19 +47,28 @@ async def emitting(client: AsyncFMIClient, history: History, stop: asyncio.Event
                 history.answers.append(Answer(key, receipt.status, receipt.sequence or 0))
 
 
-async def following(client: AsyncFMIClient, history: History, ready: asyncio.Event) -> None:
-    async with client.subscribe([COHORT], mode="every") as updates:
+async def following(client: AsyncFMIClient, record: Record, ready: asyncio.Event) -> None:
+    mode = "every" if record.every else "latest"
+    async with client.subscribe([COHORT], mode=mode) as updates:
         async for event in updates.events():
             ready.set()
-            if event.WhichOneof("event") == "update":
-                history.updates.append(event.update)
+            record.take(event)
 
 
-async def torment(network: BadNetwork, chance: random.Random) -> None:
+async def torment(network: BadNetwork, chance: random.Random, *, twice: bool) -> None:
+    faults = ["cut", "cut", "delay", "freeze", "half open", "refuse", *["twice"] * twice]
     for _ in range(FAULTS):
         await asyncio.sleep(chance.uniform(0.02, 0.25))
-        match chance.choice(("cut", "cut", "delay", "freeze", "refuse")):
+        match chance.choice(faults):
             case "cut":
+                network.cut()
+            case "half open":
+                network.deafen()
+                network.cut()  # who connects anew is taken, heard, and never answered
+                await asyncio.sleep(chance.uniform(0.05, 0.4))
+                network.thaw()
+            case "twice":
+                network.twice = not network.twice
                 network.cut()
             case "delay":
                 network.delay_s = chance.uniform(0.0, 0.05)
@@ -71,7 +83,7 @@ async def torment(network: BadNetwork, chance: random.Random) -> None:
                 network.cut()
                 await asyncio.sleep(chance.uniform(0.05, 0.4))
                 network.refuse(refusing=False)
-    network.delay_s = 0.0
+    network.heal()
 
 
 @pytest.mark.timeout(90 + 2 * FAULTS)
@@ -83,6 +95,7 @@ async def test_a_bad_network_breaks_no_guarantee(tmp_path):
         running_server(tmp_path) as server,
         Client(server.target) as direct,
         bad_network(server.target) as network,
+        bad_network(server.target) as subscribers_network,
         contextlib.AsyncExitStack() as clients,
     ):
         spec = cohort_pb2.CohortSpec(name=COHORT)
@@ -92,35 +105,67 @@ async def test_a_bad_network_breaks_no_guarantee(tmp_path):
         behind = [
             await clients.enter_async_context(
                 AsyncFMIClient(
-                    network.target, domain_id=f"site-{i}", cohort=COHORT, retry=PATIENT, timeout_s=2
+                    target, domain_id=f"site-{i}", cohort=COHORT, retry=PATIENT, timeout_s=2
                 )
             )
-            for i in range(5)
+            for i, target in enumerate([network.target] * 4 + [subscribers_network.target] * 2)
         ]
+        records = [history.record(mode, every=mode == "every") for mode in ("every", "latest")]
         async with asyncio.TaskGroup() as tasks:
-            ready = asyncio.Event()
-            watch = tasks.create_task(following(behind[-1], history, ready))
-            await ready.wait()
+            watches = []
+            for client, record in zip(behind[4:], records, strict=True):
+                ready = asyncio.Event()
+                watches.append(tasks.create_task(following(client, record, ready)))
+                await ready.wait()
             emitters = [
                 tasks.create_task(emitting(client, history, stop, random.Random(chance.random())))
-                for client in behind[:-1]
+                for client in behind[:4]
             ]
-            await torment(network, chance)
+            await asyncio.gather(
+                torment(network, random.Random(chance.random()), twice=True),
+                torment(subscribers_network, random.Random(chance.random()), twice=False),
+            )
             stop.set()
             await asyncio.gather(*emitters)
             while await direct.release(COHORT):
                 pass
             newest = await direct.update(COHORT, PRIOR)
+            line = (newest.cohort, newest.kind)
             await eventually(
-                lambda: any(u.sequence == newest.sequence for u in history.updates), 30.0
+                lambda: all(r.newest.get(line) == newest.revision for r in records), 30.0
             )
-            watch.cancel()
-        held = rows(tmp_path, "packets", "updates")
-    store = Store(
-        packets=[(r[0], r[1], r[2], r[-1]) for r in held["packets"]],
-        updates=[(r[0], r[1], r[2], r[3], r[-1]) for r in held["updates"]],
-    )
+            for watch in watches:
+                watch.cancel()
+        store = Store.from_rows(rows(tmp_path, "packets", "updates", "sites"))
     assert broken(history, store) == []
-    assert network.cuts > 0
-    assert network.connections > 5
+    for each, clients_behind in ((network, 4), (subscribers_network, 2)):
+        assert each.cuts > 0
+        assert each.connections > clients_behind
     assert len(history.answers) > FAULTS
+
+
+async def test_what_arrives_twice_counts_once(tmp_path):
+    """ONCE: each connection reaches the server a second time, and both copies are taken at once."""
+    history = History()
+    async with running_server(tmp_path) as server, bad_network(server.target) as network:
+        network.twice = True
+        async with AsyncFMIClient(network.target, domain_id="site", cohort=COHORT) as client:
+            packets = [client.emitter.emit_msp(controller={"tau": i / 100}) for i in range(100)]
+            for packet in packets[:50]:
+                receipt = await client.emit(packet)
+                answer = Answer(("site", receipt.packet_id), receipt.status, receipt.sequence)
+                history.answers.append(answer)
+            for receipt in await client.emit_many(packets[50:]):
+                answer = Answer(("site", receipt.packet_id), receipt.status, receipt.sequence or 0)
+                history.answers.append(answer)
+        async with Client(server.target) as direct:
+
+            async def repeated() -> bool:
+                return (await direct.sites(COHORT))[f"{COHORT}:site"].duplicates == len(packets)
+
+            await eventually(repeated)
+        store = Store.from_rows(rows(tmp_path, "packets", "updates", "sites"))
+    found = {finding.guarantee for finding in broken(history, store)}
+    assert not found & {"DURABLE", "ONCE"}
+    assert len(store.packets) == len(packets)
+    assert network.twins == 1

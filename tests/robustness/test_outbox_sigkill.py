@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import signal
 import sys
@@ -24,12 +25,13 @@ from pathlib import Path
 
 import pytest
 from guarantees import Broken, Store
+from rig import Rig
 from server_harness import eventually
 from server_process import COMMAND, environment
-from test_sigkill import ROUNDS, Rig
 
 from fmi.v1 import packet_pb2
 
+ROUNDS = int(os.environ.get("FMI_SIGKILL_ROUNDS", "8"))
 HERE = Path(__file__).parent
 SOUND = (sys.executable, str(HERE / "outbox_site.py"))
 KINDS = {"site-async": "async", "site-blocking": "blocking"}

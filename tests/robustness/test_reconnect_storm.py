@@ -1,5 +1,9 @@
 """All subscribers lose their server at once and come back at once.
 
+First the server is killed, then the network in front of the next one resets every connection, again and
+again: all come back to where they were, the process does not grow with the number of storms, and a site that
+emits meanwhile is answered.
+
 FMI_STORM sets the number of subscribers; 1000 where it is not set.
 """
 
@@ -9,12 +13,13 @@ import asyncio
 import contextlib
 import os
 import random
-import re
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
 import grpc
 import pytest
+from process import Latencies, resident_bytes
+from proxy import bad_network
 from server_harness import PRIOR, Client, eventually, msp
 from server_process import started
 
@@ -23,7 +28,17 @@ from fmi.v1 import interchange_service_pb2 as wire_pb2
 SUBSCRIBERS = int(os.environ.get("FMI_STORM", "1000"))
 CHANNELS = 50
 COHORT = "care"
+QUICK = (
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+)
 MAX_BYTES_PER_STREAM = 150_000
+STORMS = 3
+LONGEST_ANSWER_S = 2.0
+"""A site waits no longer for its answer while all come back."""
+
+BACK_S = 120.0
 
 
 class Subscriber:
@@ -55,11 +70,13 @@ class Subscriber:
             await asyncio.sleep(random.uniform(0.0, 0.5))
 
 
-def resident_bytes(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    found = re.search(r"VmRSS:\s+(\d+) kB", status)
-    assert found is not None
-    return int(found[1]) * 1024
+async def newest_everywhere(client: Client, subscribers: Sequence[Subscriber]) -> None:
+    """Release once more, and wait until everybody has it."""
+    tau = random.random()
+    await client.emit(*(msp(f"s{i}", COHORT, controller={"tau": tau}) for i in range(3)))
+    await client.release(COHORT)
+    newest = (await client.update(COHORT)).revision
+    await eventually(lambda: all(s.revision == newest for s in subscribers), 60.0)
 
 
 async def released(client: Client) -> bool:
@@ -68,18 +85,13 @@ async def released(client: Client) -> bool:
 
 @pytest.mark.timeout(300)
 async def test_all_subscribers_come_back_at_once(tmp_path):
-    options = (
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 500),
-    )
     flags = ("--data-dir", str(tmp_path / "data"))
     async with contextlib.AsyncExitStack() as clients:
         async with started("--listen", "127.0.0.1:0", *flags) as first:
             target = first.target
             alone = resident_bytes(first.pid)
             channels = [
-                await clients.enter_async_context(Client(target, options)) for _ in range(CHANNELS)
+                await clients.enter_async_context(Client(target, QUICK)) for _ in range(CHANNELS)
             ]
             await channels[0].emit(*(msp(f"s{i}", COHORT) for i in range(3)))
             await eventually(lambda: released(channels[0]))
@@ -90,23 +102,65 @@ async def test_all_subscribers_come_back_at_once(tmp_path):
             first.process.kill()
             await first.process.wait()
         await eventually(lambda: not any(s.live for s in subscribers), 30.0)
-        async with started("--listen", target, *flags) as second:
+        async with (
+            started("--listen", target, *flags) as second,
+            Client(target) as other,
+        ):
             begun = time.monotonic()
-            await eventually(lambda: all(s.live for s in subscribers), 120.0)
+            during = Latencies(other, COHORT)
+            await during.during(lambda: all(s.live for s in subscribers))
             back_s = time.monotonic() - begun
-            async with Client(target) as other:
-                await other.emit(*(msp(f"s{i}", COHORT, controller={"tau": 0.1}) for i in range(3)))
-                await other.release(COHORT)
-                newest = (await other.update(COHORT)).revision
-            await eventually(lambda: all(s.revision == newest for s in subscribers), 60.0)
+            await newest_everywhere(other, subscribers)
             again = resident_bytes(second.pid) - alone
+            quiet = await Latencies(other, COHORT).count(100)
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
     print(  # noqa: T201 - the figures
         f"{SUBSCRIBERS} subscribers: back after {back_s:.1f} s, "
-        f"{grown / SUBSCRIBERS / 1000:.0f} and {again / SUBSCRIBERS / 1000:.0f} kB each"
+        f"{grown / SUBSCRIBERS / 1000:.0f} and {again / SUBSCRIBERS / 1000:.0f} kB each; Emit {during} "
+        f"meanwhile, {quiet} later"
     )
     assert [s.refused for s in subscribers if s.refused] == []
     for growth in (grown, again):
         assert growth < SUBSCRIBERS * MAX_BYTES_PER_STREAM
+    assert during.p99_s < LONGEST_ANSWER_S
+
+
+@pytest.mark.timeout(300)
+async def test_storm_after_storm_leaves_nothing_behind(tmp_path):
+    flags = ("--listen", "127.0.0.1:0", "--data-dir", str(tmp_path / "data"))
+    async with (
+        started(*flags) as server,
+        Client(server.target) as other,
+        bad_network(server.target) as network,
+        contextlib.AsyncExitStack() as clients,
+    ):
+        await other.emit(*(msp(f"s{i}", COHORT) for i in range(3)))
+        await eventually(lambda: released(other))
+        channels = [
+            await clients.enter_async_context(Client(network.target, QUICK))
+            for _ in range(CHANNELS)
+        ]
+        subscribers = [Subscriber(channels[i % CHANNELS]) for i in range(SUBSCRIBERS)]
+        tasks = [asyncio.create_task(subscriber.run()) for subscriber in subscribers]
+        await eventually(lambda: all(s.live for s in subscribers), BACK_S)
+        quiet = await Latencies(other, COHORT).count(100)
+        held, during = [], Latencies(other, COHORT)
+        for _ in range(STORMS):
+            network.cut()
+            await eventually(lambda: not any(s.live for s in subscribers), 30.0)
+            async with asyncio.timeout(BACK_S):
+                await during.during(lambda: all(s.live for s in subscribers))
+            await newest_everywhere(other, subscribers)
+            held.append(resident_bytes(server.pid))
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+    print(  # noqa: T201 - the figures
+        f"{SUBSCRIBERS} subscribers, {STORMS} storms: {', '.join(f'{h / 1e6:.0f}' for h in held)} MB; Emit "
+        f"{quiet} before, {during} meanwhile"
+    )
+    assert [s.refused for s in subscribers if s.refused] == []
+    assert held[-1] < held[0] + SUBSCRIBERS * MAX_BYTES_PER_STREAM / 10
+    assert during.p99_s < LONGEST_ANSWER_S
