@@ -15,6 +15,7 @@ from fmi_server.storage.base import StoreCorruptError, StoreVersionError
 from fmi_server.storage.sqlite_inspect import check_integrity, open_for_inspection
 from fmi_server.storage.sqlite_schema import (
     DatabaseLock,
+    has_log,
     prepare_database,
     sync_directory,
     translate_error,
@@ -129,11 +130,10 @@ def restore_backup(backup: Path, path: Path, *, replace: bool = False) -> Restor
 def _prepare_copy(backup: Path, partial: Path) -> str:
     """Copy a backup, check all of it, and give the copy a history of its own; return its name."""
     _refuse_unreadable(backup)
-    log = backup.with_name(f"{backup.name}-wal")
-    if log.exists() and log.stat().st_size:
+    if has_log(backup):
         raise StoreCorruptError(
             path=str(backup),
-            detail=f"{log.name} beside it says that it is a live database; back it up, and restore that",
+            detail=f"{backup.name}-wal beside it says that it is a live database; back it up, and restore that",
         )
     shutil.copyfile(backup, partial)
     if not partial.stat().st_size:
@@ -184,6 +184,8 @@ def _put_in_place(partial: Path, path: Path) -> Path | None:
 
 def _fold_log(path: Path) -> bool:
     """Write the log of a closed database into it; return whether nothing is left beside it."""
+    if not path.stat().st_size:
+        return False  # SQLite would delete the log
     try:
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()

@@ -26,6 +26,7 @@ from fmi_server.storage.base import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "check_identity",
     "connect_reader",
     "connect_writer",
+    "has_log",
     "prepare_database",
     "read_only_address",
     "set_size_limit",
@@ -288,16 +290,34 @@ def prepare_database(path: Path, *, max_bytes: int | None) -> tuple[sqlite3.Conn
             path=str(path),
         )
     check_identity(path)
-    connection = connect_writer(path, max_bytes=max_bytes)
-    try:
-        _migrate(connection)
-        _check_schema(connection, path)
-        epoch = _history_epoch(connection, path)
-        sync_directory(path.parent)
-    except BaseException:
-        connection.close()
-        raise
+    with _kept_as_it_is(path) as accept:
+        connection = connect_writer(path, max_bytes=max_bytes)
+        try:
+            _migrate(connection)
+            _check_schema(connection, path)
+            epoch = _history_epoch(connection, path)
+            sync_directory(path.parent)
+        except BaseException:
+            connection.close()
+            raise
+        accept()
     return connection, epoch
+
+
+@contextlib.contextmanager
+def _kept_as_it_is(path: Path) -> Iterator[Callable[[], None]]:
+    """Keep the log beside a database that is refused; what is yielded is called where it is accepted.
+
+    The last connection that closes folds the log in and deletes it, unless it may only read.
+    """
+    if not has_log(path):
+        yield lambda: None
+        return
+    with contextlib.ExitStack() as kept:
+        reader = sqlite3.connect(read_only_address(path), uri=True)
+        kept.callback(reader.close)
+        reader.execute("PRAGMA user_version").fetchone()  # it opens nothing before
+        yield kept.close
 
 
 def read_only_address(path: Path) -> str:
@@ -307,9 +327,14 @@ def read_only_address(path: Path) -> str:
     a disk that is read-only, it is read without, which is right as long as it has no log.
     """
     address = path.absolute().as_uri() + "?mode=ro"
+    writable = os.access(path.parent, os.W_OK)
+    return address if has_log(path) or writable else f"{address}&immutable=1"
+
+
+def has_log(path: Path) -> bool:
+    """Tell whether a write-ahead log with something in it stands beside a database."""
     log = path.with_name(f"{path.name}-wal")
-    has_log = log.exists() and log.stat().st_size > 0
-    return address if has_log or os.access(path.parent, os.W_OK) else f"{address}&immutable=1"
+    return log.exists() and log.stat().st_size > 0
 
 
 def check_identity(path: Path) -> None:
@@ -320,6 +345,13 @@ def check_identity(path: Path) -> None:
         StoreVersionError: From a newer version.
     """
     _check_magic(path)
+    if has_log(path) and not (path.exists() and path.stat().st_size):
+        # SQLite would delete the log, which may hold all that was acknowledged.
+        raise StoreCorruptError(
+            path=str(path),
+            detail=f"it is {'empty' if path.exists() else 'missing'}, but its log {path.name}-wal is there; "
+            "restore a backup, which keeps the log, or move the log away to start anew",
+        )
     if not _is_ours(path):
         raise StoreCorruptError(path=str(path), detail="it belongs to another program")
 
