@@ -133,7 +133,8 @@ def _prepare_copy(backup: Path, partial: Path) -> str:
     if has_log(backup):
         raise StoreCorruptError(
             path=str(backup),
-            detail=f"{backup.name}-wal beside it says that it is a live database; back it up, and restore that",
+            detail=f"{backup.name}-wal beside it says that it is a live database; back it up, and restore "
+            "that",
         )
     shutil.copyfile(backup, partial)
     if not partial.stat().st_size:
