@@ -14,7 +14,7 @@ from server_harness import CAUSES, HINT, PRIOR, WARM_START, Client, Refusal, eve
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi_client import AsyncFMIClient, RetryPolicy
 
-__all__ = ["Follower", "SdkFollower"]
+__all__ = ["KINDS", "Follower", "SdkFollower"]
 
 CUT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 """How a stream ends that is cut; the second where a server ends that had not yet seen it."""

@@ -101,9 +101,11 @@ class Rig:
         self.up.clear()
         if self._process.returncode is None:
             self._process.send_signal(signal.SIGKILL)
+        ended = await self._process.wait()
         # It may have ended in good order in between, where it was told to.
-        assert await self._process.wait() in (-signal.SIGKILL, 0), self.log.read_text()
-        self.kills += 1
+        assert ended in (-signal.SIGKILL, 0), self.log.read_text()
+        self.kills += ended != 0
+        self.ends += ended == 0
 
     async def end(self) -> None:
         """Let the server end in good order."""

@@ -29,13 +29,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
 
-from followers import Follower, SdkFollower
+from followers import KINDS, Follower, SdkFollower
 from guarantees import Broken, Compacted, History, Lagged, Store, broken
 from proxy import BadNetwork, bad_network
 from rig import COHORT, SHORT, Rig
 from server_harness import Client, eventually
 from server_process import COMMAND
-from sites import SingleEmitter, StreamEmitter
+from sites import Emitter, SingleEmitter, StreamEmitter
 
 from fmi.v1 import cohort_pb2
 
@@ -120,27 +120,10 @@ async def campaign(
             bad_network(rig.target) as single,
             asyncio.TaskGroup() as tasks,
         ):
-            followers = [
-                Follower(rig, "every", every=True),
-                Follower(rig, "every, bad network", every=True, target=network.target),
-                Follower(rig, "every, away", every=True, away=True),
-                Follower(rig, "latest", every=False),
-                Follower(rig, "latest, bad network", every=False, target=network.target),
-                Follower(rig, "latest, away", every=False, away=True),
-                SdkFollower(rig, "sdk", single.target),
-            ]
+            followers = followers_of(rig, network.target, single.target)
             following = [tasks.create_task(follower.run()) for follower in followers]
             await asyncio.gather(*(follower.ready.wait() for follower in followers))
-            emitters = [
-                tasks.create_task(emitter.run())
-                for emitter in (
-                    SingleEmitter(rig, "single-1"),
-                    SingleEmitter(rig, "single-2"),
-                    SingleEmitter(rig, "single-bad-network", network.target),
-                    StreamEmitter(rig, "stream-1"),
-                    StreamEmitter(rig, "stream-bad-network", network.target),
-                )
-            ]
+            emitters = [tasks.create_task(site.run()) for site in sites_of(rig, network.target)]
             faults = [
                 tasks.create_task(trouble(each, random.Random(rig.chance.random()), twice=twice))
                 # A twin of the SDK's stream, under its secret `instance_id`, would end it: SUPERSEDED.
@@ -176,6 +159,30 @@ async def campaign(
         took_s,
         endings,
     )
+
+
+def followers_of(rig: Rig, bad: str, single: str) -> list[Follower | SdkFollower]:
+    """Make the subscribers, of which some are behind a bad network."""
+    return [
+        Follower(rig, "every", every=True),
+        Follower(rig, "every, bad network", every=True, target=bad),
+        Follower(rig, "every, away", every=True, away=True),
+        Follower(rig, "latest", every=False),
+        Follower(rig, "latest, bad network", every=False, target=bad),
+        Follower(rig, "latest, away", every=False, away=True),
+        SdkFollower(rig, "sdk", single),
+    ]
+
+
+def sites_of(rig: Rig, bad: str) -> list[Emitter]:
+    """Make the sites, of which some are behind a bad network."""
+    return [
+        SingleEmitter(rig, "single-1"),
+        SingleEmitter(rig, "single-2"),
+        SingleEmitter(rig, "single-bad-network", bad),
+        StreamEmitter(rig, "stream-1"),
+        StreamEmitter(rig, "stream-bad-network", bad),
+    ]
 
 
 async def declare_cohorts(rig: Rig) -> None:
@@ -263,8 +270,8 @@ async def everything_seen(rig: Rig) -> None:
                 return not await client.release(cohort)
 
             await eventually(quiet)
-            for kind in (1, 2, 3, 4):
-                newest[cohort, kind] = (await client.update(cohort, kind)).revision
+            for kind, revision in (await client.cohorts())[cohort].revisions.items():
+                newest[cohort, KINDS[kind]] = revision
 
     def caught_up() -> bool:
         return all(
