@@ -47,7 +47,8 @@ __all__ = ["RunningServer", "check_settings", "running", "serve", "server_argume
 STORE_FILE: Final = "fmi.sqlite3"
 
 INGEST: Final = "fmi.v1.InterchangeService/Emit"
-"""The name under which health tells whether packets are taken. A server whose store refuses writes still
+"""The name under which health tells whether packets should be sent here: not while the store refuses writes,
+and not where it is damaged, since what is acknowledged may not be found again. Such a server still
 serves reads and subscriptions, so it is not to be taken out of service for that."""
 
 LAST_CALLS_S: Final = 1.0
@@ -207,9 +208,7 @@ async def _tell_of_ingest(service: FMIService, health_servicer: health.aio.Healt
     watch, states = service.store_watch, health_pb2.HealthCheckResponse
     while True:
         await watch.changed()
-        await health_servicer.set(
-            INGEST, states.SERVING if watch.fault is None else states.NOT_SERVING
-        )
+        await health_servicer.set(INGEST, states.SERVING if watch.sound else states.NOT_SERVING)
 
 
 @contextlib.asynccontextmanager

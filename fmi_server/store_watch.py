@@ -1,8 +1,10 @@
-"""Watches whether the store takes writes, and says when that changes.
+"""Watches whether the store takes writes and is sound, and says when that changes.
 
 A server whose disk is full is read-only: Emits are refused with a typed error, everything that reads goes
 on. Nothing has to be done for that, since each write is refused by itself; what is missing is that somebody
 says so, and finds out without a packet when there is room again.
+
+Damage is another matter: it does not go away, and what lies elsewhere in the file is still read and written.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class StoreWatch:
-    """Says whether a store takes writes.
+    """Says whether a store takes writes, and whether it is damaged.
 
     Args:
         store: The store.
@@ -37,17 +39,24 @@ class StoreWatch:
 
     Attributes:
         fault: Why writes fail; None while the store takes them.
+        damage: What was found damaged; None where nothing was. It stays.
     """
 
     def __init__(self, store: Store, *, telemetry: FMITelemetry) -> None:
         self.fault: UnavailableReason | None = None
+        self.damage: str | None = None
         self._store = store
         self._telemetry = telemetry
         self._changed = asyncio.Event()
         telemetry.store_takes_writes(True)
 
+    @property
+    def sound(self) -> bool:
+        """Whether the store takes writes and no damage was found: whether packets should be sent here."""
+        return self.fault is None and self.damage is None
+
     async def changed(self) -> None:
-        """Wait until `fault` became something else. For one waiter."""
+        """Wait until `fault` or `damage` became something else. For one waiter."""
         await self._changed.wait()
         self._changed.clear()
 
@@ -57,7 +66,10 @@ class StoreWatch:
         since, sound = 0.0, 0
         while True:
             await asyncio.sleep(LOOK_S)
-            found = self._store.stats().fault
+            stats = self._store.stats()
+            found = stats.fault
+            if stats.damage is not None and self.damage is None:
+                self._tell_of_damage(stats.damage)
             if found is not None:
                 sound = 0
                 with contextlib.suppress(StoreError):
@@ -78,6 +90,17 @@ class StoreWatch:
                     "%s takes writes again, after %.0f s", self._store.location, loop.time() - since
                 )
                 self._set(None)
+
+    def _tell_of_damage(self, damage: str) -> None:
+        _log.critical(
+            "%s is damaged (%s): what needs the damaged part is refused as STORE_CORRUPT, all else goes on; "
+            "stop the server and restore a backup",
+            self._store.location,
+            damage,
+        )
+        self.damage = damage
+        self._telemetry.store_is_damaged()
+        self._changed.set()
 
     def _set(self, fault: UnavailableReason | None) -> None:
         self.fault = fault

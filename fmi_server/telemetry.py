@@ -73,6 +73,11 @@ class FMITelemetry:
             "Whether the store takes writes: 1, or 0 while it refuses them.",
             registry=self.registry,
         )
+        self._store_damaged = Gauge(
+            "fmi_store_damaged",
+            "Whether a read or a write came upon damage in the store: 0, or 1 until a restart.",
+            registry=self.registry,
+        )
         self._release_seconds = Histogram(
             "fmi_release_seconds",
             "Seconds from the start of a release until it is durable.",
@@ -144,6 +149,10 @@ class FMITelemetry:
     def store_takes_writes(self, takes: bool) -> None:
         """Set whether the store takes writes."""
         self._store_writable.set(takes)
+
+    def store_is_damaged(self) -> None:
+        """Set that the store is damaged."""
+        self._store_damaged.set(1)
 
     def snapshot(self) -> Mapping[str, float]:
         """Return every count by name and labels, for example `fmi_packets_total{type="msp",...}`."""

@@ -209,8 +209,9 @@ def _examine_ingest(calls: _Calls) -> Iterator[Finding]:
     if status == _NOT_SERVING:
         yield fault(
             "packets",
-            "the server takes none now: its store refuses writes",
-            "Sites need do nothing, the SDK sends again; the operator finds the cause in the server's log.",
+            "none should be sent now: its store refuses writes, or is damaged",
+            "The operator finds the cause in the server's log. Where the disk is full, sites do nothing: "
+            "the SDK sends again.",
             ExitCode.SERVER,
             final=False,
         )

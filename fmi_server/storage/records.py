@@ -204,6 +204,7 @@ class StoreStats:
         pending_records: Records that wait to be written now.
         pending_bytes: Their payload bytes.
         fault: Why the last group commit failed; None where it succeeded.
+        damage: The first damage that a read or a write came upon; None where none did. It stays.
     """
 
     groups: int = 0
@@ -219,6 +220,7 @@ class StoreStats:
     pending_records: int = 0
     pending_bytes: int = 0
     fault: UnavailableReason | None = None
+    damage: str | None = None
 
 
 def _text_problem(field: str, value: object) -> str:

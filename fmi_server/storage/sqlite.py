@@ -14,6 +14,7 @@ import math
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -22,6 +23,7 @@ from fmi_server.storage.base import (
     DictionaryConflictError,
     RevisionConflictError,
     Store,
+    StoreCorruptError,
     StoreUnavailableError,
     UnknownPacketError,
 )
@@ -102,6 +104,7 @@ class SqliteStore(Store):
         self._limits = limits or GroupLimits()
         self._max_bytes = max_bytes
         self._epoch = ""
+        self._damage: str | None = None
         self._lock: DatabaseLock | None = None
         self._writer: GroupWriter | None = None
         self._readers: ThreadPoolExecutor | None = None
@@ -127,7 +130,10 @@ class SqliteStore(Store):
 
     def stats(self) -> StoreStats:
         """Return counters since opening."""
-        return self._writer.snapshot() if self._writer is not None else StoreStats()
+        if self._writer is None:
+            return StoreStats()
+        stats = self._writer.snapshot()
+        return stats if stats.damage else replace(stats, damage=self._damage)
 
     async def probe(self) -> None:
         """Write something that changes nothing, DURABLE."""
@@ -139,6 +145,7 @@ class SqliteStore(Store):
         """Lock, check and open the database, creating or migrating it as needed."""
         if self._writer is not None:
             return
+        self._damage = None
         loop = asyncio.get_running_loop()
         connection = await loop.run_in_executor(None, self._prepare)
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="fmi-store-reader")
@@ -225,7 +232,10 @@ class SqliteStore(Store):
         except FileExistsError:
             raise
         except (sqlite3.Error, OSError) as error:
-            raise translate_error(error, self._path) from error
+            typed = translate_error(error, self._path)
+            if isinstance(typed, StoreCorruptError) and self._damage is None:
+                self._damage = typed.detail
+            raise typed from error
 
     # Packets
 

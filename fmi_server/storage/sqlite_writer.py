@@ -17,7 +17,12 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from fmi_server.storage.base import StoreBusyError, StoreError, StoreUnavailableError
+from fmi_server.storage.base import (
+    StoreBusyError,
+    StoreCorruptError,
+    StoreError,
+    StoreUnavailableError,
+)
 from fmi_server.storage.records import (
     AppendOutcome,
     AppendStatus,
@@ -110,6 +115,12 @@ class _Group:
         """Why it failed as a whole; None where it did not."""
         first = self.answers[0]
         return first.cause if self.failed and isinstance(first, StoreUnavailableError) else None
+
+    @property
+    def damage(self) -> str | None:
+        """What it came upon that is damaged."""
+        found = (answer for answer in self.answers if isinstance(answer, StoreCorruptError))
+        return next((error.detail for error in found), None) if self.failed else None
 
     def count(self) -> None:
         """Count the outcomes; done on the writer's thread, which has the time."""
@@ -229,6 +240,7 @@ class GroupWriter:
             last_group=group.records,
             commit_seconds=stats.commit_seconds + group.seconds,
             fault=group.fault,
+            damage=stats.damage or group.damage,
         )
 
     # On the writer's thread

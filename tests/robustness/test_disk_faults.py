@@ -14,10 +14,11 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from server_harness import PRIOR, Client, eventually, msp, packet_keys, refusal_of, spec
+from server_harness import PRIOR, Client, eventually, msp, packet_keys, refusal_of, rows, spec
 from server_process import COMMAND, LOCAL, assert_refused, run, started
 
 from fmi.v1 import cohort_pb2, packet_pb2
+from fmi.v1 import interchange_service_pb2 as wire_pb2
 
 INGEST = "fmi.v1.InterchangeService/Emit"
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -134,6 +135,49 @@ async def test_a_full_disk_makes_the_server_read_only_until_there_is_room(small_
         found = packet_keys(small_disk / "data")
     assert found[: len(kept)] == kept
     assert len(found) == len(kept) + 1
+
+
+async def test_a_release_on_a_full_disk_comes_after_it(small_disk):
+    """ORDERED: what was acknowledged before is released when there is room, and no revision is left out."""
+    data_dir = small_disk / "data"
+    async with (
+        started(*LOCAL, "--data-dir", str(data_dir)) as server,
+        Client(server.target) as client,
+        asyncio.timeout(90),
+    ):
+        care = spec("care", aggregation=cohort_pb2.AggregationSpec(vote_min_sites=1))
+        care.release.min_interval.FromSeconds(8)
+        care.release.max_interval.FromSeconds(8)
+        await client.put_spec(care)
+        fields = {"kinds": [PRIOR], "mode": wire_pb2.DELIVERY_MODE_EVERY}
+        async with client.subscribed("care", **fields) as events:
+            await events.until("snapshot_end")
+            # Of so many signals that an update needs more room than the packet that is refused.
+            many = dict.fromkeys(list(FILLER)[:250], 1.0)
+            await client.emit(msp("site", "care", controller={"tau": 0.5}, metrics=many))
+            (first,) = await events.updates(1)
+            await client.emit(msp("site", "care", controller={"tau": 0.7}, metrics=many))
+            free = os.statvfs(small_disk)  # most of it at once, before the release is due
+            (small_disk / "rest").write_bytes(bytes(free.f_bavail * free.f_frsize - 2**19))
+            taken = [("", "")]
+            while taken:  # a refusal makes room once, as the log is folded in
+                taken.clear()
+                await fill(client, taken)
+                with contextlib.suppress(OSError), (small_disk / "rest").open("ab", 0) as rest:
+                    while rest.write(bytes(4096)):
+                        pass
+            assert (await refusal_of(client.release("care"))).reason == "STORE_UNAVAILABLE"
+            said = "release of cohort care failed and will be tried again"
+            await eventually(lambda: any(said in line for line in server.err))
+            assert (await client.update("care")).revision == first.revision == 1
+            (small_disk / "ballast").unlink()
+            (second,) = await events.updates(1)  # without a packet, and without anybody's asking
+            assert (second.revision, second.prior_update.prior["tau"]) == (2, 0.7)
+            assert second.sequence > first.sequence
+        revisions = [
+            row[3] for row in rows(data_dir, "updates")["updates"] if row[1:3] == ("care", PRIOR)
+        ]
+        assert revisions == [1, 2]
 
 
 async def test_a_disk_that_turns_read_only_is_told_of_and_left_as_it_is(tmp_path):
