@@ -209,7 +209,7 @@ def _examine_ingest(calls: _Calls) -> Iterator[Finding]:
     if status == _NOT_SERVING:
         yield fault(
             "packets",
-            "none should be sent now: its store refuses writes, or is damaged",
+            "the server wants none now: its store refuses writes, or is damaged",
             "The operator finds the cause in the server's log. Where the disk is full, sites do nothing: "
             "the SDK sends again.",
             ExitCode.SERVER,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -136,53 +133,3 @@ async def test_it_can_be_backed_up_before_and_restored_by_a_newer_server(release
     assert version(tmp_path / "restored") == SCHEMA_VERSION
     assert after.pop("meta") != before.pop("meta"), "a history of its own"
     assert after == before
-
-
-CHILD = """
-import os, signal, sqlite3, sys
-from pathlib import Path
-from fmi_server.storage import sqlite_schema
-
-at, seen, connect = int(sys.argv[1]), 0, sqlite3.connect
-
-def trace(statement):
-    global seen
-    seen += 1
-    if seen == at:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-def traced(*args, **options):
-    connection = connect(*args, **options)
-    connection.set_trace_callback(trace)
-    return connection
-
-sqlite3.connect = traced
-connection, _ = sqlite_schema.prepare_database(Path(sys.argv[2]), max_bytes=None)
-connection.close()
-"""
-
-
-def test_killed_at_any_statement_it_is_old_or_new(released):
-    """kill -9 in the middle of a migration: the next start finds one version or the other, whole."""
-    before, old = contents(released), version(released)
-    kills = 0
-    for at in range(1, 200):
-        done = subprocess.run(
-            [sys.executable, "-c", CHILD, str(at), str(released)], check=False, timeout=60
-        )
-        if done.returncode == 0:
-            break
-        kills += 1
-        assert version(released) in range(old, SCHEMA_VERSION + 1)
-        assert contents(released) == before
-        if version(released) == SCHEMA_VERSION:
-            break
-    assert kills > 10
-    asyncio.run(opened(released))
-    assert version(released) == SCHEMA_VERSION
-    assert contents(released) == before
-
-
-async def opened(path: Path) -> None:
-    async with SqliteStore(path):
-        pass
