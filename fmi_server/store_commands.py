@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +13,7 @@ from typing import Any, Final
 import click
 
 from fmi_server.app import STORE_FILE
+from fmi_server.config import SettingsError
 from fmi_server.errors import FMIError
 from fmi_server.feed_requests import kind_name
 from fmi_server.invocation import fail, settings_of
@@ -72,7 +74,11 @@ def restore(
     """
     path = _store_path(config, data_dir)
     with _failing():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            message = f"data_dir: {path.parent} cannot be made: {error.strerror}"
+            raise SettingsError(message) from None
         try:
             restored = restore_backup(source.absolute(), path.resolve(), replace=replace)
         except FileExistsError:
@@ -126,7 +132,7 @@ def _store_path(config: Path | None, data_dir: Path | None) -> Path:
 def _failing() -> Iterator[None]:
     try:
         yield
-    except (FMIError, OSError) as error:
+    except (FMIError, SettingsError, OSError) as error:
         fail(error)
 
 
@@ -155,10 +161,7 @@ def _plain_cohort(cohort: CohortContents) -> dict[str, Any]:
     return {
         "declared": cohort.declared,
         "sites": cohort.sites,
-        "packets": cohort.packets,
-        "live": cohort.live,
-        "retired": cohort.retired,
-        "quarantined": cohort.quarantined,
+        "packets": {kind: asdict(held) for kind, held in cohort.packets.items()},
         "oldest": _time(cohort.oldest_us),
         "newest": _time(cohort.newest_us),
         "updates": {
@@ -188,7 +191,8 @@ def _text(contents: DatabaseContents) -> Iterator[str]:
     if not contents.cohorts:
         yield "no cohorts"
         return
-    rows = [("cohort", "declared", "sites", "live", "retired", "quarantined", "newest packet")]
+    rows = [("cohort", "declared", "sites", "oldest packet", "newest packet")]
+    packets = [("cohort", "packets", "live", "retired", "quarantined")]
     revisions = [("cohort", "kind", "revisions held", "newest published")]
     for name, cohort in contents.cohorts.items():
         rows.append(
@@ -196,21 +200,22 @@ def _text(contents: DatabaseContents) -> Iterator[str]:
                 name,
                 "yes" if cohort.declared else "no",
                 str(cohort.sites),
-                str(cohort.live),
-                str(cohort.retired),
-                str(cohort.quarantined),
+                _time(cohort.oldest_us) or "-",
                 _time(cohort.newest_us) or "-",
             )
         )
+        packets += [
+            (name, kind, str(held.live), str(held.retired), str(held.quarantined))
+            for kind, held in cohort.packets.items()
+        ]
         revisions += [
             (name, kind_name(u.kind), f"{u.oldest}-{u.newest}", _time(u.published_at_us) or "-")
             for u in cohort.updates
         ]
-    yield ""
-    yield from _aligned(rows)
-    if len(revisions) > 1:
-        yield ""
-        yield from _aligned(revisions)
+    for table in (rows, packets, revisions):
+        if len(table) > 1:
+            yield ""
+            yield from _aligned(table)
 
 
 def _time(at_us: int | None) -> str | None:

@@ -51,13 +51,18 @@ def backup_database(path: Path, target: Path) -> int:
         StoreVersionError: It is from a newer version.
         StoreUnavailableError: The disk refused.
     """
-    with contextlib.closing(open_for_inspection(path, oldest=1)) as connection:
+    with contextlib.closing(open_for_inspection(path)) as connection:
         try:
+            sync_directory(
+                target.parent
+            )  # it tells of a folder that is not there as SQLite does not
             copy_database(connection, target)
         except FileExistsError:
             raise
-        except sqlite3.DatabaseError as error:
-            raise translate_error(error, path) from error
+        except sqlite3.Error as error:
+            # Damage is of what is read, all else of what is written.
+            damaged = isinstance(translate_error(error, path), StoreCorruptError)
+            raise translate_error(error, path if damaged else target) from error
         except OSError as error:
             raise translate_error(error, target) from error
     return target.stat().st_size

@@ -13,7 +13,6 @@ from typing import Any
 from fmi_server.storage.base import StoreCorruptError, StoreUnavailableError
 from fmi_server.storage.records import PACKET_KINDS
 from fmi_server.storage.sqlite_schema import (
-    SCHEMA_VERSION,
     DatabaseLock,
     check_identity,
     read_only_address,
@@ -23,6 +22,7 @@ from fmi_server.storage.sqlite_schema import (
 __all__ = [
     "CohortContents",
     "DatabaseContents",
+    "PacketsHeld",
     "UpdateRange",
     "check_integrity",
     "check_packets",
@@ -51,16 +51,28 @@ class UpdateRange:
 
 
 @dataclass(slots=True)
+class PacketsHeld:
+    """The packets of one type that a cohort has.
+
+    Attributes:
+        live: Those that count or may count.
+        retired: Those that are only known, so that a repeat is answered.
+        quarantined: Those in quarantine.
+    """
+
+    live: int = 0
+    retired: int = 0
+    quarantined: int = 0
+
+
+@dataclass(slots=True)
 class CohortContents:
     """What a database holds of one cohort.
 
     Attributes:
         declared: Whether its spec is kept.
         sites: Sites that sent something.
-        packets: Packets held by type.
-        live: Packets held that count or may count.
-        retired: Packets held that are only known, so that a repeat is answered.
-        quarantined: Packets held in quarantine.
+        packets: Packets held, by type.
         oldest_us: When the oldest packet held was received, Unix microseconds; None without any.
         newest_us: When the newest was.
         updates: Its updates, by kind.
@@ -68,10 +80,7 @@ class CohortContents:
 
     declared: bool = False
     sites: int = 0
-    packets: dict[str, int] = field(default_factory=dict)
-    live: int = 0
-    retired: int = 0
-    quarantined: int = 0
+    packets: dict[str, PacketsHeld] = field(default_factory=dict)
     oldest_us: int | None = None
     newest_us: int | None = None
     updates: list[UpdateRange] = field(default_factory=list)
@@ -102,17 +111,13 @@ class DatabaseContents:
     cohorts: dict[str, CohortContents]
 
 
-def open_for_inspection(path: Path, *, oldest: int = SCHEMA_VERSION) -> sqlite3.Connection:
-    """Connect for reading only.
-
-    Args:
-        path: The database.
-        oldest: The oldest schema version that will do.
+def open_for_inspection(path: Path) -> sqlite3.Connection:
+    """Connect for reading only, to a database of any version up to this one.
 
     Raises:
         StoreCorruptError: It is no database of this server.
         StoreVersionError: It is from a newer version.
-        StoreUnavailableError: There is none, it cannot be read, or its schema is older than `oldest`.
+        StoreUnavailableError: There is none, or it cannot be read.
     """
     try:
         if not path.exists():
@@ -123,7 +128,7 @@ def open_for_inspection(path: Path, *, oldest: int = SCHEMA_VERSION) -> sqlite3.
         )
         try:
             connection.execute("PRAGMA query_only = ON")
-            _refuse_older(connection, path, oldest)
+            _refuse_empty(connection, path)
         except BaseException:
             connection.close()
             raise
@@ -132,14 +137,9 @@ def open_for_inspection(path: Path, *, oldest: int = SCHEMA_VERSION) -> sqlite3.
     return connection
 
 
-def _refuse_older(connection: sqlite3.Connection, path: Path, oldest: int) -> None:
-    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
-    if version < oldest:
-        detail = (
-            f"its schema is version {version}, and {oldest} is the oldest that can be read here; a server "
-            "brings it up to date when it starts"
-        )
-        raise StoreUnavailableError("unsupported", detail=detail, path=str(path))
+def _refuse_empty(connection: sqlite3.Connection, path: Path) -> None:
+    if int(connection.execute("PRAGMA user_version").fetchone()[0]) == 0:
+        raise StoreUnavailableError("unsupported", detail="there is nothing in it", path=str(path))
 
 
 def check_integrity(connection: sqlite3.Connection, path: Path) -> None:
@@ -188,15 +188,16 @@ def inspect_database(connection: sqlite3.Connection, path: Path) -> DatabaseCont
     """
     connection.execute("BEGIN")
     try:
+        schema_version = int(connection.execute("PRAGMA user_version").fetchone()[0])
         return DatabaseContents(
             path=path,
             size_bytes=_size_bytes(path),
-            schema_version=int(connection.execute("PRAGMA user_version").fetchone()[0]),
+            schema_version=schema_version,
             history_epoch=_one(connection, "SELECT value FROM meta WHERE name = 'history_epoch'"),
             update_sequence=_one(connection, "SELECT max(sequence) FROM updates") or 0,
             dictionaries=_one(connection, "SELECT count(*) FROM dictionaries") or 0,
             server_pid=DatabaseLock(path).holder(),
-            cohorts=_cohorts(connection),
+            cohorts=_cohorts(connection, schema_version),
         )
     except sqlite3.DatabaseError as error:
         raise translate_error(error, path) from error
@@ -204,22 +205,23 @@ def inspect_database(connection: sqlite3.Connection, path: Path) -> DatabaseCont
         connection.execute("ROLLBACK")
 
 
-def _cohorts(connection: sqlite3.Connection) -> dict[str, CohortContents]:
+def _cohorts(connection: sqlite3.Connection, schema_version: int) -> dict[str, CohortContents]:
     cohorts: defaultdict[str, CohortContents] = defaultdict(CohortContents)
     for (name,) in connection.execute("SELECT name FROM cohorts"):
         cohorts[name].declared = True
     for name, sites in connection.execute("SELECT cohort, count(*) FROM sites GROUP BY cohort"):
         cohorts[name].sites = sites
+    # Before schema 2 no packet was retired.
+    retired_column = "sum(retired)" if schema_version >= 2 else "0"
     rows = connection.execute(
-        "SELECT cohort, kind, count(*), sum(retired), sum(quarantined), min(received_at_us), "
+        f"SELECT cohort, kind, count(*), {retired_column}, sum(quarantined), min(received_at_us), "  # noqa: S608 - constants only
         "max(received_at_us) FROM packets GROUP BY cohort, kind"
     )
     for name, kind, held, retired, quarantined, oldest_us, newest_us in rows:
         contents = cohorts[name]
-        contents.packets[PACKET_KINDS[kind]] = held
-        contents.retired += retired
-        contents.quarantined += quarantined
-        contents.live += held - retired - quarantined
+        contents.packets[PACKET_KINDS[kind]] = PacketsHeld(
+            held - retired - quarantined, retired, quarantined
+        )
         contents.oldest_us = min(oldest_us, contents.oldest_us or oldest_us)
         contents.newest_us = max(newest_us, contents.newest_us or newest_us)
     # Of a single max() or min() SQLite takes the other columns from the row that has it.

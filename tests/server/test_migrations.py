@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import re
 import shutil
 import signal
 import sqlite3
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,13 @@ def contents(path: Path, version: int | None = None) -> dict[str, Any]:
     return found
 
 
+def inspected(path: Path) -> dict[str, Any]:
+    """What `fmi-server inspect` says of a database."""
+    command = [sys.executable, "-m", "fmi_server", "inspect", "--check", "--json", str(path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, check=True)
+    return json.loads(done.stdout)
+
+
 def assert_kept(before: dict[str, Any], after: dict[str, Any]) -> None:
     """Whatever was there is there, in the columns that both have."""
     for table, rows in before.items():
@@ -78,6 +87,7 @@ async def test_an_old_store_is_served(tmp_path, version):
     """Its history goes on: the updates are served under their revisions, and the next one follows them."""
     path = dumped(tmp_path, version)
     before = contents(path, version)
+    assert inspected(path)["schema_version"] == version
     newest: dict[tuple[str, int], int] = {}
     for row in before["updates"]:
         key = row["cohort"], row["kind"]
@@ -115,6 +125,7 @@ async def test_an_old_store_is_served(tmp_path, version):
         server.process.send_signal(signal.SIGTERM)
         assert await server.process.wait() == 0
     after = contents(path, SCHEMA_VERSION)
+    assert inspected(path)["schema_version"] == SCHEMA_VERSION
     assert {row["packet_id"] for row in before["packets"]} <= {
         row["packet_id"] for row in after["packets"]
     }

@@ -95,7 +95,11 @@ async def test_a_backup_under_load_has_what_was_acknowledged_before_it(tmp_path)
         kept = {row[0] for row in connection.execute("SELECT packet_id FROM packets")}
     assert set(before) <= kept
     found = await inspected("--check", copy)
-    assert found["checked_packets"] == len(kept) == found["cohorts"]["default"]["live"]
+    assert (
+        found["checked_packets"]
+        == len(kept)
+        == found["cohorts"]["default"]["packets"]["msp"]["live"]
+    )
     assert found["history_epoch"] == live["history_epoch"]
 
 
@@ -114,6 +118,22 @@ async def test_nothing_is_written_over(tmp_path):
     assert ended.code == 2
     assert "--replace" in ended.line
     assert digest(data_dir / "fmi.sqlite3") == before
+
+
+async def test_what_cannot_be_written_is_told_by_its_own_name(tmp_path):
+    data_dir = tmp_path / "data"
+    async with started(*flags(data_dir)) as server, Client(server.target) as client:
+        await client.emit(msp())
+        missing = tmp_path / "nowhere" / "copy"
+        ended = await store_command("backup", "--data-dir", data_dir, missing)
+        assert (ended.code, str(missing) in ended.line) == (2, True), ended
+        assert "No such file or directory" in ended.line
+        copy = tmp_path / "copy"
+        assert (await store_command("backup", "--data-dir", data_dir, copy)).code == 0
+    for folder in (copy, copy / "below"):
+        ended = await store_command("restore", "--data-dir", folder, copy)
+        assert (ended.code, f"data_dir: {folder}" in ended.line) == (2, True), ended
+    assert (await store_command("inspect", "--check", copy)).code == 0
 
 
 async def test_a_store_in_use_is_not_restored(tmp_path):
@@ -262,15 +282,12 @@ async def test_inspect_says_what_is_held_and_finds_a_flipped_bit(tmp_path):
     assert found["server_pid"] is None
     assert found["checked_packets"] == 4
     care, trade = found["cohorts"]["care"], found["cohorts"]["trade"]
-    assert (care["declared"], care["sites"], care["packets"], care["live"]) == (
-        True,
-        1,
-        {"msp": 3},
-        3,
-    )
+    assert (care["declared"], care["sites"]) == (True, 1)
+    assert care["packets"] == {"msp": {"live": 3, "retired": 0, "quarantined": 0}}
+    assert care["oldest"] <= care["newest"]
     assert care["updates"]["prior"]["oldest_revision"] == 1
     assert care["updates"]["prior"]["newest_revision"] == 3
-    assert (trade["declared"], trade["live"]) == (False, 1)
+    assert (trade["declared"], trade["packets"]["msp"]["live"]) == (False, 1)
     ended = await store_command("inspect", "--data-dir", data_dir)
     assert ended.code == 0
     assert "care" in ended.out
