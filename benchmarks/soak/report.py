@@ -62,6 +62,7 @@ def draw_chart(readings: Sequence[Reading], title: str, path: Path) -> None:
         for field, label, colour in lines:
             values = [getattr(reading, field) for reading in readings]
             axes.plot(minutes, values, color=colour, linewidth=1.2, label=label)
+        axes.margins(y=0.25)  # room for the legend
         axes.set_ylim(bottom=0)
         axes.set_ylabel(f"{name}, {unit}" if unit else name)
         axes.axvspan(0, minutes[-1] * WARM_UP, color="#f2f2f2", zorder=0)

@@ -58,10 +58,12 @@ class Seen:
     line: Line
     revision: int
     digest: bytes
+    history_epoch: str
 
     @classmethod
     def of(cls, update: update_pb2.Update) -> Seen:
-        return cls((update.cohort, update.kind), update.revision, digest(update))
+        line = (update.cohort, update.kind)
+        return cls(line, update.revision, digest(update), update.history_epoch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +154,11 @@ class Broken:
 
 
 def digest(update: update_pb2.Update) -> bytes:
-    """Return what tells an update's content from any other."""
-    return hashlib.blake2b(update.SerializeToString(deterministic=True), digest_size=12).digest()
+    """Return what tells an update's content from any other; its history is not part of what is stored."""
+    content = update_pb2.Update()
+    content.CopyFrom(update)
+    content.ClearField("history_epoch")
+    return hashlib.blake2b(content.SerializeToString(deterministic=True), digest_size=12).digest()
 
 
 def broken(history: History, store: Store) -> list[Broken]:
@@ -219,6 +224,9 @@ def _held(store: Store) -> dict[Line, dict[int, bytes]]:
 
 
 def _resumable(history: History, store: Store) -> Iterator[str]:
+    epochs = {seen.history_epoch for record in history.records for seen in record.seen}
+    if len(epochs) > 1:
+        yield f"updates of {len(epochs)} histories were seen"
     held = _held(store)
     # What the store has trimmed is held against what others saw of it.
     known = {line: dict(digests) for line, digests in held.items()}

@@ -170,6 +170,13 @@ def test_two_subscribers_who_saw_different_things_of_what_is_gone_break_resumabl
     assert named(history, store) == {"RESUMABLE"}
 
 
+def test_an_update_of_another_history_breaks_resumable():
+    history, store = sound()
+    (record,) = history.records
+    record.events[2] = dataclasses.replace(record.events[2], history_epoch="another")
+    assert named(history, store) == {"RESUMABLE"}
+
+
 def test_a_site_that_does_not_count_breaks_one_vote():
     history, store = sound()
     extra = msp("s9", COHORT, controller={"tau": 0.5})
