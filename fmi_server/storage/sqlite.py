@@ -57,6 +57,7 @@ from fmi_server.storage.sqlite_live import (
 from fmi_server.storage.sqlite_schema import (
     DatabaseLock,
     connect_reader,
+    keeping_log,
     prepare_database,
     set_size_limit,
     translate_error,
@@ -188,8 +189,11 @@ class SqliteStore(Store):
         for connection in self._reader_connections:
             connection.close()
         self._reader_connections.clear()
-        # Last, so that the writer's is the last connection: closing it folds the log in.
-        await writer.stop()
+        with keeping_log(self._path) as accept:
+            if (self._damage or writer.stats.damage) is None:
+                accept()
+            # Last, so that the writer's is the last connection: closing it folds the log in.
+            await writer.stop()
         if self._lock is not None:
             self._lock.release()
             self._lock = None

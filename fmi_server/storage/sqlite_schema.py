@@ -37,6 +37,7 @@ __all__ = [
     "connect_reader",
     "connect_writer",
     "has_log",
+    "keeping_log",
     "prepare_database",
     "read_only_address",
     "set_size_limit",
@@ -290,7 +291,7 @@ def prepare_database(path: Path, *, max_bytes: int | None) -> tuple[sqlite3.Conn
             path=str(path),
         )
     check_identity(path)
-    with _kept_as_it_is(path) as accept:
+    with keeping_log(path) as accept:
         connection = connect_writer(path, max_bytes=max_bytes)
         try:
             _migrate(connection)
@@ -305,8 +306,8 @@ def prepare_database(path: Path, *, max_bytes: int | None) -> tuple[sqlite3.Conn
 
 
 @contextlib.contextmanager
-def _kept_as_it_is(path: Path) -> Iterator[Callable[[], None]]:
-    """Keep the log beside a database that is refused; what is yielded is called where it is accepted.
+def keeping_log(path: Path) -> Iterator[Callable[[], None]]:
+    """Keep the log beside a database that is refused or damaged; call what is yielded where it is neither.
 
     The last connection that closes folds the log in and deletes it, unless it may only read.
     """

@@ -118,13 +118,14 @@ async def test_a_log_without_its_database_is_kept(tmp_path, harm, word):
     assert len(packet_keys(data_dir)) == 3 * SITES
 
 
-async def test_the_log_beside_a_refused_database_is_not_folded_in(tmp_path):
+@pytest.mark.parametrize("name", ["meta", "packets"])  # found as it is opened, and as it is read
+async def test_the_log_beside_a_refused_database_is_not_folded_in(tmp_path, name):
     path = await filled(tmp_path)
     log = path.with_name("fmi.sqlite3-wal")
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("UPDATE sites SET duplicate_count = 1")
         connection.commit()
-        content, page = log.read_bytes(), root_page(path, "meta")
+        content, page = log.read_bytes(), root_page(path, name)
         whole = path.read_bytes()
     path.write_bytes(whole)
     log.write_bytes(content)
