@@ -170,6 +170,14 @@ async def test_kill_9_of_sites_and_server_loses_repeats_and_swaps_nothing(tmp_pa
     ],
 )
 async def test_an_outbox_with_a_fault_is_caught(tmp_path, fault, guarantee):
+    """Not each kill hits the moment at which a fault shows, so it has a few campaigns to show in."""
     command = (sys.executable, str(HERE / "faulty_outbox_site.py"), fault)
-    noted, store = await torment(tmp_path, rounds=3, seed=1, command=command)
-    assert guarantee in {found.guarantee for found in broken(noted, store)}
+    caught: set[str] = set()
+    for seed in range(1, 5):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        noted, store = await torment(folder, rounds=3, seed=seed, command=command)
+        caught |= {found.guarantee for found in broken(noted, store)}
+        if guarantee in caught:
+            return
+    pytest.fail(f"{guarantee} was not named in four campaigns, but {sorted(caught)}")
