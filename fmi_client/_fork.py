@@ -2,9 +2,9 @@
 
 gRPC's threads do not come along into a child. With `grpc.aio` its fork handlers do not help: a channel
 that is opened in a child after the parent opened one hangs in C code, out of reach of any timeout, or
-kills the process. So the SDK refuses to open one. Such a child should end as those of `multiprocessing` do,
-with `os._exit`: the interpreter's whole shutdown takes down what is left of gRPC in it, and now and then (2 of
-56 times, measured with grpcio 1.85.3) dies of a segmentation fault.
+kills the process. So the SDK refuses to open one. Such a child should end as those of `multiprocessing`
+do, with `os._exit`: the interpreter's whole shutdown takes down what is left of gRPC in it, and now and then
+(2 of 56 times, measured with grpcio 1.85.3) dies of a segmentation fault.
 """
 
 from __future__ import annotations
