@@ -45,7 +45,7 @@ class ReturnsEarly(SlowToForget):
 
 
 class ForgetsEarly(SlowToForget):
-    """Forgets packets when they are about to be sent."""
+    """Forgets packets when they are about to be sent, and sends them a moment later."""
 
     def read(self, items: Sequence[Item]) -> list[bytes]:
         cache: dict[int, bytes] = self.__dict__.setdefault("cache", {})
@@ -53,6 +53,7 @@ class ForgetsEarly(SlowToForget):
         if new:
             cache.update(zip((i.sequence for i in new), super().read(new), strict=True))
             super().settle([item.sequence for item in new], [])
+            time.sleep(LATE_S)
         return [cache[item.sequence] for item in items]
 
 
