@@ -31,6 +31,7 @@ __all__ = [
     "MAX_MAGNITUDE",
     "EstimatorName",
     "EstimatorSettings",
+    "depends_on_order",
     "estimate",
     "trim_count",
 ]
@@ -82,6 +83,20 @@ class EstimatorSettings:
             raise ValueError(f"weight_cap must lie in (0, 1], got {self.weight_cap}")
         if not 0.0 < self.interval_level < 1.0:
             raise ValueError(f"interval_level must lie in (0, 1), got {self.interval_level}")
+
+
+def depends_on_order(settings: EstimatorSettings, *, weighted: bool) -> bool:
+    """Return whether the order of the sites may change the last digit of an estimate.
+
+    Only where sums run over sorted rows does it not.
+
+    Args:
+        settings: rules.
+        weighted: whether sites may have weights of their own.
+    """
+    if settings.name in ("trimmed_mean", "weighted_mean"):
+        return weighted
+    return settings.name == "mean_of_median"
 
 
 def trim_count(sites: NDArray[np.int64], settings: EstimatorSettings) -> NDArray[np.int64]:
@@ -217,6 +232,10 @@ def _fill_mean(
         # Exact shares cost several passes: only rows with a tie at the edge, with a dominant
         # site or without weight need them.
         hard = window.tied | (window.peak > limit * total) | (total <= _TINY_WEIGHT)
+        # Of one weight is of none, to the last digit: whether others weigh alike decides nothing here.
+        value = np.where(window.even, window.mean, value)
+        square_share = np.where(window.even, 1.0 / kept, square_share)
+        hard &= ~window.even
         index = np.flatnonzero(hard)
         if index.size:
             values, row_weights, part = window.survivors(index)

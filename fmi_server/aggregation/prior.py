@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Collection, Container, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fmi_server.aggregation.estimates import Estimate, EstimateTable
-from fmi_server.aggregation.estimators import MAX_MAGNITUDE, EstimatorSettings, estimate
+from fmi_server.aggregation.estimators import MAX_MAGNITUDE, EstimatorSettings
+from fmi_server.aggregation.group_estimates import GroupEstimates, WeighedSites
 from fmi_server.aggregation.resident import ResidentMatrix
 from fmi_server.aggregation.transforms import SignalRule, TransformTable
 from fmi_server.aggregation.trust import START_REPUTATION, site_scores
@@ -20,7 +21,7 @@ __all__ = ["CohortMatrix", "IgnoredValue", "PriorRelease", "PutReport"]
 
 _WEIGHT_DIGITS = 2
 _LEAST_TRUST = 0.01
-_BLOCK_CELLS = 1 << 20
+_EVERYONE = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,26 +91,6 @@ class PriorRelease:
         return {name: self.table.row(row) for row, name in enumerate(self.names)}
 
 
-@dataclass(frozen=True, slots=True)
-class _Computed:
-    """Hold the estimates of all rows, told or not, and what they were computed with."""
-
-    table: EstimateTable
-    settings: EstimatorSettings
-    cap: float
-    trust: NDArray[np.float64]
-
-    def is_for(
-        self,
-        settings: EstimatorSettings,
-        cap: float,
-        columns: NDArray[np.int64],
-        trust: NDArray[np.float64],
-    ) -> bool:
-        same = settings == self.settings and cap == self.cap
-        return same and np.array_equal(trust, self.trust[columns])
-
-
 class CohortMatrix:
     """Keep each site's newest value of each signal and release robust estimates of them.
 
@@ -149,9 +130,8 @@ class CohortMatrix:
         )
         self._transforms = TransformTable()
         self._cells = ResidentMatrix()
-        # Lower bound on every confidence held: says when all weights are alike.
-        self._lowest_confidence = 1.0
-        self._last: _Computed | None = None
+        self._groups = GroupEstimates(self._cells, self._transforms)
+        self._released = -1
         self._add_rows()
 
     @property
@@ -177,7 +157,8 @@ class CohortMatrix:
     @property
     def dirty(self) -> frozenset[str]:
         """Return the signals whose values changed since the last release."""
-        return frozenset(self._names.rules[row].name for row in np.flatnonzero(self._cells.dirty))
+        changed = np.flatnonzero(self._cells.row_changed > self._released)
+        return frozenset(self._names.rules[row].name for row in changed)
 
     def sections(self) -> dict[str, str]:
         """Return the section of each signal that is told and has a value."""
@@ -251,7 +232,6 @@ class CohortMatrix:
             rows, fresh, weights = rows[~outside], fresh[~outside], weights[~outside]
         if not rows.size:
             return PutReport(0, 0, tuple(ignored))
-        self._lowest_confidence = min(self._lowest_confidence, float(weights.min()))
         self._names.values_came()
         applied, changed = self._cells.write(site_id, rows, fresh, weights, now, size)
         return PutReport(applied, changed, tuple(ignored))
@@ -333,20 +313,11 @@ class CohortMatrix:
                 counts all sites alike.
             now: time of the release, passed on.
         """
-        count, cells = len(self._names.rules), self._cells
-        cap, trust = self._confidence_cap(), self._trust_by_column(reputation)
-        self._mark_reweighted(settings, cap, trust)
-        rows = np.flatnonzero(cells.dirty)
-        if rows.size == count or self._last is None:
-            rows = np.arange(count)
-            table = self._estimate(rows, slice(None), settings, cap, trust)
-        elif rows.size:
-            fresh = self._estimate(rows, slice(None), settings, cap, trust)
-            table = self._last.table.replaced(rows, fresh, count)
-        else:
-            table = self._last.table
-        cells.dirty[:] = False
-        self._last = _Computed(table, settings, cap, trust)
+        self._groups.start_release()
+        cells = self._cells
+        sites = self._weighed(*cells.by_site(), reputation)
+        table, recomputed = self._groups.estimate(_EVERYONE, sites, settings)
+        self._released = cells.version
         told = self._told_rows()
         table = self._told_of(table)
         valued = np.isfinite(table.value)
@@ -356,12 +327,12 @@ class CohortMatrix:
             sections=tuple(self._names.rules[row].section for row in told.values()),
             table=table,
             outvoted=self._names.outvoted,
-            recomputed=int(rows.size),
+            recomputed=recomputed,
             sites=len(cells.column_of),
             oldest=oldest,
             newest=newest,
-            confidence_cap=cap,
-            confidence=float(table.confidence[valued].mean()) if valued.any() else 0.0,
+            confidence_cap=sites.cap,
+            confidence=math.fsum(table.confidence[valued]) / max(1, np.count_nonzero(valued)),
             at=now,
         )
 
@@ -370,25 +341,25 @@ class CohortMatrix:
         site_ids: Collection[str],
         settings: EstimatorSettings,
         reputation: Mapping[str, float] | None = None,
+        *,
+        group: Hashable | None = None,
     ) -> EstimateTable:
         """Estimate every signal from some of the sites only.
-
-        Of all sites it is what the last release says, as long as nothing changed since.
 
         Args:
             site_ids: sites, each once; those that hold nothing are left out.
             settings: as in `release`.
             reputation: as in `release`.
+            group: what they are called. The result is kept under that name, until a release is not followed
+                by this question, and only what changed is estimated the next time.
         """
-        held, last = self._cells.column_of, self._last
-        asked = [site for site in site_ids if site in held]
+        held = self._cells.column_of
+        asked = sorted(site for site in site_ids if site in held)
         columns = np.array([held[site] for site in asked], dtype=np.int64)
-        cap = self._confidence_cap()
-        trust = _rounded_trust(asked, reputation) * self._relative_size()[columns]
-        unchanged = len(asked) == len(held) and not self._cells.dirty.any()
-        if unchanged and last is not None and last.is_for(settings, cap, columns, trust):
-            return self._told_of(last.table)
-        return self._estimate(self._told_index(), columns, settings, cap, trust)
+        sites = self._weighed(asked, columns, reputation)
+        everyone = len(asked) == len(held)
+        table, _ = self._groups.estimate(_EVERYONE if everyone else group, sites, settings)
+        return self._told_of(table)
 
     def score_sites(self, site_ids: Collection[str]) -> dict[str, float]:
         """Return how well some sites agree with all others, by `trust.site_scores`; NaN where unjudged.
@@ -442,66 +413,28 @@ class CohortMatrix:
             ignored,
         )
 
-    def _estimate(
+    def _weighed(
         self,
-        rows: NDArray[np.int64],
-        columns: slice | NDArray[np.int64],
-        settings: EstimatorSettings,
-        cap: float,
-        trust: NDArray[np.float64],
-    ) -> EstimateTable:
-        sites = trust[self._cells.occupied[columns]]
-        alike = self._lowest_confidence >= cap and (not sites.size or sites.min() == sites.max())
-        # In blocks, so that temporaries stay small beside the matrix.
-        height = max(1, _BLOCK_CELLS // max(1, trust.size))
-        tables = []
-        for start in range(0, max(1, rows.size), height):
-            part = rows[start : start + height]
-            span = _span(part)
-            values = self._cells.values[span][:, columns]
-            weights = None
-            if not alike:
-                weights = np.minimum(self._cells.confidence[span][:, columns], cap)
-                weights *= trust
-            table = estimate(values, weights, settings, self._transforms.tolerance(part))
-            tables.append(self._transforms.back(part, table))
-        return EstimateTable.stacked(tables)
-
-    def _confidence_cap(self) -> float:
+        site_ids: Collection[str],
+        columns: NDArray[np.int64],
+        reputation: Mapping[str, float] | None,
+    ) -> WeighedSites:
         declared = self._cells.site_confidence[self._cells.occupied]
-        return round(float(np.median(declared)), _WEIGHT_DIGITS) if declared.size else 1.0
+        cap = round(float(np.median(declared)), _WEIGHT_DIGITS) if declared.size else 1.0
+        trust = _rounded_trust(site_ids, reputation) * self._relative_size(columns)
+        return WeighedSites(columns, trust, cap)
 
-    def _trust_by_column(self, reputation: Mapping[str, float] | None) -> NDArray[np.float64]:
-        held = self._cells.column_of
-        trust = np.ones(len(self._cells.occupied))
-        trust[np.fromiter(held.values(), dtype=np.int64)] = _rounded_trust(held, reputation)
-        return trust * self._relative_size()
-
-    def _relative_size(self) -> NDArray[np.float64]:
+    def _relative_size(self, columns: NDArray[np.int64]) -> NDArray[np.float64]:
         sizes = self._cells.site_size
         counted = sizes[self._cells.occupied]
         if not counted.size or counted.min() == counted.max():
-            return np.ones(len(sizes))
-        relative = np.minimum(sizes / np.median(counted), 1.0)
+            return np.ones(columns.size)
+        relative = np.minimum(sizes[columns] / np.median(counted), 1.0)
         return np.maximum(np.round(relative, _WEIGHT_DIGITS), _LEAST_TRUST)
 
     def _told_of(self, table: EstimateTable) -> EstimateTable:
         told = self._told_index()
         return table if told.size == len(table) else table.selected(told)
-
-    def _mark_reweighted(
-        self, settings: EstimatorSettings, cap: float, trust: NDArray[np.float64]
-    ) -> None:
-        """Mark the rows that new weights concern."""
-        cells, last = self._cells, self._last
-        if last is None or settings != last.settings or cap != last.cap:
-            cells.dirty[:] = True
-            return
-        # Columns are never taken away, so the old ones lead.
-        moved = np.flatnonzero(trust[: len(last.trust)] != last.trust)
-        if moved.size:
-            for row in np.flatnonzero(~cells.dirty):
-                cells.dirty[row] = bool((cells.values[row, moved] < np.inf).any())
 
     def _add_rows(self) -> None:
         """Add the rows that new names need. A row that is used again has the transform it needs."""
@@ -517,10 +450,3 @@ def _rounded_trust(
         return np.ones(len(site_ids))
     held = np.array([reputation.get(site, START_REPUTATION) for site in site_ids])
     return np.maximum(np.round(held, _WEIGHT_DIGITS), _LEAST_TRUST)
-
-
-def _span(rows: NDArray[np.int64]) -> NDArray[np.int64] | slice:
-    """Return rising rows as a slice where they follow each other, which spares a copy of them."""
-    if rows.size and rows[-1] - rows[0] == rows.size - 1:
-        return slice(int(rows[0]), int(rows[-1]) + 1)
-    return rows

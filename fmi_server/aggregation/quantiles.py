@@ -70,7 +70,11 @@ def t_central_probability(
 def _central_by_series(theta: NDArray[np.float64], df: int) -> NDArray[np.float64]:
     coefficients, powers = _series(df)
     sine, cosine = np.sin(theta), np.cos(theta)
-    series = sine * (cosine[:, None] ** powers @ coefficients)
+    # One factor after the other, and each row summed by itself: a power or a product of matrices may give
+    # the last digit by the place of a row among others.
+    factors = np.repeat((cosine * cosine)[:, None], powers.size, axis=1)
+    factors[:, :1] = cosine[:, None] if df % 2 == 1 else 1.0
+    series = sine * (np.cumprod(factors, axis=1) * coefficients).sum(axis=1)
     central = 2.0 / math.pi * (theta + series) if df % 2 == 1 else series
     return np.clip(central, 0.0, 1.0)
 

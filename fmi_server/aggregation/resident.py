@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 __all__ = ["ResidentMatrix"]
 
 _LEAST_GROWTH = 16
+
+_Cell = TypeVar("_Cell", bound=np.generic)
 
 
 class ResidentMatrix:
@@ -19,18 +22,27 @@ class ResidentMatrix:
     to the next new one. Both axes grow by an eighth: a write costs the same however many sites
     there are, and little memory stands idle. Empty cells hold value `+inf`, confidence 0 and time
     `+inf`.
+
+    Attributes:
+        column_of: the column of each site.
+        version: rises with every change; each row and column keeps that of its last one.
+        lowest_confidence: a lower bound on the confidences held.
     """
 
     def __init__(self) -> None:
         self.column_of: dict[str, int] = {}
+        self.version = 0
+        self.lowest_confidence = 1.0
         self._rows = 0
         self._width = 0
         self._free: list[int] = []
         self._values: NDArray[np.float64] = np.full((0, 0), np.inf)
         self._confidence: NDArray[np.float64] = np.zeros((0, 0))
         self._seen: NDArray[np.float64] = np.full((0, 0), np.inf)
-        self._dirty = np.zeros(0, dtype=bool)
-        self._occupied = np.zeros(0, dtype=bool)
+        self._by_site: tuple[list[str], NDArray[np.int64]] | None = None
+        self._row_changed: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self._column_changed: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self._occupied: NDArray[np.bool_] = np.zeros(0, dtype=bool)
         self._site_confidence: NDArray[np.float64] = np.zeros(0)
         self._site_size: NDArray[np.float64] = np.ones(0)
         self._site_seen: NDArray[np.float64] = np.full(0, -np.inf)
@@ -53,9 +65,21 @@ class ResidentMatrix:
         return self._values.nbytes + self._confidence.nbytes + self._seen.nbytes
 
     @property
-    def dirty(self) -> NDArray[np.bool_]:
-        """Return which rows changed, a view that the owner clears."""
-        return self._dirty[: self._rows]
+    def row_changed(self) -> NDArray[np.int64]:
+        """Return per row the version of its last change, a view."""
+        return self._row_changed[: self._rows]
+
+    @property
+    def column_changed(self) -> NDArray[np.int64]:
+        """Return per column the version of its last change, a view."""
+        return self._column_changed[: self._width]
+
+    def by_site(self) -> tuple[list[str], NDArray[np.int64]]:
+        """Return the ids of the sites, in their order and not in that of arrival, and the columns."""
+        if self._by_site is None:
+            ids = sorted(self.column_of)
+            self._by_site = ids, np.array([self.column_of[i] for i in ids], dtype=np.int64)
+        return self._by_site
 
     @property
     def occupied(self) -> NDArray[np.bool_]:
@@ -73,11 +97,11 @@ class ResidentMatrix:
         return self._site_size[: self._width]
 
     def add_row(self) -> None:
-        """Add an empty row, dirty because nobody has seen it yet."""
+        """Add an empty row, changed because nobody has seen it yet."""
         if self._rows == self._values.shape[0]:
             self._grow(_next_size(self._rows), self._values.shape[1])
-        self._dirty[self._rows] = True
         self._rows += 1
+        self._note_change(self._rows - 1)
 
     def write(
         self,
@@ -96,10 +120,12 @@ class ResidentMatrix:
         rows, values, confidence = rows[newer], values[newer], confidence[newer]
         changed = self._values[rows, column] != values
         changed |= self._confidence[rows, column] != confidence
+        self.lowest_confidence = min(self.lowest_confidence, float(confidence.min(initial=1.0)))
         self._values[rows, column] = values
         self._confidence[rows, column] = confidence
         self._seen[rows, column] = now
-        self._dirty[rows[changed]] = True
+        if changed.any():
+            self._note_change(rows[changed], column)
         if rows.size:
             self._site_oldest[column] = min(self._site_oldest[column], now)
             if now >= self._site_seen[column]:
@@ -118,7 +144,8 @@ class ResidentMatrix:
         column = self.column_of.pop(site_id, None)
         if column is None:
             return False
-        self._dirty[np.flatnonzero(self._values[:, column] < np.inf)] = True
+        self._by_site = None
+        self._note_change(np.flatnonzero(self._values[:, column] < np.inf), column)
         self._values[:, column] = np.inf
         self._confidence[:, column] = 0.0
         self._seen[:, column] = np.inf
@@ -144,7 +171,7 @@ class ResidentMatrix:
             self._values[old, column] = np.inf
             self._confidence[old, column] = 0.0
             self._seen[old, column] = np.inf
-            self._dirty[old] = True
+            self._note_change(old, column)
             oldest = float(self._seen[:, column].min())
             self._site_oldest[column] = oldest
             if math.isinf(oldest):
@@ -170,9 +197,16 @@ class ResidentMatrix:
             if column == self._values.shape[1]:
                 self._grow(self._values.shape[0], _next_size(column))
             self._width += 1
+        self._by_site = None
         self.column_of[site_id] = column
         self._occupied[column] = True
         return column
+
+    def _note_change(self, rows: NDArray[np.int64] | int, column: int | None = None) -> None:
+        self.version += 1
+        self._row_changed[rows] = self.version
+        if column is not None:
+            self._column_changed[column] = self.version
 
     def _grow(self, rows: int, columns: int) -> None:
         self._values = _grown(self._values, (rows, columns), np.inf)
@@ -182,18 +216,16 @@ class ResidentMatrix:
         self._site_size = _grown(self._site_size, (columns,), 1.0)
         self._site_seen = _grown(self._site_seen, (columns,), -np.inf)
         self._site_oldest = _grown(self._site_oldest, (columns,), np.inf)
-        for name, size in (("_dirty", rows), ("_occupied", columns)):
-            flags = np.zeros(size, dtype=bool)
-            held = getattr(self, name)
-            flags[: len(held)] = held
-            setattr(self, name, flags)
+        self._row_changed = _grown(self._row_changed, (rows,), 0)
+        self._column_changed = _grown(self._column_changed, (columns,), 0)
+        self._occupied = _grown(self._occupied, (columns,), fill=False)
 
 
 def _next_size(size: int) -> int:
     return size + max(_LEAST_GROWTH, size // 8)
 
 
-def _grown(held: NDArray[np.float64], shape: tuple[int, ...], fill: float) -> NDArray[np.float64]:
-    grown = np.full(shape, fill)
+def _grown(held: NDArray[_Cell], shape: tuple[int, ...], fill: float) -> NDArray[_Cell]:
+    grown = np.full(shape, fill, dtype=held.dtype)
     grown[tuple(slice(size) for size in held.shape)] = held
     return grown

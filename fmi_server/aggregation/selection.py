@@ -31,6 +31,7 @@ class Window:
         weighted: weighted sum of the survivors.
         squares: sum of the squared weights.
         peak: largest weight.
+        even: rows whose survivors all have one weight.
         tied: rows in which equal values stand on both sides of an edge.
     """
 
@@ -47,6 +48,7 @@ class Window:
     weighted: NDArray[np.float64] | None
     squares: NDArray[np.float64] | None
     peak: NDArray[np.float64]
+    even: NDArray[np.bool_]
     tied: NDArray[np.bool_]
 
     def survivors(
@@ -89,9 +91,10 @@ def select_window(
     squares_sum = np.maximum(all_second - all_first * all_first / sites, 0.0)
     total = weighted = squares = None
     peak: NDArray[np.float64] = np.zeros(len(ordered))
+    even: NDArray[np.bool_] = np.ones(len(ordered), dtype=bool)
     tied: NDArray[np.bool_] = np.zeros(len(ordered), dtype=bool)
     if weights is not None:
-        total, weighted, squares, peak = _weighted_sums(values, weights, low, high)
+        total, weighted, squares, peak, even = _weighted_sums(values, weights, low, high)
         trimmed = cut > 0
         tied = trimmed & (
             (ordered[line, cut - trimmed] == low)
@@ -111,6 +114,7 @@ def select_window(
         weighted=weighted,
         squares=squares,
         peak=peak,
+        even=even,
         tied=tied,
     )
 
@@ -143,6 +147,10 @@ def select_nearest_median(
     spread = moved.sum(axis=1)
     squares_sum = np.einsum("ij,ij->i", moved, moved) - spread * spread / sites
     nothing = None if weights is None else np.zeros(len(ordered))
+    even: NDArray[np.bool_] = np.ones(len(ordered), dtype=bool)
+    if weights is not None:
+        least = np.where(survives, weights, np.inf).min(axis=1)
+        even = least == np.where(survives, weights, -np.inf).max(axis=1)
     return Window(
         values=values,
         weights=weights,
@@ -157,6 +165,7 @@ def select_nearest_median(
         weighted=nothing,
         squares=nothing,
         peak=np.zeros(len(ordered)),
+        even=even,
         tied=np.ones(len(ordered), dtype=bool),
     )
 
@@ -189,15 +198,22 @@ def _weighted_sums(
     weights: NDArray[np.float64],
     low: NDArray[np.float64],
     high: NDArray[np.float64],
-) -> tuple[NDArray[np.float64], ...]:
-    """Return per row sum(w), sum(w x), sum(w^2) and max(w) over low <= x <= high."""
+) -> tuple[
+    NDArray[np.float64],
+    NDArray[np.float64],
+    NDArray[np.float64],
+    NDArray[np.float64],
+    NDArray[np.bool_],
+]:
+    """Return per row sum(w), sum(w x), sum(w^2), max(w) and whether all w are one, over low <= x <= high."""
     rows, sites = values.shape
     total, weighted, squares, peak = (np.zeros(rows) for _ in range(4))
+    even = np.zeros(rows, dtype=bool)
     # Scratch of one cache-sized block, used again and again: whole-matrix temporaries cost a
     # page fault per 4 kB, which is most of the time this function would take.
     block = min(rows, max(1, _BLOCK_CELLS // max(1, sites)))
     scratch = np.empty((2, block, sites))
-    inside = np.empty((block, sites), dtype=bool)
+    inside, heaviest = np.empty((2, block, sites), dtype=bool)
     for start in range(0, rows, block):
         part = slice(start, min(start + block, rows))
         size = part.stop - start
@@ -211,7 +227,10 @@ def _weighted_sums(
         np.einsum("ij,ij->i", alive, moved, out=weighted[part])
         np.einsum("ij,ij->i", alive, alive, out=squares[part])
         alive.max(axis=1, out=peak[part], initial=0.0)
-    return total, weighted, squares, peak
+        at_peak = np.equal(alive, peak[part, None], out=heaviest[:size])
+        at_peak &= kept
+        even[part] = np.count_nonzero(at_peak, axis=1) == np.count_nonzero(kept, axis=1)
+    return total, weighted, squares, peak, even
 
 
 def _edge_parts(

@@ -167,7 +167,9 @@ def describe_contexts(
             regimes.append(RegimeContext(tag, len(members), {}, {}, withheld))
             continue
         table = matrix.estimate_sites(
-            [site.site_id for site in members], replace(settings, name="median")
+            [site.site_id for site in members],
+            replace(settings, name="median"),
+            group=("regime", tag),
         )
         values = {
             name: float(value)
@@ -208,9 +210,9 @@ def warm_start(
     ]
     init: dict[str, InitValue] = {}
     source: WarmStartSource = "none"
-    for label, members in _from_near_to_far(matrix, groups, request.profile_class, regime):
+    for label, group, members in _from_near_to_far(matrix, groups, request.profile_class, regime):
         if len(members) >= settings.min_sites:
-            table = matrix.estimate_sites(members, settings, reputation)
+            table = matrix.estimate_sites(members, settings, reputation, group=group)
             found = _init_values(table, [(r, n) for r, n in wanted if n not in init], label)
             init.update(found)
             if found and source == "none":
@@ -235,13 +237,15 @@ def _init_values(
 
 def _from_near_to_far(
     matrix: CohortMatrix, groups: SiteGroups, profile_class: str, regime: str | None
-) -> Iterator[tuple[WarmStartSource, Sequence[str]]]:
+) -> Iterator[tuple[WarmStartSource, tuple[str | None, ...], Sequence[str]]]:
+    """Yield each group with the name under which its estimates are kept."""
     of_class = groups.by_class.get(profile_class, []) if profile_class else []
     of_regime = [] if regime is None else [site.site_id for site in groups.by_tag[regime]]
-    yield "profile_and_regime", sorted(set(of_class).intersection(of_regime))
-    yield "regime", sorted(of_regime)
-    yield "profile_class", sorted(of_class)
-    yield "cohort", matrix.sites
+    both = list(set(of_class).intersection(of_regime))
+    yield "profile_and_regime", ("both", profile_class, regime), both
+    yield "regime", ("regime", regime), of_regime
+    yield "profile_class", ("class", profile_class), of_class
+    yield "cohort", (), matrix.sites
 
 
 def _median_concepts(members: Sequence[SiteContext], min_sites: int) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import random
 import statistics
 
 import grpc
@@ -233,12 +234,31 @@ async def test_a_restart_alone_publishes_nothing(data_dir):
         while await client.release("care"):
             pass
 
+    chance = random.Random(7)
+    sites_by_turn = [f"site-{i}" for i in range(33)]
     async with running_server(data_dir) as server, Client(server.target) as client:
         await client.put_spec(spec("care"))
-        await client.emit(
-            *(msp(f"site-{i}", "care", controller={"tau": 0.5 + i / 100}) for i in range(6)),
-            *(ccs(f"site-{i}", "care") for i in range(4)),
-        )
+        for _ in range(
+            3
+        ):  # each time in another order, so that columns and ids are not in one order
+            chance.shuffle(sites_by_turn)
+            for site in sites_by_turn:
+                names = chance.sample(["tau", "beta", "gamma", "delta"], 3)
+                header = {
+                    "profile_class": chance.choice(["small", "large"]),
+                    "provenance": {"regime_tag": chance.choice(["winter", "summer", ""])},
+                }
+                await client.emit(
+                    msp(
+                        site,
+                        "care",
+                        controller={name: chance.gauss(0.5, 0.1) for name in names},
+                        evidence={"confidence": chance.uniform(0.4, 1.0)},
+                        **header,
+                    ),
+                    ccs(site, "care", trust=chance.uniform(0.4, 1.0), **header),
+                )
+            await client.release("care")
         await settle(client)
         sites = await client.sites()
     before = rows(data_dir, "updates")
