@@ -76,7 +76,8 @@ def _central_by_series(theta: NDArray[np.float64], df: int) -> NDArray[np.float6
     factors[:, :1] = cosine[:, None] if df % 2 == 1 else 1.0
     series = sine * (np.cumprod(factors, axis=1) * coefficients).sum(axis=1)
     central = 2.0 / math.pi * (theta + series) if df % 2 == 1 else series
-    return np.clip(central, 0.0, 1.0)
+    within: NDArray[np.float64] = np.clip(central, 0.0, 1.0)
+    return within
 
 
 def _central_by_expansion(

@@ -24,7 +24,11 @@ __all__ = ["LOGIT_MARGIN", "SignalRule", "TransformName", "TransformTable"]
 TransformName = Literal["linear", "log", "logit"]
 
 LOGIT_MARGIN = 1e-6
-"""Share of the width that a logit signal keeps from its bounds, so that 0 and 1 stay finite."""
+"""What a logit signal is moved away from its bounds, in shares of its width, so that they stay finite.
+
+A share p is averaged as that of `m + (1 - 2m) p`: a map that rises and has an inverse, so that sites that
+all stand at a bound give the bound.
+"""
 
 _LINEAR, _LOG, _LOGIT = range(3)
 _KINDS: dict[TransformName, int] = {"linear": _LINEAR, "log": _LOG, "logit": _LOGIT}
@@ -128,8 +132,7 @@ class TransformTable:
             clipped[log] = np.log(positive)
         if logit.any():
             share = (clipped[logit] - lower[logit]) / (upper[logit] - lower[logit])
-            share = np.clip(share, LOGIT_MARGIN, 1.0 - LOGIT_MARGIN)
-            clipped[logit] = np.log(share) - np.log1p(-share)
+            clipped[logit] = _log_odds(share)
         return clipped
 
     def tolerance(self, rows: NDArray[np.int64]) -> Tolerance:
@@ -211,12 +214,25 @@ class TransformTable:
             result[log] = slope[log] = np.exp(np.minimum(values[log], math.log(MAX_MAGNITUDE)))
         if logit.any():
             width = upper[logit] - lower[logit]
-            share = _logistic(values[logit])
-            result[logit] = lower[logit] + width * share
-            slope[logit] = width * share * (1.0 - share)
+            moved = _logistic(values[logit])
+            share = (moved - LOGIT_MARGIN) / (1.0 - 2.0 * LOGIT_MARGIN)
+            # Rounding must not keep those who all stand at a bound away from it.
+            share = np.where(values[logit] <= _AT_LOWER, 0.0, np.clip(share, 0.0, 1.0))
+            inside = lower[logit] + width * share
+            result[logit] = np.where(values[logit] >= _AT_UPPER, upper[logit], inside)
+            slope[logit] = width * moved * (1.0 - moved) / (1.0 - 2.0 * LOGIT_MARGIN)
         return result, slope
+
+
+def _log_odds(share: NDArray[np.float64]) -> NDArray[np.float64]:
+    moved = LOGIT_MARGIN + (1.0 - 2.0 * LOGIT_MARGIN) * share
+    odds: NDArray[np.float64] = np.log(moved) - np.log1p(-moved)
+    return odds
 
 
 def _logistic(values: NDArray[np.float64]) -> NDArray[np.float64]:
     small = np.exp(-np.abs(values))
     return np.where(values >= 0.0, 1.0 / (1.0 + small), small / (1.0 + small))
+
+
+_AT_LOWER, _AT_UPPER = _log_odds(np.array([0.0, 1.0]))

@@ -501,17 +501,38 @@ def test_a_logit_signal_stays_inside_its_bounds():
     rule = SignalRule("tau", "controller", lower=2.0, upper=6.0, transform="logit")
     found = tau(filled([2.0, 3.0, 5.9, 6.0, 6.0], [rule]))
     assert 2.0 <= found.lower <= found.value <= found.upper <= 6.0
-    shares = np.clip((np.array([3.0, 5.9, 6.0]) - 2) / 4, LOGIT_MARGIN, 1 - LOGIT_MARGIN)
-    odds = np.log(shares / (1 - shares)).mean()
-    share = 1 / (1 + math.exp(-odds))
-    assert found.value == pytest.approx(2 + 4 * share)
+    share = 1 / (1 + math.exp(-np.log(_odds([3.0, 5.9, 6.0])).mean()))
+    stretch = 4 / (1 - 2 * LOGIT_MARGIN)
+    assert found.value == pytest.approx(2 + stretch * (share - LOGIT_MARGIN))
     plain = estimate(np.log([_odds([2.0, 3.0, 5.9, 6.0, 6.0])])).row(0)
-    assert found.stderr == pytest.approx(4 * share * (1 - share) * plain.stderr)
+    assert found.stderr == pytest.approx(stretch * share * (1 - share) * plain.stderr)
 
 
 def _odds(values):
-    share = np.clip((np.array(values) - 2) / 4, LOGIT_MARGIN, 1 - LOGIT_MARGIN)
+    share = LOGIT_MARGIN + (1 - 2 * LOGIT_MARGIN) * (np.array(values) - 2) / 4
     return share / (1 - share)
+
+
+@pytest.mark.parametrize("bounds", [(None, None), (0.0, 1.0), (-3.0, 0.7), (0.1, 0.3)])
+def test_logit_sites_that_all_stand_at_a_bound_give_the_bound(bounds):
+    lower, upper = bounds
+    rule = SignalRule("tau", "controller", lower=lower, upper=upper, transform="logit")
+    for bound in (0.0, 1.0) if lower is None else bounds:
+        found = tau(filled([bound] * 8, [rule]))
+        assert (found.value, found.lower, found.upper) == (bound, bound, bound)
+
+
+@given(
+    st.lists(st.floats(0.0, 1.0), min_size=3, max_size=12),
+    st.sampled_from([(0.0, 1.0), (2.0, 6.0), (-1e6, 1e-6)]),
+)
+def test_a_logit_estimate_stays_in_the_range_of_the_values(shares, bounds):
+    lower, upper = bounds
+    values = [min(upper, lower + (upper - lower) * share) for share in shares]
+    rule = SignalRule("tau", "controller", lower=lower, upper=upper, transform="logit")
+    found = tau(filled(values, [rule]))
+    rounding = 1e-15 * max(upper - lower, abs(lower), abs(upper))
+    assert min(values) - rounding <= found.value <= max(values) + rounding
 
 
 def test_a_log_signal_that_is_not_positive_is_left_out():
