@@ -168,7 +168,12 @@ class CohortState:
         )
 
     def count(self, packet: packet_pb2.Packet) -> None:
-        """Count a packet that was validated and stored. The order of packets does not matter."""
+        """Count a packet that was validated and stored.
+
+        The order of packets does not matter, but for values, class, regime and concepts that one site sent
+        twice with one time of emission: of these the ones counted last stay. A server counts in the order of
+        its store, in each of its lives.
+        """
         self.packets[packet.WhichOneof("body") or "unknown"] += 1
         self._take(packet)
 
@@ -344,7 +349,8 @@ class CohortState:
                 reputation=reputations,
             ),
             causes=pool_causes(
-                (entry[2] for site in self._sites.values() for entry in site.summaries),
+                # Sorted, because of summaries of one time the later in the list corrects the others.
+                (e[2] for site in self._sites.values() for e in sorted(site.summaries)),
                 CausalSettings(estimator=self._estimator),
                 reputations,
             ),

@@ -124,23 +124,6 @@ def histories(draw) -> list[packet_pb2.Packet]:
     return packets
 
 
-def rounded(message):
-    """Round every number, so that the order of an addition is no difference."""
-    plain = json_format.MessageToDict(message)
-
-    def walk(value):
-        match value:
-            case dict():
-                return {key: walk(item) for key, item in value.items()}
-            case list():
-                return [walk(item) for item in value]
-            case float():
-                return float(f"{value:.9g}")
-        return value
-
-    return walk(plain)
-
-
 def told(state: CohortState) -> list[object]:
     result = AGGREGATOR.result(state, now=NOW)
     for lineage in (
@@ -149,7 +132,7 @@ def told(state: CohortState) -> list[object]:
     ):
         lineage.ClearField("window")  # a bound that depends on which values stood there before
     return [
-        rounded(message)
+        json_format.MessageToDict(message)
         for message in (
             result.prior_update,
             result.warm_starts,
@@ -167,6 +150,28 @@ def test_the_order_of_packets_does_not_matter(data):
     assert told(counted(shuffled, signals=[LOSS], freeSignals=True)) == told(
         counted(packets, signals=[LOSS], freeSignals=True)
     )
+
+
+@settings(deadline=None)
+@given(st.permutations(range(12)), st.sampled_from([6, 12]))
+def test_summaries_of_one_moment_correct_each_other_in_the_order_of_their_ids(order, count):
+    """Four sites say of one moment that they found an edge, that it is another, and that it is gone."""
+    said = [(("a", "b", 0.3),), (("a", "b", 0.9), ("b", "c", 0.5)), ()]
+    packets = [
+        ccs(f"s{site}", pairs=said[turn], tested=("a", "b", "c"), at=NOW)
+        for turn in range(3)
+        for site in range(4)
+    ]
+    chosen = sorted(order[:count])
+    packets = [packets[number] for number in chosen]
+    shuffled = [packets[chosen.index(number)] for number in order if number in chosen]
+    assert told(counted(shuffled)) == told(counted(packets))
+
+
+def test_of_packets_of_one_moment_the_one_that_was_stored_last_counts():
+    first, last = taus(0.1, 0.2, 0.3), taus(0.7, 0.8, 0.9)
+    assert priors(counted([*first, *last])) == {"tau": pytest.approx(0.8)}
+    assert priors(counted([*last, *first])) == {"tau": pytest.approx(0.2)}
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
