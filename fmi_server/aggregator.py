@@ -232,8 +232,10 @@ def _prior_message(
         lineage=_prior_lineage(statistics, rules),
         untagged_sites=statistics.contexts.untagged_sites,
     )
+    update.lineage.confidence_cap = release.confidence_cap
     if len(statistics.reputations) <= MAX_REPUTATIONS_TOLD:
         update.lineage.reputations.update(statistics.reputations)
+        update.lineage.relative_sizes.update(statistics.relative_sizes)
     confidences = []
     for (name, found), section in zip(release.estimates().items(), release.sections, strict=True):
         update.estimates[name].CopyFrom(_estimate_message(found, section))

@@ -16,6 +16,7 @@ from fmi.plain import DEFAULT_PROFILE_CLASS
 from fmi.rules import SECTIONS
 from fmi.v1 import packet_pb2
 from fmi_server.aggregation import (
+    START_REPUTATION,
     CausalConsensus,
     CausalSettings,
     CohortMatrix,
@@ -59,7 +60,8 @@ class ReleasedStatistics:
         main_class: The profile class of most sites, among those with a warm start.
         policy: The hint, or why there is none.
         causes: The consensus.
-        reputations: As they were used in the weights.
+        reputations: Of all sites, as they were used in the weights.
+        relative_sizes: Of the sites that counted for less than 1, as they were used in the weights.
         packets: Packets counted, by type.
         outcome_sites: Sites with a policy outcome in the window.
     """
@@ -72,6 +74,7 @@ class ReleasedStatistics:
     policy: PolicyDecision
     causes: CausalConsensus
     reputations: dict[str, float]
+    relative_sizes: dict[str, float]
     packets: Counter[str]
     outcome_sites: int
 
@@ -306,7 +309,7 @@ class CohortState:
         """
         self.expire(now)
         self._judge()
-        reputations = self._trust.snapshot()
+        reputations = self._trust.counted()
         prior = self._matrix.release(self._estimator, reputations, now)
         groups = self._groups()
         classes = Counter({name: len(sites) for name, sites in groups.by_class.items()})
@@ -354,7 +357,8 @@ class CohortState:
                 CausalSettings(estimator=self._estimator),
                 reputations,
             ),
-            reputations={name: self._trust.of(name) for name in self._sites},
+            reputations={name: reputations.get(name, START_REPUTATION) for name in self._sites},
+            relative_sizes=self._matrix.relative_sizes(),
             packets=Counter(self.packets),
             outcome_sites=len({outcome.site_id for outcome in outcomes}),
         )
@@ -366,7 +370,7 @@ class CohortState:
             self._groups(),
             request,
             self._estimator,
-            reputation=self._trust.snapshot(),
+            reputation=self._trust.counted(),
         )
 
     def signals_held(self) -> tuple[int, tuple[float | None, float | None]]:

@@ -14,13 +14,12 @@ from fmi_server.aggregation.estimators import MAX_MAGNITUDE, EstimatorSettings
 from fmi_server.aggregation.group_estimates import GroupEstimates, WeighedSites
 from fmi_server.aggregation.resident import ResidentMatrix
 from fmi_server.aggregation.transforms import SignalRule, TransformTable
-from fmi_server.aggregation.trust import START_REPUTATION, site_scores
+from fmi_server.aggregation.trust import in_steps, site_scores
 from fmi_server.aggregation.vocabulary import Vocabulary
+from fmi_server.aggregation.weights import site_reputations
 
 __all__ = ["CohortMatrix", "IgnoredValue", "PriorRelease", "PutReport"]
 
-_WEIGHT_DIGITS = 2
-_LEAST_TRUST = 0.01
 _EVERYONE = ""
 
 
@@ -303,9 +302,8 @@ class CohortMatrix:
         The weight of a value is `min(declared confidence, cohort median confidence) *
         min(size / cohort median size, 1) * reputation`. The medians are taken over the sites, one
         site one vote, so that fewer than half of them cannot raise them beyond an honest one.
-        Median confidence, relative sizes and reputations are rounded to steps of 0.01: a smaller
-        move recomputes nothing, and the result depends on what is held alone, never on the way
-        there.
+        Median confidence, relative sizes and reputations count in steps of 0.01: a smaller move
+        recomputes nothing, and the result depends on what is held alone, never on the way there.
 
         Args:
             settings: estimator rules.
@@ -360,6 +358,12 @@ class CohortMatrix:
         everyone = len(asked) == len(held)
         table, _ = self._groups.estimate(_EVERYONE if everyone else group, sites, settings)
         return self._told_of(table)
+
+    def relative_sizes(self) -> dict[str, float]:
+        """Return the relative size of each site that counts for less than 1."""
+        site_ids, columns = self._cells.by_site()
+        sizes = self._relative_size(columns)
+        return {site_ids[i]: float(sizes[i]) for i in np.flatnonzero(sizes < 1.0)}
 
     def score_sites(self, site_ids: Collection[str]) -> dict[str, float]:
         """Return how well some sites agree with all others, by `trust.site_scores`; NaN where unjudged.
@@ -420,8 +424,8 @@ class CohortMatrix:
         reputation: Mapping[str, float] | None,
     ) -> WeighedSites:
         declared = self._cells.site_confidence[self._cells.occupied]
-        cap = round(float(np.median(declared)), _WEIGHT_DIGITS) if declared.size else 1.0
-        trust = _rounded_trust(site_ids, reputation) * self._relative_size(columns)
+        cap = round(float(np.median(declared)), 2) if declared.size else 1.0
+        trust = in_steps(site_reputations(site_ids, reputation)) * self._relative_size(columns)
         return WeighedSites(columns, trust, cap)
 
     def _relative_size(self, columns: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -430,7 +434,7 @@ class CohortMatrix:
         if not counted.size or counted.min() == counted.max():
             return np.ones(columns.size)
         relative = np.minimum(sizes[columns] / np.median(counted), 1.0)
-        return np.maximum(np.round(relative, _WEIGHT_DIGITS), _LEAST_TRUST)
+        return in_steps(relative)
 
     def _told_of(self, table: EstimateTable) -> EstimateTable:
         told = self._told_index()
@@ -441,12 +445,3 @@ class CohortMatrix:
         for rule in self._names.rules[len(self._transforms) :]:
             self._transforms.append(rule)
             self._cells.add_row()
-
-
-def _rounded_trust(
-    site_ids: Collection[str], reputation: Mapping[str, float] | None
-) -> NDArray[np.float64]:
-    if reputation is None:
-        return np.ones(len(site_ids))
-    held = np.array([reputation.get(site, START_REPUTATION) for site in site_ids])
-    return np.maximum(np.round(held, _WEIGHT_DIGITS), _LEAST_TRUST)

@@ -21,6 +21,7 @@ __all__ = [
     "START_REPUTATION",
     "ReputationBook",
     "TrustSettings",
+    "in_steps",
     "leave_one_out_z",
     "site_scores",
 ]
@@ -134,6 +135,15 @@ def site_scores(
     return np.where(judged > 0, total / np.maximum(judged, 1), np.nan)
 
 
+def in_steps(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return weights of sites in steps of 0.01, none below one step.
+
+    A smaller move of a weight changes nothing, so that nothing is computed anew for it.
+    """
+    rounded: NDArray[np.float64] = np.maximum(np.round(weights, 2), 0.01)
+    return rounded
+
+
 class ReputationBook:
     """Keep one reputation per site of a cohort: slow up, fast down.
 
@@ -178,8 +188,13 @@ class ReputationBook:
         """Forget a site that left the cohort for good."""
         self._reputation.pop(site_id, None)
 
+    def counted(self) -> dict[str, float]:
+        """Return the reputations of all sites that were judged, as they count (`in_steps`)."""
+        held = in_steps(np.fromiter(self._reputation.values(), dtype=np.float64))
+        return dict(zip(self._reputation, held.tolist(), strict=True))
+
     def snapshot(self) -> dict[str, float]:
-        """Return all reputations that differ from never judged, to save or to weigh with."""
+        """Return the reputations of all sites that were judged, to save."""
         return dict(self._reputation)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ def site_weights(
 
 
 def site_reputations(
-    site_ids: Sequence[str], reputation: Mapping[str, float] | None
+    site_ids: Collection[str], reputation: Mapping[str, float] | None
 ) -> NDArray[np.float64]:
     """Return the reputation per site; arguments as in `site_weights`."""
     if reputation is None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
 import re
 import statistics
+from fractions import Fraction
 
 import pytest
 from google.protobuf import json_format
@@ -358,6 +360,42 @@ def test_a_replay_is_no_news_and_moves_no_reputation():
     again.count(msp("new", controller={"tau": 0.5}))
     again.release(NOW)
     assert again.reputations().keys() - judged.keys() == {"new"}
+
+
+def test_a_prior_can_be_computed_again_from_its_packets_and_its_lineage_alone():
+    chance = random.Random(5)
+    names = [f"s{i}" for i in range(12)]
+    state, newest = CohortState(rules(aggregation={"weightCap": 1.0})), {}
+    for turn in range(6):
+        for number, name in enumerate(names):
+            # One lies, two declare little confidence, three stand for few sites.
+            tau = 90.0 if number == 0 else chance.gauss(0.5, 0.05)
+            confidence = 0.31 if number in (3, 4) else chance.uniform(0.6, 1.0)
+            packet = msp(name, controller={"tau": tau}, confidence=confidence, at=NOW + turn)
+            packet.msp.evidence.sites = 2.0 if number in (5, 6, 7) else 7.0
+            newest[name] = packet
+            state.count(packet)
+        state.release(NOW + turn)
+    update = AGGREGATOR.result(state, now=NOW + 6).prior_update
+    lineage, found = update.lineage, update.estimates["tau"]
+    assert lineage.reputations.keys() == set(names)
+    assert lineage.relative_sizes == pytest.approx(dict.fromkeys(["s5", "s6", "s7"], 0.29))
+    assert lineage.reputations["s0"] < 0.2 < min(lineage.reputations[name] for name in names[1:])
+
+    def weight(packet: packet_pb2.Packet) -> Fraction:
+        name = packet.header.domain_id
+        confidence = min(packet.msp.evidence.confidence, lineage.confidence_cap)
+        factors = confidence, lineage.reputations[name], lineage.relative_sizes.get(name, 1.0)
+        return math.prod(map(Fraction, factors))
+
+    packets = sorted(newest.values(), key=lambda packet: packet.msp.controller["tau"])
+    cut = found.trimmed // 2
+    kept = packets[cut : len(packets) - cut]
+    total = sum(map(weight, kept))
+    mean = sum(weight(p) * Fraction(p.msp.controller["tau"]) for p in kept) / total
+    assert found.value == pytest.approx(float(mean), rel=1e-12)
+    kish = total**2 / sum(weight(packet) ** 2 for packet in kept)
+    assert found.effective_sites == pytest.approx(float(kish), rel=1e-12)
 
 
 def test_reading_without_news_moves_no_reputation():

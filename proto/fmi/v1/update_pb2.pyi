@@ -188,6 +188,26 @@ class Lineage(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class RelativeSizesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PACKETS_FIELD_NUMBER: _builtins.int
     SITES_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
@@ -195,6 +215,8 @@ class Lineage(_message.Message):
     TRIMMED_FIELD_NUMBER: _builtins.int
     EPSILON_SPENT_FIELD_NUMBER: _builtins.int
     REPUTATIONS_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_CAP_FIELD_NUMBER: _builtins.int
+    RELATIVE_SIZES_FIELD_NUMBER: _builtins.int
     packets: _builtins.int
     """Output only. Packets counted."""
     sites: _builtins.int
@@ -205,6 +227,11 @@ class Lineage(_message.Message):
     """Output only. Values left out by trimming, over all signals."""
     epsilon_spent: _builtins.float
     """Output only. Differential privacy spent by the cohort up to this release; 0 where privacy is off."""
+    confidence_cap: _builtins.float
+    """Output only. The median of the confidences that sites declared, in 0..1: none counted for more. The
+    weight of a value is the smaller of its confidence and this, times the reputation of its site, times its
+    relative size. In a prior only.
+    """
     @_builtins.property
     def window(self) -> _duration_pb2.Duration:
         """Output only. Time from the oldest value counted, or an older one that was overwritten, to the newest
@@ -213,8 +240,16 @@ class Lineage(_message.Message):
 
     @_builtins.property
     def reputations(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Output only. The server's reputation of each site that was counted, in 0..1, as it was used in the
-        weights. In a prior only, and empty in cohorts of more than 1000 sites, where ListSites has them.
+        """Output only. The server's reputation of each site that was counted, in 0.01..1, as it was used in the
+        weights: in steps of 0.01. In a prior only, and empty in cohorts of more than 1000 sites, where ListSites
+        has them.
+        """
+
+    @_builtins.property
+    def relative_sizes(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Output only. The relative size of each site that counted for less than 1, in 0.01..1: the sites that it
+        stands for (`Evidence.sites`) by their median. In a prior only, and empty in cohorts of more than 1000
+        sites.
         """
 
     def __init__(
@@ -227,10 +262,12 @@ class Lineage(_message.Message):
         trimmed: _builtins.int = ...,
         epsilon_spent: _builtins.float = ...,
         reputations: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        confidence_cap: _builtins.float = ...,
+        relative_sizes: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["window", b"window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epsilon_spent", b"epsilon_spent", "estimator", b"estimator", "packets", b"packets", "reputations", b"reputations", "sites", b"sites", "trimmed", b"trimmed", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence_cap", b"confidence_cap", "epsilon_spent", b"epsilon_spent", "estimator", b"estimator", "packets", b"packets", "relative_sizes", b"relative_sizes", "reputations", b"reputations", "sites", b"sites", "trimmed", b"trimmed", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
