@@ -399,7 +399,8 @@ def _measured(
     measured = [(pair.weight, pair.stderr) for pair in found.pairs if pair.stderr is not None]
     if len(measured) < rules.min_sites or 2 * len(measured) < edge.sites:
         return None
-    cut = int(trim_count(np.array([len(measured)]), rules)[0])
+    # As many liars as may be among all sites may be among those that gave an error.
+    cut = int(trim_count(np.array([edge.sites]), rules)[0])
     if len(measured) - 2 * cut < 2:
         return None
     effects, stderrs = np.array(measured, dtype=np.float64).T

@@ -88,7 +88,7 @@ def select_window(
     below, above = low - centre, high - centre
     all_first = first + cut * (below + above)
     all_second = second + cut * (below * below + above * above)
-    squares_sum = np.maximum(all_second - all_first * all_first / sites, 0.0)
+    squares_sum = np.maximum(all_second - all_first * (all_first / sites), 0.0)
     total = weighted = squares = None
     peak: NDArray[np.float64] = np.zeros(len(ordered))
     even: NDArray[np.bool_] = np.ones(len(ordered), dtype=bool)
@@ -145,7 +145,7 @@ def select_nearest_median(
     moved = np.clip(values, low[:, None], high[:, None]) - median[:, None]
     moved[np.isposinf(values)] = 0.0
     spread = moved.sum(axis=1)
-    squares_sum = np.einsum("ij,ij->i", moved, moved) - spread * spread / sites
+    squares_sum = np.einsum("ij,ij->i", moved, moved) - spread * (spread / sites)
     nothing = None if weights is None else np.zeros(len(ordered))
     even: NDArray[np.bool_] = np.ones(len(ordered), dtype=bool)
     if weights is not None:

@@ -140,6 +140,15 @@ def test_a_few_errors_do_not_speak_for_all():
     assert (half.method, half.pooled_sites) == ("dersimonian_laird_hksj", 5)
 
 
+def test_a_liar_among_the_few_that_give_errors_is_withstood():
+    rules = CausalSettings(estimator=EstimatorSettings(trim_alpha=0.0, min_sites=2))
+    honest = [(0.5, 0.1), (0.6, None), (0.7, None)]
+    weights, errors = zip(*honest, (1e6, 0.1), strict=True)
+    (edge,) = pool_causes(many(weights, errors), rules).edges
+    assert (edge.sites, edge.method) == (4, "trimmed_mean")
+    assert 0.5 <= edge.weight <= 0.7
+
+
 def test_support_counts_only_sites_that_could_have_tested():
     found = pool_causes(
         [

@@ -294,6 +294,18 @@ def test_robust_liars_cannot_leave_the_honest_range(liars, alpha, name, data):
     assert 0.0 <= found.confidence <= 1.0
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_many_sites_at_the_ends_of_what_is_taken_overflow_nothing(name, weighted):
+    sites, rules = 100_000, EstimatorSettings(name=name)
+    values = np.where(np.arange(sites) % 3 == 0, -1.0, 1.0)[None, :]
+    weights = np.linspace(0.1, 1.0, sites) if weighted else None
+    small, large = (estimate(values * scale, weights, rules).row(0) for scale in (1, MAX_MAGNITUDE))
+    for field in ("value", "stderr", "lower", "upper"):
+        expected = getattr(small, field) * MAX_MAGNITUDE
+        assert getattr(large, field) == pytest.approx(expected, rel=1e-9)
+
+
 def test_mean_of_median_does_not_promise_that():
     # Why `tolerated` is 0 for it: a liar near the median is averaged in.
     rules = EstimatorSettings(name="mean_of_median")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmi_server.aggregation import EstimatorSettings, estimate
+from fmi_server.aggregation import CohortMatrix, EstimatorSettings, estimate
 
 COHORTS = 4_000
 
@@ -37,6 +37,41 @@ def test_what_two_levels_lose_in_precision(regions, members, between, most):
     assert 0.98 < rms(two) / rms(flat) < most
     # They answer the same question: what they differ by is less than either's own error.
     assert rms(two - flat) < rms(flat)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "alike", "unlike"),
+    [
+        ((4, 8, 12, 16, 20, 24, 28, 32), 1.10, 0.97),
+        ((5, 10, 20, 40, 80), 1.36, 0.83),
+        ((5, 5, 5, 5, 5, 5, 5, 5, 5, 100), 1.68, 0.47),
+    ],
+)
+def test_what_two_levels_lose_and_gain_where_regions_differ_in_size(sizes, alike, unlike):
+    for between, expected in ((0.0, alike), (1.0, unlike)):
+        rng = np.random.default_rng(sum(sizes))
+        regions = [
+            rng.normal(size=(COHORTS, members)) + between * rng.normal(size=(COHORTS, 1))
+            for members in sizes
+        ]
+        flat = estimate(np.concatenate(regions, axis=1)).value
+        parent = CohortMatrix(max_signals=COHORTS, max_new_per_site=COHORTS)
+        for number, region in enumerate(regions):
+            below = estimate(region)
+            # As a server sends them up: each value with its confidence, and the mean of effective sites.
+            parent.put(
+                f"region-{number}",
+                {"metrics": named(below.value)},
+                now=0.0,
+                signal_confidence=named(below.confidence),
+                size=float(below.effective_sites.mean()),
+            )
+        two = parent.release(EstimatorSettings(), None, 0.0).table.value
+        assert rms(two) / rms(flat) == pytest.approx(expected, rel=0.05)
+
+
+def named(values):
+    return {f"x{number}": value for number, value in enumerate(values.tolist())}
 
 
 HONEST = st.lists(st.floats(-10, 10), min_size=5, max_size=5)

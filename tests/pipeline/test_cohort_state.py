@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from parts import NOW, ccs, msp, pop
 
 from fmi.v1 import cohort_pb2, packet_pb2
-from fmi_server.aggregation import CausalPair, CausalSummary, WarmStartRequest
+from fmi_server.aggregation import START_REPUTATION, CausalPair, CausalSummary, WarmStartRequest
 from fmi_server.aggregator import FMIAggregator
 from fmi_server.cohort_state import CohortState
 from fmi_server.cohorts import CohortRegistry, CohortRules
@@ -343,6 +343,58 @@ def test_liars_lose_their_reputation_and_a_site_that_leaves_is_forgotten():
     assert min(state.reputation(f"s{i}") for i in range(5)) > 0.7
     state.release(NOW + 500)
     assert state.reputations() == {}
+
+
+def test_a_site_that_comes_back_after_its_time_is_a_new_site():
+    state = CohortState(rules(retention={"siteTtl": "100s"}))
+    for turn in range(10):
+        state.count_all(taus(0.50, 0.51, 0.52, 0.53, 0.54, 99.0, at=NOW + turn))
+        state.release(NOW + turn)
+    assert state.reputation("s5") < 0.05
+    for packet in taus(0.50, 0.51, 0.52, 0.53, 0.54, at=NOW + 150):
+        state.count(packet)
+    state.release(NOW + 200)
+    assert state.site("s5") is None
+    state.count(msp("s5", controller={"tau": 0.53}, at=NOW + 201))
+    assert state.reputation("s5") == START_REPUTATION
+    state.release(NOW + 201)
+    assert (
+        START_REPUTATION < state.reputation("s5") < min(state.reputation(f"s{i}") for i in range(5))
+    )
+
+
+def test_a_site_that_moves_counts_in_the_warm_start_of_its_new_class_with_all_its_values():
+    state = CohortState(rules())
+    for name, start in (("small", 0.1), ("large", 0.8)):
+        for i in range(4):
+            header = {"at": NOW, "profile_class": name}
+            state.count(msp(f"{name}-{i}", controller={"tau": start + i / 100, "g": 1.0}, **header))
+
+    def tau(profile_class: str) -> tuple[str, int, float]:
+        found = state.release(NOW + 1).warm_starts[profile_class].init["tau"]
+        return found.source, found.sites, pytest.approx(found.value)
+
+    assert tau("small") == ("profile_class", 4, 0.115)
+    assert tau("large") == ("profile_class", 4, 0.815)
+    # Two of them say so in packets that do not even have the signal.
+    for i in (0, 1):
+        moved = msp(f"small-{i}", controller={"g": 2.0}, at=NOW + 1, profile_class="large")
+        state.count(moved)
+    assert tau("large") == ("profile_class", 6, statistics.mean([0.11, 0.80, 0.81, 0.82]))
+    assert "small" not in state.release(NOW + 1).warm_starts  # two are no quorum
+
+
+def test_a_warm_start_that_is_published_is_of_a_class_and_of_no_regime():
+    packets = [
+        msp(f"s{i}", controller={"tau": float(i % 2)}, regime=("winter", "summer")[i % 2])
+        for i in range(8)
+    ]
+    state = counted(packets)
+    published = state.release(NOW).warm_starts.values()
+    assert [start.source for start in published] == ["profile_class"]
+    assert [start.regime for start in published] == [None]
+    asked = state.warm_start(WarmStartRequest(profile_class="default", regime_tag="winter"))
+    assert (asked.source, asked.init["tau"].value) == ("profile_and_regime", 0.0)
 
 
 def test_a_replay_is_no_news_and_moves_no_reputation():
