@@ -104,6 +104,7 @@ class CohortState:
         self.packets: Counter[str] = Counter(packets)
         self.ignored: Counter[str] = Counter()
         self._sites: dict[str, SiteRecord] = {}
+        self._grouped: SiteGroups | None = None
         self._touched: set[str] = set()
         self._trust = ReputationBook(reputation=reputations)
         self._matrix = CohortMatrix()
@@ -251,6 +252,7 @@ class CohortState:
             changed |= site.drop_before(outcomes_from, from_s)
             if site.heard_at < from_s and not site.outcomes:
                 del self._sites[domain_id]
+                self._grouped = None
                 self._matrix.drop(domain_id)
                 self._trust.forget(domain_id)
                 changed = True
@@ -380,14 +382,20 @@ class CohortState:
     def _hear(self, packet: packet_pb2.Packet) -> SiteRecord:
         """Note what the header says of a site."""
         header = packet.header
-        site = self._sites.setdefault(header.domain_id, SiteRecord())
+        site = self._sites.get(header.domain_id)
+        if site is None:
+            site = self._sites[header.domain_id] = SiteRecord()
+            self._grouped = None
         at = emitted_at(packet)
+        before = site.profile_class, site.regime_tag
         if at >= site.heard_at:
             site.heard_at = at
             site.profile_class = header.profile_class or DEFAULT_PROFILE_CLASS
         if header.provenance.regime_tag and at >= site.regime_at:
             site.regime_at = at
             site.regime_tag = header.provenance.regime_tag
+        if (site.profile_class, site.regime_tag) != before:
+            self._grouped = None
         return site
 
     def _count_signals(self, domain_id: str, msp: packet_pb2.MetaSignalPack, at: float) -> None:
@@ -413,6 +421,7 @@ class CohortState:
         if ccs.concepts and at >= site.concepts_at:
             site.concepts_at = at
             site.concepts = {concept.id: concept.score for concept in ccs.concepts}
+            self._grouped = None
         if ccs.causal_pairs or ccs.tested_nodes:
             header = packet.header
             summary = summary_of(header.domain_id, ccs, at)
@@ -428,10 +437,12 @@ class CohortState:
         self._touched = {name for name, score in scores.items() if math.isnan(score)}
 
     def _groups(self) -> SiteGroups:
-        return SiteGroups(
-            SiteContext(domain_id, site.profile_class, site.regime_tag, site.concepts)
-            for domain_id, site in self._sites.items()
-        )
+        if self._grouped is None:
+            self._grouped = SiteGroups(
+                SiteContext(domain_id, site.profile_class, site.regime_tag, site.concepts)
+                for domain_id, site in self._sites.items()
+            )
+        return self._grouped
 
 
 def _sections(msp: packet_pb2.MetaSignalPack) -> dict[str, Mapping[str, float]]:

@@ -24,6 +24,7 @@ import numpy as np
 from benchmarks.aggregation import sections
 from benchmarks.aggregation.large import large
 from benchmarks.aggregation.side_by_side import Section, text_of
+from benchmarks.aggregation.whole import whole
 
 SECTIONS: dict[str, Callable[[int], Section]] = {
     "release": sections.release,
@@ -31,6 +32,7 @@ SECTIONS: dict[str, Callable[[int], Section]] = {
     "peers": sections.others,
     "packets": sections.packets,
     "dirty": sections.dirty,
+    "whole": whole,
     "large": lambda _rounds: large(),
 }
 

@@ -7,8 +7,9 @@ import random
 from collections.abc import Sequence
 
 import pytest
+from google.protobuf import json_format
 from parts import NOW, ccs, msp, pop
-from test_cohort_state import AGGREGATOR, LOSS, rounded, rules
+from test_cohort_state import AGGREGATOR, LOSS, rules
 
 from fmi.v1 import packet_pb2
 from fmi_server.cohort_state import CohortState
@@ -94,7 +95,7 @@ def known(state: CohortState, now: float) -> list[object]:
         if (site := state.site(name)) is not None
     }
     return [
-        [rounded(message) for message in messages],
+        [json_format.MessageToDict(message) for message in messages],
         sites,
         statistics.contexts.untagged_sites,
         [(regime.name, regime.sites, regime.concepts) for regime in statistics.contexts.regimes],
