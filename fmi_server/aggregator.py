@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from fmi.plain import DEFAULT_PROFILE_CLASS
 from fmi.v1 import packet_pb2, update_pb2
-from fmi_server.aggregation import Estimate, ParamValue, WarmStart, WarmStartRequest
+from fmi_server.aggregation import Estimate, ParamValue, SignalInUse, WarmStart, WarmStartRequest
 from fmi_server.cohort_state import CohortState, ReleasedStatistics
 from fmi_server.cohorts import CohortRegistry, CohortRules
 from fmi_server.config import AggregationConfig
@@ -129,8 +129,8 @@ class FMIAggregator:
             self._states[rules.name] = state
         return state
 
-    def signals_in_use(self, cohort: str) -> dict[str, str]:
-        """Return the section of each signal that a site of a cohort has a value of."""
+    def signals_in_use(self, cohort: str) -> dict[str, SignalInUse]:
+        """Return the signals that sites of a cohort have values of."""
         state = self._states.get(cohort)
         return {} if state is None else state.signals_in_use()
 

@@ -27,6 +27,7 @@ from fmi_server.aggregation import (
     PolicySettings,
     PriorRelease,
     ReputationBook,
+    SignalInUse,
     SiteContext,
     SiteGroups,
     WarmStart,
@@ -147,9 +148,9 @@ class CohortState:
         """Return the reputations of all sites that were judged."""
         return self._trust.snapshot()
 
-    def signals_in_use(self) -> dict[str, str]:
-        """Return the section of each signal that a site has a value of."""
-        return self._matrix.sections()
+    def signals_in_use(self) -> dict[str, SignalInUse]:
+        """Return the signals that sites have values of."""
+        return self._matrix.in_use()
 
     def section_of(self, signal: str) -> str | None:
         """Return the section in which a signal stands in this cohort."""

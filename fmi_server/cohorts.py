@@ -14,10 +14,12 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
+import numpy as np
 from google.protobuf.duration_pb2 import Duration
+from numpy.typing import NDArray
 
 from fmi.v1 import cohort_pb2
-from fmi_server.aggregation import SignalRule, TransformName
+from fmi_server.aggregation import SignalInUse, SignalRule, TransformName
 from fmi_server.config import AggregationConfig
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.errors import (
@@ -156,8 +158,8 @@ class CohortRegistry:
         max_cohorts: Cohorts at most; none is opened on demand past it.
 
     Attributes:
-        signals_in_use: Of a cohort, the section of each signal that its sites send. An open cohort has no
-            other vocabulary that a first spec could break.
+        signals_in_use: Of a cohort, the signals that its sites send. An open cohort has no other vocabulary
+            that a first spec could break.
         forgotten_before: By cohort the emission time, Unix seconds, before which packets may have been
             forgotten: a repeat of one could not be told from a new packet.
     """
@@ -174,7 +176,7 @@ class CohortRegistry:
         self._open_cohorts = open_cohorts
         self._defaults = defaults or AggregationConfig()
         self._max_cohorts = max_cohorts
-        self.signals_in_use: Callable[[str], Mapping[str, str]] = lambda _: {}
+        self.signals_in_use: Callable[[str], Mapping[str, SignalInUse]] = lambda _: {}
         self._rules: dict[str, CohortRules] = {}
         self.forgotten_before: dict[str, float] = {}
         # Of cohorts that may be opened: a batch asks for the same one many times before it is.
@@ -374,21 +376,35 @@ def _seconds(duration: Duration) -> float:
     return duration.seconds + duration.nanos / 1e9
 
 
-def _signals_shut_out(in_use: Mapping[str, str], new: CohortRules) -> Iterator[Violation]:
+def _signals_shut_out(in_use: Mapping[str, SignalInUse], new: CohortRules) -> Iterator[Violation]:
     """Tell what a first spec would do to the signals that the sites of an open cohort send."""
-    for name, section in sorted(in_use.items()):
+    for name, used in sorted(in_use.items()):
         declared = new.signals.get(name)
         field = f'signals["{name}"]'
         if declared is None and not new.free_signals:
             yield _unsafe(
                 field, "signal_removed", "is not among the signals, so sites that send it break"
             )
-        elif declared is not None and declared.section != section:
+        elif declared is not None and declared.section != used.section:
             yield _unsafe(
                 field,
                 "section_changed",
-                f"is declared in {declared.section}, but sites send it in {section}",
+                f"is declared in {declared.section}, but sites send it in {used.section}",
             )
+        elif declared is not None and (outside := _outside(declared, used.values)):
+            lower, upper = _bounds(declared)
+            yield _unsafe(
+                field,
+                "bounds_narrowed",
+                f"is declared in [{lower:g}, {upper:g}], but {outside} of the {used.values.size} "
+                "sites that send it have values outside",
+            )
+
+
+def _outside(signal: SignalRule, values: NDArray[np.float64]) -> int:
+    """Count the values that a signal's rule would refuse. Without a rule they stand as they were sent."""
+    lower, upper = _bounds(signal)
+    return int(np.count_nonzero((values < lower) | (values > upper)))
 
 
 def _unsafe_changes(present: CohortRules, new: CohortRules) -> Iterator[Violation]:

@@ -48,7 +48,13 @@ from fmi_server.aggregation.policy import (
     decide_policy,
     outcome_deltas,
 )
-from fmi_server.aggregation.prior import CohortMatrix, IgnoredValue, PriorRelease, PutReport
+from fmi_server.aggregation.prior import (
+    CohortMatrix,
+    IgnoredValue,
+    PriorRelease,
+    PutReport,
+    SignalInUse,
+)
 from fmi_server.aggregation.transforms import SignalRule, TransformName
 from fmi_server.aggregation.trust import (
     START_REPUTATION,
@@ -97,6 +103,7 @@ __all__ = [
     "PutReport",
     "RegimeContext",
     "ReputationBook",
+    "SignalInUse",
     "SignalRule",
     "SiteContext",
     "SiteGroups",

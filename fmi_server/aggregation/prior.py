@@ -18,7 +18,7 @@ from fmi_server.aggregation.trust import in_steps, site_scores
 from fmi_server.aggregation.vocabulary import Vocabulary
 from fmi_server.aggregation.weights import site_reputations
 
-__all__ = ["CohortMatrix", "IgnoredValue", "PriorRelease", "PutReport"]
+__all__ = ["CohortMatrix", "IgnoredValue", "PriorRelease", "PutReport", "SignalInUse"]
 
 _EVERYONE = ""
 
@@ -47,6 +47,14 @@ class PutReport:
     applied: int
     changed: int
     ignored: tuple[IgnoredValue, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SignalInUse:
+    """Say where a signal stands, and the value of each site that sends it, on the scale it is averaged on."""
+
+    section: str
+    values: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,14 +167,14 @@ class CohortMatrix:
         changed = np.flatnonzero(self._cells.row_changed > self._released)
         return frozenset(self._names.rules[row].name for row in changed)
 
-    def sections(self) -> dict[str, str]:
-        """Return the section of each signal that is told and has a value."""
+    def in_use(self) -> dict[str, SignalInUse]:
+        """Return the signals that are told and have a value."""
         held = self._cells.values
-        return {
-            name: self._names.rules[row].section
+        used = {
+            name: SignalInUse(self._names.rules[row].section, held[row][held[row] < np.inf])
             for name, row in self._told_rows().items()
-            if (held[row] < np.inf).any()
         }
+        return {name: signal for name, signal in used.items() if signal.values.size}
 
     def rule(self, name: str) -> SignalRule | None:
         """Return the rule of a signal, or None when the cohort does not know it."""

@@ -69,6 +69,22 @@ async def test_a_first_spec_may_not_shut_out_what_sites_send(client, sites):
     await client.put_spec(closed(tau=CONTROLLER, other=METRICS))
 
 
+@pytest.mark.parametrize(("bound", "value"), [("upper", 0.6), ("lower", 0.95)])
+async def test_a_first_spec_may_not_shut_out_the_values_that_sites_send(client, bound, value):
+    taus = [0.9, 0.9, 0.9, 0.9, 0.5 if bound == "upper" else 0.97]
+    await client.emit(*(msp(f"s{i}", "care", controller={"tau": x}) for i, x in enumerate(taus)))
+    spec = closed(tau=CONTROLLER)
+    setattr(spec.signals[0], bound, value)
+    refusal = await refusal_of(client.put_spec(spec))
+    assert refusal.reason == "SPEC_CHANGE_UNSAFE"
+    limits = "[-inf, 0.6]" if bound == "upper" else "[0.95, inf]"
+    told = f"is declared in {limits}, but 4 of the 5 sites that send it have values outside"
+    assert f'signals["tau"]: {told}' in refusal.message
+    await client.put_spec(spec, force=True)
+    for site, edge in (("at", value), ("in", 0.55 if bound == "upper" else 0.96)):
+        await client.emit(msp(site, "care", controller={"tau": edge}))
+
+
 async def test_a_first_spec_that_shuts_out_is_taken_by_force(client, caplog):
     await client.emit(msp("s", "care", controller={"tau": 0.5}))
     with caplog.at_level("INFO"):
