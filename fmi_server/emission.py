@@ -18,8 +18,7 @@ from fmi_server.errors import (
     PacketRefusedError,
     Violation,
 )
-from fmi_server.storage.records import AppendOutcome, PacketRecord
-from fmi_server.stored_packets import content_hash
+from fmi_server.storage.records import AppendOutcome, PacketRecord, content_hash
 from fmi_server.validator import FMIValidator
 
 __all__ = [

@@ -26,7 +26,6 @@ from fmi_server.storage.sqlite_inspect import (
     inspect_database,
     open_for_inspection,
 )
-from fmi_server.stored_packets import content_hash
 
 __all__ = ["COMMANDS"]
 
@@ -107,7 +106,7 @@ def inspect(
         contents = inspect_database(connection, path)
         if check:
             check_integrity(connection, path)
-            checked = check_packets(connection, path, content_hash)
+            checked = check_packets(connection, path)
     if as_json:
         said = _plain(contents)
         if checked is not None:

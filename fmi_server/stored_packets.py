@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 from google.protobuf.message import DecodeError
@@ -10,14 +9,9 @@ from google.protobuf.message import DecodeError
 from fmi.v1 import packet_pb2
 from fmi_server.counted_time import as_counted
 from fmi_server.storage.base import StoreCorruptError
-from fmi_server.storage.records import CONTENT_HASH_BYTES, StoredPacket
+from fmi_server.storage.records import StoredPacket, content_hash
 
-__all__ = ["content_hash", "parsed"]
-
-
-def content_hash(payload: bytes) -> bytes:
-    """Hash a packet as it is stored, in 16 bytes: what tells a repeat from an id that is used again."""
-    return hashlib.blake2b(payload, digest_size=CONTENT_HASH_BYTES).digest()
+__all__ = ["parsed"]
 
 
 def parsed(stored: Sequence[StoredPacket], location: str) -> list[packet_pb2.Packet]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,7 @@ __all__ = [
     "StoredPacket",
     "UnavailableReason",
     "UpdateRecord",
+    "content_hash",
     "record_problem",
 ]
 
@@ -241,6 +243,11 @@ def _time_problem(field: str, value: object) -> str:
 
 def _is_bytes(value: object, least: int, most: int) -> bool:
     return isinstance(value, bytes) and least <= len(value) <= most
+
+
+def content_hash(payload: bytes) -> bytes:
+    """Hash a packet as it is stored, in 16 bytes: what tells a repeat from an id that is used again."""
+    return hashlib.blake2b(payload, digest_size=CONTENT_HASH_BYTES).digest()
 
 
 def record_problem(record: PacketRecord) -> str:

@@ -53,9 +53,8 @@ def backup_database(path: Path, target: Path) -> int:
     """
     with contextlib.closing(open_for_inspection(path)) as connection:
         try:
-            sync_directory(
-                target.parent
-            )  # it tells of a folder that is not there as SQLite does not
+            # It tells of a folder that is not there, as SQLite does not.
+            sync_directory(target.parent)
             copy_database(connection, target)
         except FileExistsError:
             raise
@@ -180,11 +179,11 @@ def _put_in_place(partial: Path, path: Path) -> Path | None:
     if _fold_log(path):
         os.link(path, aside)
         partial.replace(path)
+        sync_directory(path.parent)
     else:
         path.rename(aside)
         _move_log(path, aside)
         _link(partial, path)
-    sync_directory(path.parent)
     return aside
 
 

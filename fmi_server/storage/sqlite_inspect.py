@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fmi_server.storage.base import StoreCorruptError, StoreUnavailableError
-from fmi_server.storage.records import PACKET_KINDS
+from fmi_server.storage.records import PACKET_KINDS, content_hash
 from fmi_server.storage.sqlite_schema import (
     DatabaseLock,
     check_identity,
@@ -50,7 +49,7 @@ class UpdateRange:
     published_at_us: int
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class PacketsHeld:
     """The packets of one type that a cohort has.
 
@@ -60,9 +59,9 @@ class PacketsHeld:
         quarantined: Those in quarantine.
     """
 
-    live: int = 0
-    retired: int = 0
-    quarantined: int = 0
+    live: int
+    retired: int
+    quarantined: int
 
 
 @dataclass(slots=True)
@@ -157,9 +156,7 @@ def check_integrity(connection: sqlite3.Connection, path: Path) -> None:
         raise StoreCorruptError(path=str(path), detail=problems[:500])
 
 
-def check_packets(
-    connection: sqlite3.Connection, path: Path, content_hash: Callable[[bytes], bytes]
-) -> int:
+def check_packets(connection: sqlite3.Connection, path: Path) -> int:
     """Compare every packet with the hash it was stored with; return how many there are.
 
     Raises:
