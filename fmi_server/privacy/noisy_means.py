@@ -1,0 +1,174 @@
+"""Noisy means of many signals, private for a whole site.
+
+Each site is one vector: of every signal its value, moved to -1..1 and multiplied with the site's weight, and
+the weight once more where the site has the signal. Vectors are rounded toward zero to integers within a box
+that does not depend on the data, summed exactly, and the discrete Gaussian is added to every sum. Whatever a
+site sends, and whether it is there at all, no more than the half diagonal of that box separates the sums. All
+that is told of them afterwards is computed from the noisy sums alone, and costs nothing more.
+
+Nothing is trimmed, and no site's weight depends on what others sent: both would let one site move the sums
+by more than its own vector.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fmi_server.privacy.discrete_gaussian import MAX_SIGMA_BITS, Entropy, discrete_gaussian
+
+__all__ = ["MAX_SITES", "NoisyMeans", "NoisySums", "PrivateSums"]
+
+MAX_SITES: Final = 1 << 20
+"""Sites whose sums are sure to fit into 64 bits."""
+
+WEIGHT_SHARE: Final = 0.5
+"""Half the squared diagonal that a signal's weight takes beside its value.
+
+More makes the denominator of the mean surer and everything else less sure. At this share a mean in the middle
+of its bounds has 1.22 times the noise that it would have with known counts, one half way to a bound 1.5 times.
+"""
+
+_VALUE_BITS = 62 - MAX_SITES.bit_length()
+
+
+@dataclass(frozen=True, slots=True)
+class NoisySums:
+    """Sums over the sites, noise included: of one kind per signal, in units of the grid.
+
+    Attributes:
+        values: of the weighted values.
+        weights: of the weights.
+    """
+
+    values: NDArray[np.int64]
+    weights: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class NoisyMeans:
+    """What noisy sums say, per signal; NaN where the noisy weight is too small for a mean.
+
+    Attributes:
+        value: the mean, in -1..1.
+        stderr: its standard error: that of the noise, and the most that the choice of sites can add to it
+            for values within -1..1.
+        noise_stderr: the part of the noise alone.
+        weight: the noisy sum of the weights, in sites of full weight; may be negative.
+    """
+
+    value: NDArray[np.float64]
+    stderr: NDArray[np.float64]
+    noise_stderr: NDArray[np.float64]
+    weight: NDArray[np.float64]
+
+
+class PrivateSums:
+    """Sum vectors of sites, add noise, and read means off the noisy sums.
+
+    Args:
+        signals: how many there are, at least one; what is released of all of them together is one release.
+        noise_multiplier: standard deviation of the noise of each sum by the L2 sensitivity of all together.
+
+    Attributes:
+        sigma_bits: binary logarithm of the noise's standard deviation, in units of the grid.
+        value_bound: the most that a site adds to the sum of a signal's values, in units of the grid.
+        weight_bound: the same for weights.
+
+    Raises:
+        ValueError: There is no signal, or the multiplier is not between 1e-6 and 1e6.
+    """
+
+    def __init__(self, signals: int, noise_multiplier: float) -> None:
+        if signals < 1:
+            raise ValueError(f"signals must be at least 1, got {signals}")
+        if not 1e-6 <= noise_multiplier <= 1e6:
+            raise ValueError(f"noise_multiplier must lie in 1e-6..1e6, got {noise_multiplier}")
+        self.signals = signals
+        diagonal = math.sqrt(signals * (1.0 + WEIGHT_SHARE)) * noise_multiplier
+        # The finest grid on which neither the noise nor a sum of values leaves its bits.
+        finest = _VALUE_BITS + math.floor(math.log2(diagonal))
+        self.sigma_bits = max(0, min(MAX_SIGMA_BITS, finest))
+        self.value_bound = math.floor(2.0**self.sigma_bits / diagonal)
+        self.weight_bound = math.floor(2.0**self.sigma_bits / diagonal * math.sqrt(WEIGHT_SHARE))
+        if not self.weight_bound:
+            raise ValueError("the noise is coarser than what it hides; ask for less of it")
+
+    @property
+    def sensitivity_squared(self) -> int:
+        """Return the square of the most that one site moves all sums in L2, in units of the grid; exact."""
+        return self.signals * (self.value_bound**2 + self.weight_bound**2)
+
+    @property
+    def rho(self) -> Fraction:
+        """Return what one release costs in zero-concentrated differential privacy; exact."""
+        return Fraction(self.sensitivity_squared, 2 << (2 * self.sigma_bits))
+
+    def sums(self, values: NDArray[np.float64], weights: NDArray[np.float64]) -> NoisySums:
+        """Return the exact sums, without noise: they are as secret as what they are made of.
+
+        Args:
+            values: signals x sites in -1..1, whatever is beyond is moved there; NaN where a site has none.
+            weights: of the sites, in 0..1, whatever is beyond is moved there.
+
+        Raises:
+            ValueError: Shapes do not fit, a weight is NaN, or there are more than `MAX_SITES`.
+        """
+        if values.ndim != 2 or values.shape != (self.signals, len(weights)):
+            raise ValueError(f"values must be {self.signals} x {len(weights)}, got {values.shape}")
+        if len(weights) > MAX_SITES:
+            raise ValueError(f"no more than {MAX_SITES} sites can be summed, got {len(weights)}")
+        if np.isnan(weights).any():
+            raise ValueError("weights must be numbers")
+        present = ~np.isnan(values)
+        weighted = np.clip(np.where(present, values, 0.0), -1.0, 1.0) * np.clip(weights, 0.0, 1.0)
+        counted = np.where(present, np.clip(weights, 0.0, 1.0), 0.0)
+        return NoisySums(
+            values=_on_grid(weighted, self.value_bound).sum(axis=1),
+            weights=_on_grid(counted, self.weight_bound).sum(axis=1),
+        )
+
+    def noisy(self, sums: NoisySums, entropy: Entropy = os.urandom) -> NoisySums:
+        """Add noise, which is what `rho` is the price of. Call it once for each release."""
+        noise = discrete_gaussian(2 * self.signals, self.sigma_bits, entropy)
+        return NoisySums(
+            values=sums.values + noise[: self.signals], weights=sums.weights + noise[self.signals :]
+        )
+
+    def means(self, noisy: NoisySums, least_weight: float) -> NoisyMeans:
+        """Read the means off noisy sums. Nothing else is looked at, so it costs nothing.
+
+        The standard error is that of a ratio (delta method); its noise parts are known exactly. Values within
+        -1..1 with a mean m have a variance of at most 1 - m^2 (Bhatia and Davis, Amer. Math. Monthly 107,
+        2000).
+
+        Args:
+            noisy: the sums.
+            least_weight: signals of less noisy weight have no mean; in sites, positive.
+        """
+        if not least_weight > 0.0:
+            raise ValueError(f"least_weight must be positive, got {least_weight}")
+        sigma = 2.0**self.sigma_bits
+        weight = noisy.weights / self.weight_bound
+        enough = weight >= least_weight
+        safe = np.where(enough, weight, np.nan)
+        ratio = noisy.values / self.value_bound / safe
+        value = np.clip(ratio, -1.0, 1.0)
+        of_values, of_weights = sigma / self.value_bound / safe, sigma / self.weight_bound / safe
+        noise = np.hypot(of_values, value * of_weights)
+        chosen = np.sqrt((1.0 - value * value) / safe)
+        return NoisyMeans(value, np.hypot(noise, chosen), noise, weight)
+
+
+def _on_grid(shares: NDArray[np.float64], bound: int) -> NDArray[np.int64]:
+    """Return shares of a bound in -1..1 as integers, rounded toward zero, so that none leaves the bound."""
+    grid = np.trunc(shares * float(bound)).astype(np.int64)
+    # A bound past 2^53 may round up on its way to a double.
+    clipped: NDArray[np.int64] = np.clip(grid, -bound, bound)
+    return clipped

@@ -1,0 +1,157 @@
+"""Noisy means: no site moves the sums by more than is stated, and the stated errors are the errors."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fmi_server.privacy.accounting import zcdp_of_noise
+from fmi_server.privacy.noisy_means import MAX_SITES, NoisySums, PrivateSums
+
+ANYTHING = st.floats(allow_nan=True, allow_infinity=True)
+WEIGHT = st.floats(allow_nan=False, allow_infinity=True)
+SHAPES = st.tuples(st.integers(1, 5), st.floats(1e-3, 1e3))
+
+
+def stream(seed):
+    return np.random.default_rng(seed).bytes
+
+
+def moved_squared(one: NoisySums, other: NoisySums) -> int:
+    """The squared distance of two sums, in whole numbers of any size."""
+    pairs = zip(
+        [*one.values.tolist(), *one.weights.tolist()],
+        [*other.values.tolist(), *other.weights.tolist()],
+        strict=True,
+    )
+    return sum((a - b) ** 2 for a, b in pairs)
+
+
+# What one site can do
+
+
+@settings(max_examples=300)
+@given(SHAPES, st.data())
+def test_no_site_moves_the_sums_by_more_than_the_sensitivity(shape, data):
+    signals, multiplier = shape
+    mechanism = PrivateSums(signals, multiplier)
+    column = st.lists(ANYTHING, min_size=signals, max_size=signals)
+    others = data.draw(st.lists(st.tuples(column, WEIGHT), min_size=0, max_size=4))
+    values, weight = data.draw(column), data.draw(WEIGHT)
+
+    def sums(sites):
+        matrix = np.array([values for values, _ in sites], dtype=float).reshape(len(sites), signals)
+        return mechanism.sums(matrix.T, np.array([weight for _, weight in sites], dtype=float))
+
+    moved = moved_squared(sums([*others, (values, weight)]), sums(others))
+    assert moved <= mechanism.sensitivity_squared
+
+
+@pytest.mark.parametrize("signals", [1, 3, 200])
+@pytest.mark.parametrize("multiplier", [1e-3, 0.7, 4.4, 300.0])
+def test_the_worst_site_moves_them_by_exactly_that(signals, multiplier):
+    mechanism = PrivateSums(signals, multiplier)
+    nobody = mechanism.sums(np.zeros((signals, 0)), np.zeros(0))
+    worst = mechanism.sums(np.full((signals, 1), -math.inf), np.array([math.inf]))
+    assert moved_squared(worst, nobody) == mechanism.sensitivity_squared
+
+
+@given(SHAPES)
+def test_a_release_costs_no_more_than_its_multiplier_says(shape):
+    signals, multiplier = shape
+    mechanism = PrivateSums(signals, multiplier)
+    stated = zcdp_of_noise(1.0, multiplier)
+    assert mechanism.rho <= Fraction(stated) * (1 + Fraction(1, 10**12))
+    assert float(mechanism.rho) == pytest.approx(stated, rel=0.01)
+
+
+def test_sums_are_exact_whatever_the_order_of_the_sites():
+    mechanism, rng = PrivateSums(3, 0.5), np.random.default_rng(1)
+    values, weights = rng.normal(size=(3, 500)), rng.random(500)
+    mixed = rng.permutation(500)
+    one, other = mechanism.sums(values, weights), mechanism.sums(values[:, mixed], weights[mixed])
+    assert moved_squared(one, other) == 0
+
+
+def test_the_sums_of_the_most_sites_fit():
+    for multiplier in (1e-6, 1.0):
+        mechanism = PrivateSums(1, multiplier)
+        assert mechanism.value_bound * MAX_SITES + 2 ** (mechanism.sigma_bits + 10) < 2**63
+
+
+# What is told
+
+
+def test_without_noise_to_speak_of_the_means_are_the_weighted_means():
+    mechanism, rng = PrivateSums(2, 1e-6), np.random.default_rng(2)
+    values, weights = rng.uniform(-1, 1, size=(2, 300)), rng.uniform(0.1, 1, 300)
+    values[0, ::3] = np.nan
+    noisy = mechanism.noisy(mechanism.sums(values, weights), stream(3))
+    found = mechanism.means(noisy, 1.0)
+    for row in range(2):
+        there = ~np.isnan(values[row])
+        expected = np.average(values[row, there], weights=weights[there])
+        assert found.value[row] == pytest.approx(expected, abs=1e-6)
+        assert found.weight[row] == pytest.approx(weights[there].sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize("sites", [300, 3_000])
+@pytest.mark.parametrize("centre", [0.0, 0.6])
+def test_the_stated_error_of_the_noise_is_the_error(sites, centre):
+    mechanism = PrivateSums(20, 4.4)
+    rng = np.random.default_rng(sites)
+    values = np.clip(rng.normal(centre, 0.2, (20, sites)), -1, 1)
+    sums = mechanism.sums(values, np.ones(sites))
+    bits, off, said = stream(4), [], []
+    for _ in range(300):
+        found = mechanism.means(mechanism.noisy(sums, bits), 10.0)
+        off.append(found.value - values.mean(axis=1))
+        said.append(found.noise_stderr)
+    share = 0.05 if sites == 300 else 0.02  # a ratio's error is a little more than its first order
+    found_rms, said_rms = np.sqrt(np.mean(np.square(off))), np.sqrt(np.mean(np.square(said)))
+    assert found_rms == pytest.approx(said_rms, rel=share + 0.03)
+    assert abs(np.mean(off)) < 0.1 * found_rms
+
+
+def test_the_standard_error_covers_the_choice_of_the_sites_too():
+    """The worst distribution there is: sites at both bounds."""
+    mechanism, rng, covered = PrivateSums(1, 0.5), np.random.default_rng(5), 0
+    bits = stream(6)
+    for _ in range(1_000):
+        values = np.where(rng.random((1, 200)) < 0.8, 1.0, -1.0)
+        found = mechanism.means(mechanism.noisy(mechanism.sums(values, np.ones(200)), bits), 5.0)
+        covered += abs(found.value[0] - 0.6) <= 1.96 * found.stderr[0]
+    assert 0.92 < covered / 1_000 < 0.98
+
+
+def test_too_little_weight_has_no_mean():
+    mechanism = PrivateSums(2, 0.1)
+    values = np.array([[0.5] * 40, [0.5] * 3 + [np.nan] * 37])
+    noisy = mechanism.noisy(mechanism.sums(values, np.ones(40)), stream(7))
+    found = mechanism.means(noisy, 20.0)
+    assert found.value[0] == pytest.approx(0.5, abs=0.1)
+    assert np.isnan([found.value[1], found.stderr[1], found.noise_stderr[1]]).all()
+
+
+# Refusals
+
+
+def test_what_cannot_be_done_is_refused():
+    for signals, multiplier in ((0, 1.0), (1, 0.0), (1, math.nan), (1, math.inf), (10**9, 1e6)):
+        with pytest.raises(ValueError, match=r"signals|noise"):
+            PrivateSums(signals, multiplier)
+    mechanism = PrivateSums(2, 1.0)
+    for values, weights in (
+        (np.zeros((3, 1)), np.ones(1)),
+        (np.zeros((2, 2)), np.ones(1)),
+        (np.zeros((2, 1)), np.array([np.nan])),
+    ):
+        with pytest.raises(ValueError, match=r"values|weights"):
+            mechanism.sums(values, weights)
+    with pytest.raises(ValueError, match="least_weight"):
+        mechanism.means(mechanism.sums(np.zeros((2, 1)), np.ones(1)), 0.0)
