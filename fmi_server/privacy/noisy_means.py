@@ -32,7 +32,7 @@ WEIGHT_SHARE: Final = 0.5
 """Half the squared diagonal that a signal's weight takes beside its value.
 
 More makes the denominator of the mean surer and everything else less sure. At this share a mean in the middle
-of its bounds has 1.22 times the noise that it would have with known counts, one half way to a bound 1.5 times.
+of its bounds has 1.22 times the noise that it would have with known counts, one half way to a bound 1.5.
 """
 
 _VALUE_BITS = 62 - MAX_SITES.bit_length()

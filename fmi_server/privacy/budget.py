@@ -1,0 +1,185 @@
+"""Budgets: what is asked of the privacy of a cohort, and what each of its releases may cost.
+
+A budget is (epsilon, delta) for all releases together. It is turned into zero-concentrated privacy (rho), in
+which releases add up, divided over the epochs that it must last for, and turned into noise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fmi_server.privacy.accounting import zcdp_epsilon, zcdp_of_noise, zcdp_rho
+from fmi_server.privacy.noisy_means import PrivateSums
+
+__all__ = ["BudgetError", "BudgetPlan", "PrivacySettings", "natural_sensitivity", "plan_budget"]
+
+_ROUNDING = 1e-9
+
+
+class BudgetError(ValueError):
+    """Settings of privacy contradict each other.
+
+    Attributes:
+        setting: what to change, for example `dp_noise_sigma`.
+        advice: what is wrong, and to what it can be changed.
+    """
+
+    def __init__(self, setting: str, advice: str) -> None:
+        super().__init__(f"{setting}: {advice}")
+        self.setting = setting
+        self.advice = advice
+
+
+@dataclass(frozen=True, slots=True)
+class PrivacySettings:
+    """What is asked of the privacy of a cohort.
+
+    Attributes:
+        dp_epsilon: budget over all epochs; 0 leaves it to follow from the noise.
+        dp_delta: the same.
+        dp_noise_sigma: standard deviation of the noise by the sensitivity; 0 derives it from the budget.
+        dp_sensitivity: most that a site may move the sums in L2, in units of half the width between the
+            bounds of a signal; None takes the natural one. A larger one asks for more noise.
+        dp_epochs: releases that the budget must last for; 0 lets it follow from the noise.
+    """
+
+    dp_epsilon: float = 0.0
+    dp_delta: float = 0.0
+    dp_noise_sigma: float = 0.0
+    dp_sensitivity: float | None = None
+    dp_epochs: int = 0
+
+    @property
+    def private(self) -> bool:
+        """Return whether privacy is asked for at all."""
+        return self.dp_epsilon > 0.0 or self.dp_noise_sigma > 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetPlan:
+    """What a budget means.
+
+    Attributes:
+        epsilon: of all epochs together.
+        delta: the same.
+        epochs: releases that it lasts for.
+        rho: of all epochs together, in zero-concentrated differential privacy.
+        noise_multiplier: standard deviation of the noise by the natural sensitivity.
+        sums: the mechanism with that noise.
+    """
+
+    epsilon: float
+    delta: float
+    epochs: int
+    rho: float
+    noise_multiplier: float
+    sums: PrivateSums
+
+    @property
+    def rho_per_release(self) -> float:
+        """Return what one release costs, by the mechanism's own account."""
+        return float(self.sums.rho)
+
+    def spent(self, releases: int) -> float:
+        """Return the epsilon that so many releases spent, at the plan's delta."""
+        return zcdp_epsilon(releases * self.rho_per_release, self.delta)
+
+    def noise_stderr(self, sites: float, value: float = 0.0) -> float:
+        """Return the standard error that the noise alone gives a mean.
+
+        Args:
+            sites: full weight behind it.
+            value: the mean, in -1..1 between its bounds.
+
+        Returns:
+            In units of half the width between the bounds.
+        """
+        sigma = 2.0**self.sums.sigma_bits
+        of_values, of_weights = sigma / self.sums.value_bound, sigma / self.sums.weight_bound
+        return math.hypot(of_values, value * of_weights) / sites
+
+
+def natural_sensitivity(signals: int) -> float:
+    """Return the most that one site moves the sums of so many signals, as `PrivacySettings` measures it."""
+    sums = PrivateSums(signals, 1.0)
+    return math.sqrt(sums.sensitivity_squared) / sums.value_bound
+
+
+def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
+    """Turn what is asked into a budget for each release.
+
+    Args:
+        settings: what is asked; privacy at all.
+        signals: that are released together.
+
+    Raises:
+        BudgetError: The settings contradict each other, or say too little to promise anything.
+    """
+    if not 0.0 < settings.dp_delta < 1.0:
+        raise BudgetError(
+            "dp_delta",
+            f"is {settings.dp_delta:g}; Gaussian noise promises nothing without a delta above 0: choose one "
+            "well below 1 / (number of sites), for example 1e-6",
+        )
+    stretch = _stretch(settings.dp_sensitivity, signals)
+    rho = 0.0
+    if settings.dp_epsilon > 0.0:
+        rho = zcdp_rho(settings.dp_epsilon, settings.dp_delta)
+    multiplier, epochs = settings.dp_noise_sigma * stretch, settings.dp_epochs
+    if multiplier == 0.0:
+        if not epochs:
+            raise BudgetError(
+                "dp_epochs",
+                "is not set; say how many releases dp_epsilon must last for, or how much noise each has "
+                "(dp_noise_sigma)",
+            )
+        # A rounding more, so that the budget is kept to the last digit.
+        multiplier = math.sqrt(epochs / (2.0 * rho)) * stretch * (1.0 + _ROUNDING)
+    elif rho:
+        epochs = _checked_epochs(settings, rho, multiplier)
+    elif not epochs:
+        raise BudgetError(
+            "dp_epochs",
+            "is not set; noise alone (dp_noise_sigma) promises nothing over releases without end: say how "
+            "many there may be, or a dp_epsilon",
+        )
+    try:
+        sums = PrivateSums(signals, multiplier)
+    except ValueError as error:
+        field = "dp_noise_sigma" if settings.dp_noise_sigma else "dp_epsilon"
+        raise BudgetError(field, f"cannot be kept: {error}") from None
+    rho = rho or epochs * float(sums.rho)
+    epsilon = settings.dp_epsilon or zcdp_epsilon(rho, settings.dp_delta)
+    return BudgetPlan(epsilon, settings.dp_delta, epochs, rho, multiplier, sums)
+
+
+def _stretch(declared: float | None, signals: int) -> float:
+    """Return how much more noise a declared sensitivity asks for than the natural one."""
+    if declared is None:
+        return 1.0
+    natural = natural_sensitivity(signals)
+    if declared < natural * (1.0 - _ROUNDING):
+        raise BudgetError(
+            "dp_sensitivity",
+            f"is {declared:g}, but a site can move the sums of {signals} signals by {natural:.6g}: leave it "
+            "out, or declare fewer signals",
+        )
+    return max(1.0, declared / natural)
+
+
+def _checked_epochs(settings: PrivacySettings, rho: float, multiplier: float) -> int:
+    """Return how many releases with this noise a budget lasts for, where it lasts for those asked for."""
+    lasts = math.floor(rho / zcdp_of_noise(1.0, multiplier))
+    epochs = settings.dp_epochs or lasts
+    if epochs <= lasts and epochs:
+        return epochs
+    needed = math.sqrt(max(1, settings.dp_epochs) / (2.0 * rho)) / (
+        multiplier / settings.dp_noise_sigma
+    )
+    fewer = f", or plan {lasts} releases (dp_epochs)" if lasts else ""
+    raise BudgetError(
+        "dp_noise_sigma",
+        f"is {settings.dp_noise_sigma:g}, but dp_epsilon {settings.dp_epsilon:g} over "
+        f"{max(1, settings.dp_epochs)} releases needs at least {needed:.6g}: raise it, leave it out{fewer}",
+    )

@@ -1,0 +1,111 @@
+"""Budgets: what is asked is kept, what contradicts itself is refused with what to change."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fmi_server.privacy.accounting import zcdp_epsilon, zcdp_of_noise
+from fmi_server.privacy.budget import (
+    BudgetError,
+    PrivacySettings,
+    natural_sensitivity,
+    plan_budget,
+)
+
+EPSILON, DELTA, EPOCHS = st.floats(0.01, 50.0), st.floats(1e-12, 0.01), st.integers(1, 1000)
+
+
+@given(EPSILON, DELTA, EPOCHS, st.integers(1, 300))
+def test_all_epochs_together_keep_within_the_budget(epsilon, delta, epochs, signals):
+    plan = plan_budget(PrivacySettings(epsilon, delta, dp_epochs=epochs), signals)
+    assert plan.epochs == epochs
+    assert plan.spent(epochs) <= epsilon
+    assert plan.spent(epochs) == pytest.approx(epsilon, rel=0.01)  # and waste little of it
+    assert plan.spent(0) == 0.0
+
+
+def test_noise_alone_says_what_it_is_worth():
+    plan = plan_budget(PrivacySettings(0.0, 1e-6, dp_noise_sigma=10.0, dp_epochs=12), 5)
+    assert plan.noise_multiplier == 10.0
+    assert plan.epsilon == pytest.approx(
+        zcdp_epsilon(12 * zcdp_of_noise(1.0, 10.0), 1e-6), rel=1e-6
+    )
+
+
+def test_noise_and_a_budget_say_how_long_it_lasts():
+    asked = PrivacySettings(2.0, 1e-6, dp_noise_sigma=10.0)
+    plan = plan_budget(asked, 5)
+    assert plan.spent(plan.epochs) <= 2.0 < plan.spent(plan.epochs + 1)
+    fewer = plan_budget(PrivacySettings(2.0, 1e-6, 10.0, dp_epochs=plan.epochs - 1), 5)
+    assert (fewer.epochs, fewer.noise_multiplier) == (plan.epochs - 1, 10.0)
+
+
+def test_more_epochs_than_the_noise_allows_are_refused_with_what_would_do():
+    asked = PrivacySettings(2.0, 1e-6, dp_noise_sigma=10.0, dp_epochs=1000)
+    with pytest.raises(
+        BudgetError, match=r"dp_noise_sigma: is 10.*needs at least ([0-9.]+)"
+    ) as refusal:
+        plan_budget(asked, 5)
+    advice = refusal.value.advice
+    least = float(advice.split("at least ")[1].split(":")[0])
+    assert (
+        plan_budget(PrivacySettings(2.0, 1e-6, least * 1.00001, dp_epochs=1000), 5).epochs == 1000
+    )
+    lasts = int(advice.split("plan ")[1].split()[0])
+    assert plan_budget(PrivacySettings(2.0, 1e-6, 10.0, dp_epochs=lasts), 5).epochs == lasts
+    with pytest.raises(BudgetError):
+        plan_budget(PrivacySettings(2.0, 1e-6, 10.0, dp_epochs=lasts + 1), 5)
+
+
+def test_too_little_noise_for_a_single_release_is_refused():
+    with pytest.raises(
+        BudgetError, match=r"dp_noise_sigma: is 0\.1, but dp_epsilon 1 over 1 releases"
+    ):
+        plan_budget(PrivacySettings(1.0, 1e-6, dp_noise_sigma=0.1), 5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "setting"),
+    [
+        (PrivacySettings(1.0, 0.0, dp_epochs=1), "dp_delta"),
+        (PrivacySettings(1.0, 1e-6), "dp_epochs"),
+        (PrivacySettings(0.0, 1e-6, dp_noise_sigma=1.0), "dp_epochs"),
+        (PrivacySettings(1.0, 1e-6, dp_sensitivity=1.0, dp_epochs=1), "dp_sensitivity"),
+        (PrivacySettings(1e-9, 1e-9, dp_epochs=10**6), "dp_epsilon"),
+        (PrivacySettings(0.0, 1e-6, dp_noise_sigma=1e9, dp_epochs=1), "dp_noise_sigma"),
+    ],
+)
+def test_what_promises_nothing_is_refused_by_its_name(asked, setting):
+    with pytest.raises(BudgetError) as refusal:
+        plan_budget(asked, 3)
+    assert refusal.value.setting == setting
+
+
+def test_a_declared_sensitivity_may_only_add_noise():
+    natural = natural_sensitivity(4)
+    assert natural == pytest.approx(math.sqrt(4 * 1.5), rel=1e-6)
+    plain = plan_budget(PrivacySettings(1.0, 1e-6, dp_epochs=3), 4)
+    same = plan_budget(PrivacySettings(1.0, 1e-6, dp_sensitivity=natural, dp_epochs=3), 4)
+    assert same.noise_multiplier == plain.noise_multiplier
+    doubled = plan_budget(PrivacySettings(1.0, 1e-6, dp_sensitivity=2 * natural, dp_epochs=3), 4)
+    assert doubled.noise_multiplier == pytest.approx(2 * plain.noise_multiplier, rel=1e-6)
+    assert doubled.spent(3) < plain.spent(3)
+
+
+def test_the_expected_error_falls_with_sites_and_rises_with_signals():
+    asked = PrivacySettings(1.0, 1e-6, dp_epochs=1)
+    few, many = plan_budget(asked, 5), plan_budget(asked, 50)
+    assert few.noise_stderr(1000) == pytest.approx(few.noise_stderr(100) / 10)
+    assert many.noise_stderr(100) == pytest.approx(few.noise_stderr(100) * math.sqrt(10), rel=1e-5)
+    assert few.noise_stderr(100, value=1.0) > few.noise_stderr(100)
+
+
+def test_privacy_is_asked_for_or_not():
+    assert not PrivacySettings().private
+    assert not PrivacySettings(dp_delta=1e-6, dp_epochs=4).private
+    assert PrivacySettings(dp_epsilon=1.0).private
+    assert PrivacySettings(dp_noise_sigma=1.0).private
