@@ -1,1 +1,1 @@
-"""An attack on the private mechanism: it must not learn more than is stated, and must where that is broken."""
+"""An attack on the private mechanism: what it learns is bounded by what is stated, unless that is broken."""
