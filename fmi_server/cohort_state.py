@@ -30,6 +30,7 @@ from fmi_server.aggregation import (
     SignalInUse,
     SiteContext,
     SiteGroups,
+    UnitCells,
     WarmStart,
     WarmStartRequest,
     decide_policy,
@@ -365,6 +366,10 @@ class CohortState:
             packets=Counter(self.packets),
             outcome_sites=len({outcome.site_id for outcome in outcomes}),
         )
+
+    def unit_cells(self) -> UnitCells:
+        """Return what is held of a cohort in which every signal is declared with bounds."""
+        return self._matrix.unit_cells()
 
     def warm_start(self, request: WarmStartRequest) -> WarmStart:
         """Find the warm start for a site."""

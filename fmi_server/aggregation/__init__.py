@@ -54,6 +54,7 @@ from fmi_server.aggregation.prior import (
     PriorRelease,
     PutReport,
     SignalInUse,
+    UnitCells,
 )
 from fmi_server.aggregation.transforms import SignalRule, TransformName
 from fmi_server.aggregation.trust import (
@@ -109,6 +110,7 @@ __all__ = [
     "SiteGroups",
     "TransformName",
     "TrustSettings",
+    "UnitCells",
     "UnpooledEdge",
     "WarmStart",
     "WarmStartRequest",

@@ -18,7 +18,7 @@ from fmi_server.aggregation.trust import in_steps, site_scores
 from fmi_server.aggregation.vocabulary import Vocabulary
 from fmi_server.aggregation.weights import site_reputations
 
-__all__ = ["CohortMatrix", "IgnoredValue", "PriorRelease", "PutReport", "SignalInUse"]
+__all__ = ["CohortMatrix", "IgnoredValue", "PriorRelease", "PutReport", "SignalInUse", "UnitCells"]
 
 _EVERYONE = ""
 
@@ -55,6 +55,27 @@ class SignalInUse:
 
     section: str
     values: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class UnitCells:
+    """Hold the values of bounded signals, moved to -1..1 on the scale they are averaged on.
+
+    Attributes:
+        names: signals, in row order.
+        sections: their sections.
+        rows: where `transforms` has them.
+        values: signals x sites; NaN where missing.
+        confidence: declared confidences, same shape.
+        transforms: lead back to the signals' own scales.
+    """
+
+    names: tuple[str, ...]
+    sections: tuple[str, ...]
+    rows: NDArray[np.int64]
+    values: NDArray[np.float64]
+    confidence: NDArray[np.float64]
+    transforms: TransformTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,6 +393,20 @@ class CohortMatrix:
         site_ids, columns = self._cells.by_site()
         sizes = self._relative_size(columns)
         return {site_ids[i]: float(sizes[i]) for i in np.flatnonzero(sizes < 1.0)}
+
+    def unit_cells(self) -> UnitCells:
+        """Return what is held, each signal moved to -1..1 between its bounds, which all must have."""
+        told = self._told_rows()
+        rows, held = self._told_index(), self._cells
+        columns = held.by_site()[1]
+        return UnitCells(
+            names=tuple(told),
+            sections=tuple(self._names.rules[row].section for row in rows),
+            rows=rows,
+            values=self._transforms.to_unit(rows, held.values[rows][:, columns]),
+            confidence=held.confidence[rows][:, columns],
+            transforms=self._transforms,
+        )
 
     def score_sites(self, site_ids: Collection[str]) -> dict[str, float]:
         """Return how well some sites agree with all others, by `trust.site_scores`; NaN where unjudged.

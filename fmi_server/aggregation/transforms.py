@@ -135,6 +135,49 @@ class TransformTable:
             clipped[logit] = _log_odds(share)
         return clipped
 
+    def to_unit(self, rows: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Move transformed values of bounded signals to -1..1: their bounds to the ends.
+
+        Args:
+            rows: signals, with both bounds.
+            values: transformed, rows x sites; `+inf` where missing, which becomes NaN.
+        """
+        low, half = self._unit_scale(rows)
+        moved = (values - low[:, None]) / half[:, None] - 1.0
+        return np.where(np.isposinf(values), np.nan, moved)
+
+    def from_unit(
+        self, rows: NDArray[np.int64], values: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Return numbers in -1..1 on the signals' own scales; the inverse of `to_unit` and the transform."""
+        low, half = self._unit_scale(rows)
+        inverse, _ = self._inverse(rows, low + (values + 1.0) * half)
+        own: NDArray[np.float64] = np.clip(inverse, self._lower[rows], self._upper[rows])
+        return own
+
+    def unit_slope(
+        self, rows: NDArray[np.int64], values: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Return by how much of its own unit a signal rises per unit of -1..1, at numbers there."""
+        low, half = self._unit_scale(rows)
+        _, slope = self._inverse(rows, low + (values + 1.0) * half)
+        per_unit: NDArray[np.float64] = slope * half
+        return per_unit
+
+    def unit_difference(
+        self, rows: NDArray[np.int64], values: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Return the difference that matters at numbers in -1..1, in that unit; see `difference`."""
+        low, half = self._unit_scale(rows)
+        there: NDArray[np.float64] = self.difference(rows, low + (values + 1.0) * half) / half
+        return there
+
+    def _unit_scale(
+        self, rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        low = self.forward(rows, self._lower[rows])
+        return low, (self.forward(rows, self._upper[rows]) - low) / 2.0
+
     def tolerance(self, rows: NDArray[np.int64]) -> Tolerance:
         """Return what tells how large a difference matters, on the transformed scale.
 

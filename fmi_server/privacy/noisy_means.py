@@ -115,20 +115,23 @@ class PrivateSums:
 
         Args:
             values: signals x sites in -1..1, whatever is beyond is moved there; NaN where a site has none.
-            weights: of the sites, in 0..1, whatever is beyond is moved there.
+            weights: of the sites, or signals x sites, in 0..1, whatever is beyond is moved there.
 
         Raises:
             ValueError: Shapes do not fit, a weight is NaN, or there are more than `MAX_SITES`.
         """
-        if values.ndim != 2 or values.shape != (self.signals, len(weights)):
-            raise ValueError(f"values must be {self.signals} x {len(weights)}, got {values.shape}")
-        if len(weights) > MAX_SITES:
-            raise ValueError(f"no more than {MAX_SITES} sites can be summed, got {len(weights)}")
+        if values.ndim != 2 or len(values) != self.signals:
+            raise ValueError(f"values must be {self.signals} x sites, got {values.shape}")
+        sites = values.shape[1]
+        if weights.shape not in (values.shape, (sites,)):
+            raise ValueError(f"weights have shape {weights.shape}, values {values.shape}")
+        if sites > MAX_SITES:
+            raise ValueError(f"no more than {MAX_SITES} sites can be summed, got {sites}")
         if np.isnan(weights).any():
             raise ValueError("weights must be numbers")
         present = ~np.isnan(values)
-        weighted = np.clip(np.where(present, values, 0.0), -1.0, 1.0) * np.clip(weights, 0.0, 1.0)
         counted = np.where(present, np.clip(weights, 0.0, 1.0), 0.0)
+        weighted = np.clip(np.where(present, values, 0.0), -1.0, 1.0) * counted
         return NoisySums(
             values=_on_grid(weighted, self.value_bound).sum(axis=1),
             weights=_on_grid(counted, self.weight_bound).sum(axis=1),
