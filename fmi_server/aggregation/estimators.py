@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from fmi_server.aggregation.certainty import Tolerance, assess, natural_tolerance
 from fmi_server.aggregation.estimates import EstimateTable
+from fmi_server.aggregation.order_free import order_free_sums
 from fmi_server.aggregation.quantiles import normal_quantile
 from fmi_server.aggregation.selection import Window, select_nearest_median, select_window
 from fmi_server.aggregation.shares import capped_shares
@@ -31,7 +32,6 @@ __all__ = [
     "MAX_MAGNITUDE",
     "EstimatorName",
     "EstimatorSettings",
-    "depends_on_order",
     "estimate",
     "trim_count",
 ]
@@ -83,20 +83,6 @@ class EstimatorSettings:
             raise ValueError(f"weight_cap must lie in (0, 1], got {self.weight_cap}")
         if not 0.0 < self.interval_level < 1.0:
             raise ValueError(f"interval_level must lie in (0, 1), got {self.interval_level}")
-
-
-def depends_on_order(settings: EstimatorSettings, *, weighted: bool) -> bool:
-    """Return whether the order of the sites may change the last digit of an estimate.
-
-    Only where sums run over sorted rows does it not.
-
-    Args:
-        settings: rules.
-        weighted: whether sites may have weights of their own.
-    """
-    if settings.name in ("trimmed_mean", "weighted_mean"):
-        return weighted
-    return settings.name == "mean_of_median"
 
 
 def trim_count(sites: NDArray[np.int64], settings: EstimatorSettings) -> NDArray[np.int64]:
@@ -227,7 +213,7 @@ def _fill_mean(
     value, square_share = window.mean, 1.0 / kept
     if weighted is not None and total is not None and squares is not None:
         plain = np.where(total > _TINY_WEIGHT, total, 1.0)
-        value, square_share = weighted / plain, squares / (plain * plain)
+        value, square_share = window.low + weighted / plain, squares / (plain * plain)
         limit = np.maximum(settings.weight_cap, 1.0 / kept)
         # Exact shares cost several passes: only rows with a tie at the edge, with a dominant
         # site or without weight need them.
@@ -240,9 +226,12 @@ def _fill_mean(
         if index.size:
             values, row_weights, part = window.survivors(index)
             shares = part * capped_shares(row_weights, part, settings.weight_cap)
-            value[index] = np.einsum("ij,ij->i", shares, values)
+            low, high = window.low[index], window.high[index]
+            above = np.where(part > 0.0, shares * (values - low[:, None]), 0.0)
+            one = np.ones(index.size)
+            value[index] = low + order_free_sums(above, 2.0 * (high - low))
             unit = np.divide(shares, part, out=np.zeros_like(shares), where=part > 0.0)
-            square_share[index] = np.einsum("ij,ij->i", shares, unit)
+            square_share[index] = order_free_sums(shares * unit, 2.0 * one)
     # Rounding may leave the range of the survivors by an ulp; the guarantee may not.
     table.value[rows] = np.clip(value, window.low, window.high)
     with np.errstate(divide="ignore", invalid="ignore"):

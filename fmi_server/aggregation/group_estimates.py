@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fmi_server.aggregation.estimates import EstimateTable
-from fmi_server.aggregation.estimators import EstimatorSettings, depends_on_order, estimate
+from fmi_server.aggregation.estimators import EstimatorSettings, estimate
 from fmi_server.aggregation.resident import ResidentMatrix
 from fmi_server.aggregation.transforms import TransformTable
 
@@ -27,7 +27,7 @@ class WeighedSites:
     """The sites of a group, and how they count.
 
     Attributes:
-        columns: of the sites, in order of their ids.
+        columns: of the sites.
         trust: by site, the factor that its confidences are multiplied with.
         cap: no confidence counts for more.
     """
@@ -49,8 +49,8 @@ class _Kept:
 class GroupEstimates:
     """Estimate every row of a matrix from some of its sites, on the signals' own scales.
 
-    The result depends on what is held alone, to the last digit, and never on the way there: sums run over
-    the sites in order of their ids, and each row is estimated by itself.
+    The result depends on what is held alone, to the last digit, and never on the way there: no sum depends
+    on the order of the columns or on empty ones (`order_free.py`), and each row is estimated by itself.
 
     Args:
         cells: the matrix; its transforms are those of its rows.
@@ -121,14 +121,14 @@ class GroupEstimates:
         self, rows: NDArray[np.int64], sites: WeighedSites, settings: EstimatorSettings
     ) -> EstimateTable:
         cells, trust = self._cells, sites.trust
-        columns: NDArray[np.int64] | slice = sites.columns
         alike = cells.lowest_confidence >= sites.cap and (
             not trust.size or trust.min() == trust.max()
         )
-        if sites.columns.size == len(cells.column_of) and not depends_on_order(
-            settings, weighted=not alike
-        ):
-            columns, alike = slice(None), True  # a view: nothing is copied
+        columns: NDArray[np.int64] | slice = sites.columns
+        if sites.columns.size == len(cells.column_of):
+            columns = slice(None)  # a view: nothing is copied
+            trust = np.zeros(len(cells.column_changed))
+            trust[sites.columns] = sites.trust
         # In blocks, so that temporaries stay small beside the matrix.
         height = max(1, _BLOCK_CELLS // max(1, sites.columns.size))
         tables = []

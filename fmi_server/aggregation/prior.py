@@ -342,7 +342,7 @@ class CohortMatrix:
         """
         self._groups.start_release()
         cells = self._cells
-        sites = self._weighed(*cells.by_site(), reputation)
+        sites = self._weighed(*cells.sites(), reputation)
         table, recomputed = self._groups.estimate(_EVERYONE, sites, settings)
         self._released = cells.version
         told = self._told_rows()
@@ -381,7 +381,7 @@ class CohortMatrix:
                 by this question, and only what changed is estimated the next time.
         """
         held = self._cells.column_of
-        asked = sorted(site for site in site_ids if site in held)
+        asked = [site for site in site_ids if site in held]
         columns = np.array([held[site] for site in asked], dtype=np.int64)
         sites = self._weighed(asked, columns, reputation)
         everyone = len(asked) == len(held)
@@ -390,7 +390,7 @@ class CohortMatrix:
 
     def relative_sizes(self) -> dict[str, float]:
         """Return the relative size of each site that counts for less than 1."""
-        site_ids, columns = self._cells.by_site()
+        site_ids, columns = self._cells.sites()
         sizes = self._relative_size(columns)
         return {site_ids[i]: float(sizes[i]) for i in np.flatnonzero(sizes < 1.0)}
 
@@ -398,7 +398,7 @@ class CohortMatrix:
         """Return what is held, each signal moved to -1..1 between its bounds, which all must have."""
         told = self._told_rows()
         rows, held = self._told_index(), self._cells
-        columns = held.by_site()[1]
+        columns = held.sites()[1]
         return UnitCells(
             names=tuple(told),
             sections=tuple(self._names.rules[row].section for row in rows),

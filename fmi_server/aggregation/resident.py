@@ -39,7 +39,7 @@ class ResidentMatrix:
         self._values: NDArray[np.float64] = np.full((0, 0), np.inf)
         self._confidence: NDArray[np.float64] = np.zeros((0, 0))
         self._seen: NDArray[np.float64] = np.full((0, 0), np.inf)
-        self._by_site: tuple[list[str], NDArray[np.int64]] | None = None
+        self._sites: tuple[list[str], NDArray[np.int64]] | None = None
         self._row_changed: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._column_changed: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._occupied: NDArray[np.bool_] = np.zeros(0, dtype=bool)
@@ -74,12 +74,12 @@ class ResidentMatrix:
         """Return per column the version of its last change, a view."""
         return self._column_changed[: self._width]
 
-    def by_site(self) -> tuple[list[str], NDArray[np.int64]]:
-        """Return the ids of the sites, in their order and not in that of arrival, and the columns."""
-        if self._by_site is None:
-            ids = sorted(self.column_of)
-            self._by_site = ids, np.array([self.column_of[i] for i in ids], dtype=np.int64)
-        return self._by_site
+    def sites(self) -> tuple[list[str], NDArray[np.int64]]:
+        """Return the ids of the sites and their columns, as long as none comes or goes the same objects."""
+        if self._sites is None:
+            columns = np.fromiter(self.column_of.values(), dtype=np.int64)
+            self._sites = list(self.column_of), columns
+        return self._sites
 
     @property
     def occupied(self) -> NDArray[np.bool_]:
@@ -144,7 +144,7 @@ class ResidentMatrix:
         column = self.column_of.pop(site_id, None)
         if column is None:
             return False
-        self._by_site = None
+        self._sites = None
         self._note_change(np.flatnonzero(self._values[:, column] < np.inf), column)
         self._values[:, column] = np.inf
         self._confidence[:, column] = 0.0
@@ -197,7 +197,7 @@ class ResidentMatrix:
             if column == self._values.shape[1]:
                 self._grow(self._values.shape[0], _next_size(column))
             self._width += 1
-        self._by_site = None
+        self._sites = None
         self.column_of[site_id] = column
         self._occupied[column] = True
         return column

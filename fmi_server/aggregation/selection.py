@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fmi_server.aggregation.order_free import order_free_sums
+
 __all__ = ["Window", "select_nearest_median", "select_window"]
 
-_BLOCK_CELLS = 65_536
+_BLOCK_CELLS = 32_768
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,7 @@ class Window:
             into [low, high].
         part: explicit survival of each cell in 0..1, or None when `low` and `high` say it.
         total: sum of the survivors' weights; None without weights, like the three below.
-        weighted: weighted sum of the survivors.
+        weighted: weighted sum of the survivors, each above `low`.
         squares: sum of the squared weights.
         peak: largest weight.
         even: rows whose survivors all have one weight.
@@ -132,8 +134,10 @@ def select_nearest_median(
     """
     line = np.arange(len(ordered))
     kept = sites - cut
-    median = (ordered[line, (sites - 1) // 2] + ordered[line, sites // 2]) / 2.0
-    distance = np.abs(values - median[:, None])
+    below, above = ordered[line, (sites - 1) // 2], ordered[line, sites // 2]
+    median = below + (above - below) / 2.0
+    # Twice the distance, without the rounding of the median: the two beside it are equally far.
+    distance = np.abs((values - below[:, None]) + (values - above[:, None]))
     edge = np.sort(distance, axis=1)[line, kept - 1][:, None]
     inside, on_edge = distance < edge, distance == edge
     share = (kept - inside.sum(axis=1)) / on_edge.sum(axis=1)
@@ -144,8 +148,11 @@ def select_nearest_median(
     offset = np.where(survives, values - median[:, None], 0.0)
     moved = np.clip(values, low[:, None], high[:, None]) - median[:, None]
     moved[np.isposinf(values)] = 0.0
-    spread = moved.sum(axis=1)
-    squares_sum = np.einsum("ij,ij->i", moved, moved) - spread * (spread / sites)
+    farthest = np.maximum(np.abs(low - median), np.abs(high - median))
+    most = sites * farthest
+    second = order_free_sums(moved * moved, most * farthest)
+    spread = order_free_sums(moved, most)
+    squares_sum = second - spread * (spread / sites)
     nothing = None if weights is None else np.zeros(len(ordered))
     even: NDArray[np.bool_] = np.ones(len(ordered), dtype=bool)
     if weights is not None:
@@ -158,7 +165,7 @@ def select_nearest_median(
         kept=kept,
         low=low,
         high=high,
-        mean=median + np.einsum("ij,ij->i", part, offset) / kept,
+        mean=median + order_free_sums(part * offset, most) / kept,
         winsorised_squares=np.maximum(squares_sum, 0.0),
         part=part,
         total=nothing,
@@ -205,7 +212,7 @@ def _weighted_sums(
     NDArray[np.float64],
     NDArray[np.bool_],
 ]:
-    """Return per row sum(w), sum(w x), sum(w^2), max(w) and whether all w are one, over low <= x <= high."""
+    """Return per row sum(w), sum(w (x - low)), sum(w^2), max(w) and whether all w are one, in low..high."""
     rows, sites = values.shape
     total, weighted, squares, peak = (np.zeros(rows) for _ in range(4))
     even = np.zeros(rows, dtype=bool)
@@ -213,7 +220,7 @@ def _weighted_sums(
     # page fault per 4 kB, which is most of the time this function would take.
     block = min(rows, max(1, _BLOCK_CELLS // max(1, sites)))
     scratch = np.empty((2, block, sites))
-    inside, heaviest = np.empty((2, block, sites), dtype=bool)
+    inside = np.empty((block, sites), dtype=bool)
     for start in range(0, rows, block):
         part = slice(start, min(start + block, rows))
         size = part.stop - start
@@ -223,13 +230,17 @@ def _weighted_sums(
         np.maximum(moved, low[part, None], out=moved)
         np.equal(values[part], moved, out=kept)
         np.multiply(weights[part], kept, out=alive)
-        alive.sum(axis=1, out=total[part])
-        np.einsum("ij,ij->i", alive, moved, out=weighted[part])
-        np.einsum("ij,ij->i", alive, alive, out=squares[part])
         alive.max(axis=1, out=peak[part], initial=0.0)
-        at_peak = np.equal(alive, peak[part, None], out=heaviest[:size])
-        at_peak &= kept
-        even[part] = np.count_nonzero(at_peak, axis=1) == np.count_nonzero(kept, axis=1)
+        survivors = np.count_nonzero(kept, axis=1)
+        most = survivors * peak[part]
+        moved -= low[part, None]
+        moved *= alive
+        weighted[part] = order_free_sums(moved, most * (high[part] - low[part]))
+        np.multiply(alive, alive, out=moved)
+        squares[part] = order_free_sums(moved, most * peak[part])
+        total[part] = order_free_sums(alive, most)
+        # Of weights that are all one, all are the largest; both sums are exact.
+        even[part] = total[part] == order_free_sums(peak[part, None].copy(), most) * survivors
     return total, weighted, squares, peak, even
 
 

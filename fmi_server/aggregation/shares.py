@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from fmi_server.aggregation.order_free import order_free_sums
+
 __all__ = ["capped_shares"]
 
 # Below this, of all weights or of the largest one, a weight is rounding dust and counts as zero.
@@ -39,7 +41,8 @@ def capped_shares(
     # Scaling by the peak first keeps small weights from losing their digits in the division.
     raw = np.where(peak > _NO_WEIGHT, raw / np.where(peak > _NO_WEIGHT, peak, 1.0), 1.0 * voting)
     raw[raw < _RELATIVE_DUST] = 0.0
-    voters = np.where(raw > 0.0, multiplicity, 0.0).sum(axis=1)
+    voting_cells = np.count_nonzero(voting, axis=1).astype(np.float64)
+    voters = order_free_sums(np.where(raw > 0.0, multiplicity, 0.0), voting_cells)
     limit = np.maximum(cap, 1.0 / np.where(voters > 0.0, voters, 1.0))
     shares = np.zeros_like(raw)
     capped = np.zeros(raw.shape, dtype=bool)
@@ -47,8 +50,9 @@ def capped_shares(
     while open_rows.size:
         row_raw, row_mult, row_cap = raw[open_rows], multiplicity[open_rows], capped[open_rows]
         free = np.where(row_cap, 0.0, row_raw)
-        left = 1.0 - limit[open_rows] * np.where(row_cap, row_mult, 0.0).sum(axis=1)
-        mass = (row_mult * free).sum(axis=1)
+        most = voting_cells[open_rows]
+        left = 1.0 - limit[open_rows] * order_free_sums(np.where(row_cap, row_mult, 0.0), most)
+        mass = order_free_sums(row_mult * free, most)
         level = np.maximum(left, 0.0) / np.where(mass > 0.0, mass, 1.0)
         row_shares = np.where(row_cap, limit[open_rows, None], free * level[:, None])
         over = row_shares > limit[open_rows, None] * (1.0 + 1e-12)
