@@ -252,6 +252,8 @@ class CohortState:
         for domain_id in list(self._sites):
             site = self._sites[domain_id]
             changed |= site.drop_before(outcomes_from, from_s)
+            if site.drop_context_before(from_s):
+                self._grouped, changed = None, True
             if site.heard_at < from_s and not site.outcomes:
                 del self._sites[domain_id]
                 self._grouped = None

@@ -136,14 +136,23 @@ class SiteRecord:
         """
         return (at, packet_id) < self.causes_after
 
-    def drop_before(self, outcomes_from: float, summaries_from: float) -> bool:
-        """Drop what is older; return whether anything was."""
+    def drop_before(self, outcomes_from: float, said_from: float) -> bool:
+        """Drop outcomes, and what else it said, that are older; return whether anything was."""
         before = len(self.outcomes) + len(self.summaries)
         while self.outcomes and self.outcomes[0][0] < outcomes_from:
             heapq.heappop(self.outcomes)
-        while self.summaries and self.summaries[0][0] < summaries_from:
+        while self.summaries and self.summaries[0][0] < said_from:
             self.causal_items -= causal_items_of(heapq.heappop(self.summaries)[2])
         return len(self.outcomes) + len(self.summaries) < before
+
+    def drop_context_before(self, said_from: float) -> bool:
+        """Drop the regime and the concepts that it named earlier than that; return whether it did."""
+        dropped = False
+        if self.regime_tag and self.regime_at < said_from:
+            self.regime_tag, dropped = "", True
+        if self.concepts and self.concepts_at < said_from:
+            self.concepts, dropped = {}, True
+        return dropped
 
 
 def emitted_at(packet: packet_pb2.Packet) -> float:

@@ -52,7 +52,8 @@ _HALF_TO_SIGMA = 0.7413011092528009
 """Of a normal distribution: standard deviation by the width of its middle half."""
 
 _ROUNDING = 1e-12
-"""Values that differ by less than this share of themselves differ by the rounding of their sources."""
+"""Values that differ by less than this share of themselves, or of the difference that matters, differ by
+the rounding of their sources. (A logarithm near 0 is no smaller for being near 0.)"""
 
 
 def natural_tolerance(
@@ -100,7 +101,7 @@ def assess(
     table.upper[:] = table.value + margin
     matters = tolerance(table.value, robust_deviation(ordered, table.sites))
     table.tolerance[:] = np.where(valued, matters, np.nan)
-    equal = usable & (deviation <= _ROUNDING * np.abs(table.value))
+    equal = usable & (deviation <= _rounding(table))
     spread = np.flatnonzero(usable & ~equal)
     with np.errstate(divide="ignore", over="ignore"):
         distance = table.tolerance[spread] / table.stderr[spread]
@@ -113,12 +114,17 @@ def assess(
         _assess_equal(table, int(row), ordered[row], int(honest[row]), level)
 
 
+def _rounding(table: EstimateTable) -> NDArray[np.float64]:
+    most: NDArray[np.float64] = _ROUNDING * np.fmax(np.abs(table.value), table.tolerance)
+    return most
+
+
 def _assess_equal(
     table: EstimateTable, row: int, ordered: NDArray[np.float64], honest: int, level: float
 ) -> None:
     """Let the sign test speak for a row in which the values that count are all equal."""
     sites, value = int(table.sites[row]), float(table.value[row])
-    slack = _ROUNDING * abs(value) * math.sqrt(sites)
+    slack = float(_rounding(table)[row]) * math.sqrt(sites)
     below = int(np.searchsorted(ordered[:sites], value - slack))
     above = sites - int(np.searchsorted(ordered[:sites], value + slack, side="right"))
     differ = max(0, max(below, above) - (sites - honest))

@@ -4,7 +4,7 @@ Every term is first rounded to a grid, coarse enough that a sum of all of them f
 double (one extraction of Rump, Ogita and Oishi, SIAM J. Sci. Comput. 31, 2008). From there on every addition
 is exact, so that neither the order of the terms, nor zeros among them, nor blocks, nor the width of a
 processor's registers decide a digit. What a sum loses grows with the square root of the number of its terms,
-as for plain summation: 4e-14 of it for 100,000 terms.
+as for plain summation: of 100,000 terms between 0 and 1 about 1e-13.
 """
 
 from __future__ import annotations

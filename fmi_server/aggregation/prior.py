@@ -260,7 +260,7 @@ class CohortMatrix:
             rows, fresh, weights = rows[~outside], fresh[~outside], weights[~outside]
         if not rows.size:
             return PutReport(0, 0, tuple(ignored))
-        self._names.values_came()
+        self._names.values_came(rows.tolist())
         applied, changed = self._cells.write(site_id, rows, fresh, weights, now, size)
         return PutReport(applied, changed, tuple(ignored))
 

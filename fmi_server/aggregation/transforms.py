@@ -125,7 +125,7 @@ class TransformTable:
             Transformed values; NaN where a log signal is not positive.
         """
         kind, lower, upper = self._kind[rows], self._lower[rows], self._upper[rows]
-        clipped = np.clip(values, lower, upper)
+        clipped = np.clip(values, lower, upper) + 0.0  # there is one zero
         log, logit = kind == _LOG, kind == _LOGIT
         if log.any():
             positive = np.where(clipped[log] > 0.0, clipped[log], np.nan)

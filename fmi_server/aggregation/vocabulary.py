@@ -24,7 +24,7 @@ class Vocabulary:
     - no site can take a name from the others: a name has a row in every section in which it came, and the
       section of most sites is told; where as many stand behind two, the first in `SECTION_ORDER`;
     - a site brings in a bounded number of names;
-    - where the vocabulary is full, a name of which no site holds a value any more makes room.
+    - a name of which no site holds a value any more is not told, and makes room where the vocabulary is full.
 
     Args:
         declared: Rules of the declared signals, which take the first rows; no name twice.
@@ -60,6 +60,7 @@ class Vocabulary:
         self._values_went = False
         self._contested: dict[str, list[int]] = {}
         self._told: dict[str, int] | None = None
+        self._told_rows: frozenset[int] = frozenset()
         for rule in declared:
             if rule.name in self._declared:
                 raise ValueError(f"signal {rule.name!r} is declared twice")
@@ -128,18 +129,18 @@ class Vocabulary:
             return "too_many_new_names"
         return None
 
-    def values_came(self) -> None:
-        """Note that values were written: another section may be the one of most sites."""
-        if self._contested:
+    def values_came(self, rows: Iterable[int]) -> None:
+        """Note that values were written: a name is held again, or another section the one of most sites."""
+        if self._contested or not self._told_rows.issuperset(rows):
             self._told = None
 
     def values_went(self) -> None:
         """Note that values were taken away: rows may be empty now."""
         self._values_went = True
-        self.values_came()
+        self._told = None
 
     def told(self, values: NDArray[np.float64]) -> dict[str, int]:
-        """Return the row that is told of every name, in row order.
+        """Return the row that is told of every name that is declared or held, in row order.
 
         Args:
             values: What is held, rows x sites, `+inf` where missing.
@@ -150,9 +151,13 @@ class Vocabulary:
                 behind = np.count_nonzero(values[rows] < np.inf, axis=1).tolist()
                 ranks = [(-behind[i], self._rank(row), row) for i, row in enumerate(rows)]
                 outvoted.update(set(rows) - {min(ranks)[2]})
+            held = np.any(values < np.inf, axis=1)
             self._told = {
-                rule.name: row for row, rule in enumerate(self.rules) if row not in outvoted
+                rule.name: row
+                for row, rule in enumerate(self.rules)
+                if row not in outvoted and (held[row] or rule.name in self._declared)
             }
+            self._told_rows = frozenset(self._told.values())
         return self._told
 
     def _rank(self, row: int) -> int:

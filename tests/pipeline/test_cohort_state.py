@@ -27,6 +27,7 @@ from fmi_server.site_records import (
     MAX_OUTCOMES_PER_SITE,
     MAX_SUMMARIES_PER_SITE,
     SiteRecord,
+    emitted_at,
 )
 from fmi_server.validator import FMIValidator
 
@@ -126,8 +127,8 @@ def histories(draw) -> list[packet_pb2.Packet]:
     return packets
 
 
-def told(state: CohortState) -> list[object]:
-    result = AGGREGATOR.result(state, now=NOW)
+def told(state: CohortState, now: float = NOW) -> list[object]:
+    result = AGGREGATOR.result(state, now=now)
     for lineage in (
         result.prior_update.lineage,
         *(profile.lineage for profile in result.warm_starts.profiles),
@@ -172,6 +173,98 @@ def test_summaries_of_one_moment_correct_each_other_in_the_order_of_their_ids(or
     packets = [packets[number] for number in chosen]
     shuffled = [packets[chosen.index(number)] for number in order if number in chosen]
     assert told(counted(shuffled)) == told(counted(packets))
+
+
+class Life:
+    """A cohort with a history, as a server lives through it."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.spec = {
+            "signals": [LOSS] if self.chance.random() < 0.5 else [],
+            "freeSignals": True,
+            "aggregation": {
+                "metricsAggregation": self.chance.choice(
+                    ["trimmed_mean", "weighted_mean", "median", "mean_of_median", "mean"]
+                )
+            },
+            "retention": {"siteTtl": "100s"},
+            "policy": {"window": self.chance.choice(["50s", "100s", "300s"])},
+        }
+        self.state = CohortState(rules(**self.spec))
+        self.stored: list[packet_pb2.Packet] = []
+        self.now = NOW
+        self.sites = [f"s{i}" for i in range(self.chance.randint(4, 25))]
+
+    def live(self, steps: int) -> None:
+        for _ in range(steps):
+            chance = self.chance.random()
+            if chance < 0.7:
+                packets = [self.packet() for _ in range(self.chance.choice([1, 1, 1, 6]))]
+                self.stored += packets
+                self.state.count_all(packets)
+            elif chance < 0.8:
+                asked = self.chance.choice(["big", "small"]), self.chance.choice(["", "winter"])
+                self.state.warm_start(WarmStartRequest(*asked, {"drift": 1.0}))
+            elif chance < 0.9:
+                self.state.release(self.now)
+            else:
+                self.now += self.chance.choice([0.5, 20.0, 70.0])
+                self.sites = self.sites[1:] + self.sites[: self.chance.choice([0, 1])]
+                self.sites.append(f"new{len(self.stored)}")
+                self.state.expire(self.now)
+
+    def packet(self) -> packet_pb2.Packet:
+        self.now += 0.01
+        chance = self.chance
+        header = {
+            "at": self.now - chance.choice([0, 0, 0, 30, 90]),
+            "profile_class": chance.choice(["big", "small"]),
+            "regime": chance.choice(["", "", "winter", "summer"]),
+        }
+        name, kind = chance.choice(self.sites), chance.random()
+        if kind < 0.1:
+            return pop(name, before={"loss": 5.0}, after={"loss": chance.random()}, **header)
+        if kind < 0.25:
+            concepts = {"drift": chance.random()} if chance.random() < 0.5 else {}
+            pairs = (("a", "b", chance.random()),)
+            return ccs(name, pairs=pairs, concepts=concepts, trust=chance.random(), **header)
+        names = chance.sample(["tau", "g", "loss", "x", "y", "z"], chance.randint(1, 4))
+        sections: dict[str, dict[str, float]] = {}
+        for signal in names:
+            # Some names come in two sections, and zero has a sign.
+            section = chance.choice(["controller", "evaluator"]) if signal == "g" else "controller"
+            value = chance.choice([chance.gauss(1.0, 0.3), 0.0, -0.0, 0.7])
+            sections.setdefault(SECTIONS.get(signal, section), {})[signal] = value
+        packet = msp(name, **sections, confidence=chance.choice([None, 0.3, 0.6, 0.9]), **header)
+        packet.msp.evidence.sites = chance.choice([1.0, 1.0, 1.0, 3.0])
+        return packet
+
+    def started_again(self) -> CohortState:
+        """What a server makes of what is stored, when it has let go of what cannot count any more."""
+        since = self.now - max(self.state.rules.site_ttl_s, self.state.rules.policy_window_s)
+        gone = self.state.overtaken(self.stored, self.now)
+        kept = [
+            packet
+            for packet, overtaken in zip(self.stored, gone, strict=True)
+            if not overtaken and emitted_at(packet) >= since
+        ]
+        state = CohortState(
+            rules(**self.spec), reputations=self.state.reputations(), packets=self.state.packets
+        )
+        state.replay(kept)
+        return state
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(20, 80))
+def test_a_server_that_starts_again_says_the_same_to_the_last_digit(seed, steps):
+    life = Life(seed)
+    life.live(steps)
+    life.state.release(life.now)  # judged is who sent
+    again = life.started_again()
+    assert told(again, now=life.now) == told(life.state, now=life.now)
+    assert again.reputations() == life.state.reputations()
 
 
 def test_of_packets_of_one_moment_the_one_that_was_stored_last_counts():
