@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import tracemalloc
 
 import pytest
 from parts import NOW, Clock, ccs, msp, packet_id, pop
@@ -335,6 +337,45 @@ async def test_a_crash_between_slices_leaves_what_was_retired_and_the_next_pass_
     clock.advance(60)
     assert await again.release() == [], "nothing changed"
     assert again.prior() == sliced.prior()
+
+
+# Memory
+
+
+def held_bytes() -> int:
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0]
+
+
+async def test_memory_does_not_grow_with_what_was_compacted(server, clock, monkeypatch):
+    """What is kept of a site is soon full; from then on each turn only replaces it."""
+    monkeypatch.setattr("fmi_server.site_records.MAX_OUTCOMES_PER_SITE", 20)
+    monkeypatch.setattr("fmi_server.site_records.MAX_SUMMARIES_PER_SITE", 10)
+
+    async def turn() -> None:
+        for n in range(20):
+            clock.advance(1)
+            for site in ("s0", "s1", "s2"):
+                await server.send(
+                    msp(site, controller={"tau": n / 100}, at=clock()),
+                    pop(site, bundle={"tau": n / 100}, at=clock()),
+                    ccs(site, pairs=(("a", "b", n / 100),), at=clock()),
+                )
+        await server.release()
+        done = await server.compactor.compact("care")
+        assert done.live <= 3 * (1 + 20 + 11)
+
+    tracemalloc.start()
+    try:
+        for _ in range(4):
+            await turn()
+        before = held_bytes()
+        for _ in range(8):
+            await turn()
+        grown = held_bytes() - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 50_000, "1,440 packets came; the updates of eight releases are remembered"
 
 
 # When
