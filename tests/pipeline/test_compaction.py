@@ -309,7 +309,7 @@ def test_a_slice_is_as_large_as_the_last_one_foretells():
     grown = [8]
     while grown[-1] != LARGEST_SLICE:
         grown.append(_next_size(grown[-1], 0.0))
-    assert grown == [8, 16, 32, 64]
+    assert grown == [8, 16, 32, 64, 128, 256]
     assert _next_size(64, 2 * SLICE_S) == 32
     assert _next_size(8, 100 * SLICE_S) == 1
     assert _next_size(1, 0.3 * SLICE_S) == 2
