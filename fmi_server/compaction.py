@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,19 @@ FIRST_SWEEP_S: Final = 60.0
 
 SWEEP_S: Final = 3600.0
 """Seconds between two compactions of all cohorts."""
+
+SLICE_S: Final = 0.01
+"""Seconds of computing in one slice of a pass, as nearly as the last slice foretells. While it computes,
+everybody else in the process waits for the interpreter at each turn."""
+
+LARGEST_SLICE: Final = 256
+"""Packets in one slice; they are parsed, judged and retired together, in one small transaction."""
+
+FIRST_SLICE: Final = 8
+"""Packets in the first slice of a pass, of which nothing is known yet."""
+
+FORGET_SLICE: Final = 100
+"""Packets that one transaction forgets."""
 
 STALE_MARGIN_S: Final = 3600.0
 """Seconds that a packet is kept past the time from which a repeat is refused: a clock may be set back, and
@@ -132,12 +146,23 @@ class Compactor:
             StoreError: The store refused; what was done until then stays done.
         """
         self._releaser.arrivals.pop(cohort, None)
+        # What comes in meanwhile is for the next pass: this one would not end under load.
+        last = await self._store.last_sequence()
         live = retired = 0
+        size = FIRST_SLICE
         async for page in self._store.live_pages(cohort):
-            async with self._pausing():
-                gone = await self._retire(cohort, page)
-            live += len(page) - gone
-            retired += gone
+            start = 0
+            while start < len(page):
+                part = page[start : start + size]
+                start += size
+                gone, computed_s = await self._retire(cohort, part)
+                # Whoever emits has the other half. To wait for locks and the disk is rest by itself.
+                await asyncio.sleep(computed_s)
+                live += len(part) - gone
+                retired += gone
+                size = _next_size(len(part), computed_s)
+            if page[-1].sequence >= last:
+                break
         self._live[cohort] = live
         return Compacted(live, retired, await self._forget(cohort))
 
@@ -155,11 +180,14 @@ class Compactor:
             await self._store.revive(cohort, domain_id=domain_id)
             yield
 
-    async def _retire(self, cohort: str, page: Sequence[StoredPacket]) -> int:
+    async def _retire(self, cohort: str, part: Sequence[StoredPacket]) -> tuple[int, float]:
+        """Retire packets that are overtaken; return how many, and the seconds of computing that took."""
         async with self._locks[cohort], self._releaser.settled(cohort) as state:
             now = self._clock()
-            overtaken = await in_thread(_overtaken, state, page, self._store.location, now)
-            return await self._store.retire(overtaken) if overtaken else 0
+            overtaken, computed_s = await in_thread(
+                _overtaken, state, part, self._store.location, now
+            )
+            return await self._store.retire(overtaken) if overtaken else 0, computed_s
 
     async def _forget(self, cohort: str) -> int:
         forgotten = 0
@@ -173,6 +201,7 @@ class Compactor:
                     cohort,
                     received_before_us=int((now - rules.packets_kept_s) * 1e6),
                     emitted_before_us=before_us,
+                    limit=FORGET_SLICE,
                 )
                 if not gone:
                     return forgotten
@@ -190,7 +219,15 @@ class Compactor:
 
 
 def _overtaken(
-    state: CohortState, page: Sequence[StoredPacket], location: str, now: float
-) -> list[int]:
-    gone = state.overtaken(parsed(page, location), now)
-    return [stored.sequence for stored, overtaken in zip(page, gone, strict=True) if overtaken]
+    state: CohortState, part: Sequence[StoredPacket], location: str, now: float
+) -> tuple[list[int], float]:
+    started = time.thread_time()  # without what others had the interpreter for
+    gone = state.overtaken(parsed(part, location), now)
+    found = [stored.sequence for stored, overtaken in zip(part, gone, strict=True) if overtaken]
+    return found, time.thread_time() - started
+
+
+def _next_size(packets: int, computed_s: float) -> int:
+    """Return how many packets the next slice has, where so many took so long."""
+    fitting = packets * SLICE_S / max(computed_s, 1e-6)
+    return max(1, min(LARGEST_SLICE, 2 * packets, int(fitting)))

@@ -32,8 +32,9 @@ VISITS_PER_S: Final = 2.0
 LONGEST_VISIT_S: Final = 10.0
 CALL_S: Final = 30.0
 WINDOW_S: Final = 60
-"""Seconds for which outcomes and summaries count. They are kept until then or until a site has 256, and the
-memory for that shall be full when the warm-up is over."""
+"""Seconds for which outcomes, summaries and values count. Until then they are kept, up to 256 outcomes and 64
+summaries of each site, and the memory for that shall be full when the warm-up is over. Over the default of 30
+days the summaries alone would grow for most of an hour."""
 
 NEVER_READS: Final = (
     # A window that does not grow, so that what nobody reads stays at the server.
@@ -92,6 +93,7 @@ class Load:
         for name in COHORTS:
             spec = cohort_pb2.CohortSpec(name=name)
             spec.policy.window.FromSeconds(WINDOW_S)
+            spec.retention.site_ttl.FromSeconds(WINDOW_S)
             request = admin_service_pb2.PutCohortSpecRequest(spec=spec)
             await admin.PutCohortSpec(request, timeout=CALL_S)
 

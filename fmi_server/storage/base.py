@@ -304,6 +304,10 @@ class Store(ABC):
         """
 
     @abstractmethod
+    async def last_sequence(self) -> int:
+        """Return the sequence of the last packet, 0 where there is none."""
+
+    @abstractmethod
     async def live_packets(
         self, cohort: str, *, after: int = 0, limit: int = 1000
     ) -> list[StoredPacket]:
@@ -424,6 +428,8 @@ class Store(ABC):
     @abstractmethod
     async def trim_updates(self, cohort: str, kind: int, *, keep: int) -> int:
         """Keep only the newest `keep` updates of a cohort and kind; return how many went.
+
+        The oldest go first, in small parts, so that others who write do not wait. Interrupted, more are kept.
 
         Raises:
             ValueError: `keep` is below 1; the newest update is never dropped.

@@ -174,6 +174,10 @@ class MemoryStore(Store):
     def _behind(self, after: int) -> Iterator[StoredPacket]:
         return (packet for packet in self._data.packets.values() if packet.sequence > after)
 
+    async def last_sequence(self) -> int:
+        """Return the sequence of the last packet."""
+        return max(self._data.packets, default=0)
+
     async def live_packets(
         self, cohort: str, *, after: int = 0, limit: int = 1000
     ) -> list[StoredPacket]:

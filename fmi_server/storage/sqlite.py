@@ -42,6 +42,7 @@ from fmi_server.storage.sqlite_append import (
     PACKET_COLUMNS,
     chunk_sizes,
     find_packet,
+    last_packet_sequence,
     placeholders,
     stored_packet,
 )
@@ -79,8 +80,8 @@ _SITE_COLUMNS = (
 )
 _READERS = 2
 _NO_LIMIT = -1
-_PART_PACKETS = 500
-"""Packets that one transaction revives, so that group commits do not wait for it."""
+_PART_ROWS = 100
+"""Packets that one transaction revives, or updates that it trims: group commits do not wait long for it."""
 
 
 class SqliteStore(Store):
@@ -265,6 +266,10 @@ class SqliteStore(Store):
             "cohort = ? AND sequence > ? ORDER BY sequence LIMIT ?", (cohort, after, limit)
         )
 
+    async def last_sequence(self) -> int:
+        """Return the sequence of the last packet."""
+        return await self._read(last_packet_sequence)
+
     async def live_packets(
         self, cohort: str, *, after: int = 0, limit: int = 1000
     ) -> list[StoredPacket]:
@@ -284,8 +289,8 @@ class SqliteStore(Store):
         writer = self._open_writer()
         found = await self._read(lambda reader: retired_sequences(reader, cohort, domain_id))
         revived = 0
-        for start in range(0, len(found), _PART_PACKETS):
-            change = partial(set_retired, sequences=found[start : start + _PART_PACKETS])
+        for start in range(0, len(found), _PART_ROWS):
+            change = partial(set_retired, sequences=found[start : start + _PART_ROWS])
             revived += await writer.run(partial(change, retired=False))
         return revived
 
@@ -402,15 +407,13 @@ class SqliteStore(Store):
         """Keep only the newest updates of a cohort and kind."""
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
-        return await self._open_writer().run(
-            lambda connection: (
-                connection.execute(
-                    "DELETE FROM updates WHERE cohort = ?1 AND kind = ?2 AND revision <= "
-                    "(SELECT max(revision) FROM updates WHERE cohort = ?1 AND kind = ?2) - ?3",
-                    (cohort, kind, keep),
-                ).rowcount
-            )
-        )
+        writer = self._open_writer()
+        trimmed = 0
+        while True:
+            part = await writer.run(partial(_trim_updates, cohort=cohort, kind=kind, keep=keep))
+            trimmed += part
+            if part < _PART_ROWS:
+                return trimmed
 
     # Cohorts, sites, dictionaries
 
@@ -530,6 +533,16 @@ def _publish(connection: sqlite3.Connection, updates: Sequence[UpdateRecord]) ->
         )
         sequence += 1
     return [update.sequence for update in updates]
+
+
+def _trim_updates(connection: sqlite3.Connection, *, cohort: str, kind: int, keep: int) -> int:
+    """Delete the oldest updates that are not to be kept, a part of them; return how many."""
+    return connection.execute(
+        "DELETE FROM updates WHERE sequence IN (SELECT sequence FROM updates WHERE cohort = ?1 AND kind = ?2 "
+        "AND revision <= (SELECT max(revision) FROM updates WHERE cohort = ?1 AND kind = ?2) - ?3 "
+        "ORDER BY revision LIMIT ?4)",
+        (cohort, kind, keep, _PART_ROWS),
+    ).rowcount
 
 
 def _put_reputations(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import tracemalloc
 
 import pytest
 from parts import NOW, Clock, ccs, msp, packet_id, pop
@@ -11,12 +13,17 @@ from test_releases import Server
 
 from fmi.v1 import packet_pb2, update_pb2
 from fmi_server.cohorts import DAY_S
-from fmi_server.compaction import Compacted, Compactor
+from fmi_server.compaction import LARGEST_SLICE, SLICE_S, Compacted, Compactor, _next_size
 from fmi_server.errors import PacketRefusedError
 from fmi_server.operations import Operations
 from fmi_server.service import FMIService
 from fmi_server.storage import SqliteStore
-from fmi_server.storage.base import PacketKey, StoreCorruptError, StoredPacket
+from fmi_server.storage.base import (
+    PacketKey,
+    StoreCorruptError,
+    StoredPacket,
+    StoreUnavailableError,
+)
 from fmi_server.storage.sqlite_live import LIVE
 
 HOUR_S = 3600.0
@@ -241,6 +248,134 @@ async def test_nothing_is_retired_while_the_rules_change(server, store, clock):
             await asyncio.wait_for(asyncio.shield(compacting), 0.2)
         assert len(await store.live_packets("care")) == 12
     assert (await compacting).retired == 8
+
+
+# In slices
+
+
+class SlicedStore(CountingStore):
+    """Notes how much each transaction retires; calls `between` before it does."""
+
+    def __init__(self, path) -> None:
+        super().__init__(path)
+        self.retired: list[int] = []
+        self.between = None
+
+    async def live_pages(self, cohort, *, page=20):
+        async for found in super().live_pages(cohort, page=page):
+            yield found
+
+    async def retire(self, sequences):
+        if self.between is not None:
+            await self.between()
+        self.retired.append(await super().retire(sequences))
+        return self.retired[-1]
+
+
+@pytest.fixture
+async def sliced(tmp_path, clock):
+    async with SlicedStore(tmp_path / "sliced.sqlite3") as opened:
+        yield await CompactedServer(opened, clock).load()
+
+
+async def test_a_pass_works_in_small_slices_and_others_come_in_between(sliced, clock, monkeypatch):
+    monkeypatch.setattr("fmi_server.compaction.LARGEST_SLICE", 10)
+    await send_history(sliced, clock, 30)
+
+    async def emit() -> None:
+        await sliced.send(msp("late", metrics={"loss": 1.0}, at=clock()))
+
+    sliced.store.between = emit
+    # The last of each site in a page, and what came in behind it, is judged in the next pass.
+    done = await sliced.compactor.compact("care")
+    assert done.retired == sum(sliced.store.retired) == 116
+    assert max(sliced.store.retired) <= 10
+    assert len(sliced.store.retired) >= 12
+
+
+async def test_a_pass_ends_although_packets_keep_coming(sliced, clock):
+    await send_history(sliced, clock, 10)
+
+    async def emit() -> None:
+        await send_history(sliced, clock, 10)
+
+    sliced.store.between = emit
+    async with asyncio.timeout(10):
+        done = await sliced.compactor.compact("care")
+    assert 36 <= done.retired + done.live <= 80
+
+
+def test_a_slice_is_as_large_as_the_last_one_foretells():
+    grown = [8]
+    while grown[-1] != LARGEST_SLICE:
+        grown.append(_next_size(grown[-1], 0.0))
+    assert grown == [8, 16, 32, 64, 128, 256]
+    assert _next_size(64, 2 * SLICE_S) == 32
+    assert _next_size(8, 100 * SLICE_S) == 1
+    assert _next_size(1, 0.3 * SLICE_S) == 2
+
+
+async def test_a_crash_between_slices_leaves_what_was_retired_and_the_next_pass_goes_on(
+    sliced, clock
+):
+    await send_history(sliced, clock, 30)
+    await sliced.releaser.release("care")
+
+    async def crash() -> None:
+        if len(sliced.store.retired) == 3:
+            raise StoreUnavailableError("io_error", detail="a crash")
+
+    sliced.store.between = crash
+    with pytest.raises(StoreUnavailableError):
+        await sliced.compactor.compact("care")
+    before = sum(sliced.store.retired)
+    assert 0 < before < 116
+    again = await CompactedServer(sliced.store, clock).load()
+    assert len(await sliced.store.live_packets("care")) == 120 - before
+    sliced.store.between = None
+    assert (await again.compactor.compact("care")).retired == 116 - before
+    clock.advance(60)
+    assert await again.release() == [], "nothing changed"
+    assert again.prior() == sliced.prior()
+
+
+# Memory
+
+
+def held_bytes() -> int:
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0]
+
+
+async def test_memory_does_not_grow_with_what_was_compacted(server, clock, monkeypatch):
+    """What is kept of a site is soon full; from then on each turn only replaces it."""
+    monkeypatch.setattr("fmi_server.site_records.MAX_OUTCOMES_PER_SITE", 20)
+    monkeypatch.setattr("fmi_server.site_records.MAX_SUMMARIES_PER_SITE", 10)
+
+    async def turn() -> None:
+        for n in range(20):
+            clock.advance(1)
+            for site in ("s0", "s1", "s2"):
+                await server.send(
+                    msp(site, controller={"tau": n / 100}, at=clock()),
+                    pop(site, bundle={"tau": n / 100}, at=clock()),
+                    ccs(site, pairs=(("a", "b", n / 100),), at=clock()),
+                )
+        await server.release()
+        done = await server.compactor.compact("care")
+        assert done.live <= 3 * (1 + 20 + 11)
+
+    tracemalloc.start()
+    try:
+        for _ in range(4):
+            await turn()
+        before = held_bytes()
+        for _ in range(8):
+            await turn()
+        grown = held_bytes() - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 50_000, "1,440 packets came; the updates of eight releases are remembered"
 
 
 # When

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _sqlite3
 import asyncio
 import contextlib
+import ctypes
 import os
 import random
 import signal
@@ -235,6 +237,25 @@ async def test_reads_do_not_wait_for_the_writer(tmp_path: Path) -> None:
         finally:
             gate.set()
         assert await blocker
+
+
+async def test_pages_in_memory_are_bounded(tmp_path: Path) -> None:
+    try:
+        used = ctypes.CDLL(_sqlite3.__file__).sqlite3_memory_used
+    except AttributeError:
+        pytest.skip("this build of Python hides SQLite's own functions")
+    used.restype = ctypes.c_int64
+    before = used()
+    async with SqliteStore(tmp_path / "fmi.sqlite3") as store:
+        for turn in range(20):
+            many = [packet(f"p{turn}-{n}", random.randbytes(100_000)) for n in range(20)]
+            await store.append(many)
+            await asyncio.gather(*(store.load(after=turn * 20) for _ in range(2)))
+        # 40 MB were written and read: 16 MiB of pages for the writer, 2 MiB for each of two readers.
+        assert used() - before < 24 * 2**20
+    async with SqliteStore(tmp_path / "fmi.sqlite3") as store:
+        await asyncio.gather(*(store.load() for _ in range(4)))
+        assert used() - before < 24 * 2**20
 
 
 async def test_only_one_opener(tmp_path: Path) -> None:

@@ -346,6 +346,14 @@ async def test_load_in_pages(store: Store) -> None:
         assert [p.record.packet_id for p in got] == [f"p{i}" for i in expected]
 
 
+async def test_the_last_sequence_is_that_of_the_last_packet(store: Store) -> None:
+    assert await store.last_sequence() == 0
+    first, last = await store.append([packet("p1"), packet("p2", cohort="retail")])
+    assert await store.last_sequence() == last.sequence > first.sequence
+    await store.append([packet("p1")])
+    assert await store.last_sequence() == last.sequence, "a repeat is no new packet"
+
+
 async def test_packet_by_sequence_and_by_key(store: Store) -> None:
     (outcome,) = await store.append([packet()])
     by_key = await store.packet(PacketKey("site-a", "p1"))
@@ -539,6 +547,12 @@ async def test_retention_keeps_the_newest(store: Store) -> None:
     with pytest.raises(ValueError, match="keep"):
         await store.trim_updates("health", 1, keep=0)
     assert await store.publish([update(9, 8)]) == [9]
+
+
+async def test_many_updates_are_trimmed(store: Store) -> None:
+    await store.publish([update(n, n) for n in range(1, 406)])
+    assert await store.trim_updates("health", 1, keep=5) == 400
+    assert [u.revision for u in await store.updates("health", 1)] == list(range(401, 406))
 
 
 # Cohorts, sites, dictionaries
