@@ -17,6 +17,7 @@ from typing import Final, TypeAlias, TypeVar
 
 from fmi.v1 import error_pb2, interchange_service_pb2, packet_pb2
 from fmi_client._calls import Caller
+from fmi_client._causes import last_cause
 from fmi_client._channel import MAX_SEND_BYTES
 from fmi_client._contract import check_packet
 from fmi_client._emit_stream import BATCH_BYTES, BATCH_PACKETS
@@ -37,7 +38,6 @@ from fmi_client.errors import (
     ProtocolError,
     reason_name,
 )
-from fmi_client.outages import last_cause
 from fmi_client.outbox import FileOutbox, Outbox
 from fmi_client.receipts import EmitStatus, Receipt
 from fmi_client.retry import NO_RETRY, Backoff

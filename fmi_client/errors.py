@@ -58,6 +58,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from fmi.plain import PlainDataError
 from fmi.v1 import error_pb2
+from fmi_client._causes import connection_cause
 
 if TYPE_CHECKING:
     from fmi.v1 import packet_pb2
@@ -443,6 +444,8 @@ def error_from_rpc(error: grpc.aio.AioRpcError, target: str = "") -> FMIError:
             kind = PacketTooLargeError  # gRPC's own limit on messages
         elif code in _RESET_CODES and any(mark in text for mark in _RESET_MARKS):
             kind = ConnectionFailedError
+        elif kind is ConnectionFailedError:
+            text = connection_cause(text)
     if target and kind in (ConnectionFailedError, DeadlineError):
         text = f"{target}: {text}"
     return kind(

@@ -14,6 +14,7 @@ from google.protobuf import wrappers_pb2
 from rich.table import Table
 
 from fmi.v1 import registry_service_pb2
+from fmi_client._causes import last_cause
 from fmi_client._channel import call_metadata
 from fmi_client.commands.connection import examine_connection
 from fmi_client.commands.contract import agreement, local_version
@@ -325,7 +326,7 @@ def _code(error: grpc.RpcError) -> grpc.StatusCode | None:
 def _details(error: grpc.RpcError) -> str:
     details = getattr(error, "details", None)
     told = str(details() or "") if callable(details) else ""
-    return told.rpartition(": ")[2] if told.startswith("failed to connect") else told
+    return last_cause(told, "")
 
 
 def _same(data: bytes) -> bytes:
