@@ -18,7 +18,7 @@
         - InvalidFilterError          the filter, the start or the resume token is wrong
         - CompactedError              the revision asked for is no longer kept
         - SupersededError             the same subscriber and instance opened a newer stream
-    - SpecError                       a cohort spec is not valid
+    - SpecError                       a cohort spec is not valid, or a dictionary is none
         - SpecChangeUnsafeError       the change would break sites, and was not forced
     - SettingUnsupportedError
     - TemporaryError                  the same call can succeed later; the SDK's own retries are used up
@@ -268,7 +268,7 @@ class SupersededError(SubscriptionError):
 
 
 class SpecError(FMIError):
-    """A cohort spec is not valid; `violations` has every rule that is broken."""
+    """A cohort spec is not valid, or a dictionary is none; `violations` has every rule that is broken."""
 
 
 class SpecChangeUnsafeError(SpecError):
