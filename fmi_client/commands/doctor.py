@@ -15,7 +15,6 @@ from rich.table import Table
 
 from fmi.v1 import registry_service_pb2
 from fmi_client._causes import last_cause
-from fmi_client._channel import call_metadata
 from fmi_client.commands.connection import examine_connection
 from fmi_client.commands.contract import agreement, local_version
 from fmi_client.commands.exits import ExitCode
@@ -23,7 +22,7 @@ from fmi_client.commands.findings import Finding, Verdict, fault, warning, well
 from fmi_client.commands.options import FMICommand, Settings, shared_options
 from fmi_client.commands.output import print_json, print_text, safe, text
 from fmi_client.commands.probes import proxies
-from fmi_client.commands.session import tls_config
+from fmi_client.commands.session import call_credentials
 from fmi_client.errors import ConfigurationError
 
 __all__ = ["command", "examine"]
@@ -96,15 +95,9 @@ def examine(settings: Settings) -> Iterator[Finding]:
         if finding.final:
             return
     try:
-        metadata = call_metadata(
-            settings.target,
-            token=settings.token,
-            tls=tls_config(settings),
-            insecure=settings.insecure,
-        )
+        metadata = call_credentials(settings)
     except ConfigurationError as error:
-        advice = "Use TLS (--tls or --ca), or --insecure where the network itself is secured."
-        yield fault("credentials", error.message, advice, ExitCode.USAGE)
+        yield fault("credentials", error.message, "Correct the options.", ExitCode.USAGE)
         return
     with _open_channel(settings) as channel:
         yield from _examine_calls(_Calls(channel, metadata, settings.timeout_s))
