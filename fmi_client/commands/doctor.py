@@ -265,7 +265,7 @@ def _refused(step: str, error: grpc.RpcError) -> Finding:
             return fault(
                 step,
                 "a gRPC server, but not one of FMI",
-                "Check the port in --target.",
+                "Check --target: another server is there.",
                 ExitCode.UNREACHABLE,
             )
         case grpc.StatusCode.DEADLINE_EXCEEDED:
