@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
+from fmi_client._counts import counted
 from fmi_client._target import Address, parse_target
 from fmi_client.commands.exits import ExitCode
 from fmi_client.commands.findings import Finding, fault, warning, well
@@ -240,9 +241,10 @@ def _trusted(certificate: Certificate | None, version: str) -> Finding:
     until = _date(certificate.not_after)
     left_s = certificate.not_after - time.time()
     if left_s < _EXPIRY_WARNING_S:
+        left = counted(round(left_s / _DAY_S), "day")
         return warning(
             "tls",
-            f"{version}, the certificate is trusted and expires on {until}, in {left_s / _DAY_S:.0f} days",
+            f"{version}, the certificate is trusted and expires on {until}, in {left}",
             "Renew the server's certificate.",
             not_after=until,
         )

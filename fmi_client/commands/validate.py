@@ -78,7 +78,7 @@ def command(
             valid += report.valid
             _tell(settings, entry, report)
     if not settings.json and checked > 1:
-        show_note(f"{valid} of {checked} packets are valid")
+        show_note(f"{valid} of {checked} packets {'is' if valid == 1 else 'are'} valid")
     return ExitCode.OK if valid == checked else ExitCode.REFUSED
 
 

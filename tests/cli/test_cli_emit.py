@@ -481,7 +481,7 @@ def test_validate_offline_needs_no_server(fmi):
     rules = [[v["rule_id"] for v in r["error"]["violations"]] for r in reports if r["error"]]
     assert rules == [["fmi.msp.signal_in_one_section"], ["fmi.msp.no_signal"]]
     shown = fmi("validate", "--offline", stdin=stdin)
-    assert "1 of 3 packets are valid" in shown.stderr
+    assert "1 of 3 packets is valid" in shown.stderr
     assert fmi("validate", "--offline", stdin=json.dumps(good)).exit_code == 0
 
 
