@@ -13,6 +13,7 @@ import grpc
 from google.protobuf import wrappers_pb2
 from rich.table import Table
 
+from fmi.descriptors import INGEST
 from fmi.v1 import registry_service_pb2
 from fmi_client._causes import last_cause
 from fmi_client.commands.connection import examine_connection
@@ -40,7 +41,6 @@ _HEALTH: Final = "/grpc.health.v1.Health/Check"
 _CONTRACT: Final = "/fmi.v1.RegistryService/GetContract"
 _SERVING: Final = 1
 _NOT_SERVING: Final = 2
-_INGEST: Final = "fmi.v1.InterchangeService/Emit"
 _STYLES: Final = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.ERROR: "bold red"}
 _MARKS: Final = {Verdict.OK: "ok", Verdict.WARNING: "warn", Verdict.ERROR: "FAIL"}
 
@@ -197,7 +197,7 @@ def _examine_health(calls: _Calls) -> Finding:
 def _examine_ingest(calls: _Calls) -> Iterator[Finding]:
     """Say that packets are not taken, where the server says so; there is nothing to say of one that does."""
     try:
-        status = calls.health(_INGEST)
+        status = calls.health(INGEST)
     except grpc.RpcError:
         return  # a server that tells of no such thing
     if status == _NOT_SERVING:
