@@ -486,11 +486,15 @@ def error_from_violations(violations: Sequence[Violation], subject: str) -> Cont
     )
 
 
-def error_from_plain_data(error: PlainDataError) -> ContractError:
-    """Build the error for plain data that cannot be translated to a packet."""
-    return error_from_violations(
-        [Violation(p.field, p.rule_id, p.description) for p in error.problems], "plain packet"
-    )
+def error_from_plain_data(error: PlainDataError, broken: Sequence[Violation] = ()) -> ContractError:
+    """Build the error for plain data that cannot be translated to a packet.
+
+    Args:
+        error: What cannot be translated.
+        broken: Rules that the rest breaks.
+    """
+    untranslated = [Violation(p.field, p.rule_id, p.description) for p in error.problems]
+    return error_from_violations([*untranslated, *broken], "plain packet")
 
 
 def reason_name(reason: error_pb2.ErrorReason.ValueType) -> str:

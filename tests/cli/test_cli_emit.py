@@ -304,7 +304,11 @@ def test_a_bad_packet_does_not_harm_its_neighbours(ask, tmp_path):
         "accepted",
     ]
     fields = [[v["field"] for v in r["error"]["violations"]] for r in receipts if r["error"]]
-    assert fields == [["header.domain_id"], ["colour", 'msp.controller["tau"]'], ["packet"]]
+    assert fields == [
+        ["header.domain_id"],
+        ["colour", 'msp.controller["tau"]', "header.domain_id"],
+        ["packet"],
+    ]
     assert [(r["file"], r["line"]) for r in receipts] == [(str(file), n) for n in range(1, 6)]
     shown = ask("emit", str(file))
     assert shown.exit_code == ExitCode.REFUSED
