@@ -7,12 +7,8 @@ import functools
 from fmi.plain import PlainDataError
 from fmi.rules import ContractRules, without_follow_ups
 from fmi.v1 import packet_pb2
-from fmi_client.errors import (
-    ContractError,
-    Violation,
-    error_from_plain_data,
-    error_from_violations,
-)
+from fmi_client._translation import error_from_plain_data, error_from_violations
+from fmi_client.errors import ContractError, Violation
 
 __all__ = ["check_packet", "packet_violations", "plain_packet_error"]
 

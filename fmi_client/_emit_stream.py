@@ -15,6 +15,7 @@ from fmi.v1 import error_pb2, interchange_service_pb2, packet_pb2
 from fmi_client._calls import Caller
 from fmi_client._channel import MAX_SEND_BYTES
 from fmi_client._counts import counted
+from fmi_client._translation import error_from_refusal, error_from_rpc, reason_name
 from fmi_client.encoder import FMIEncoder
 from fmi_client.errors import (
     ConnectionFailedError,
@@ -22,9 +23,6 @@ from fmi_client.errors import (
     FMIError,
     PacketTooLargeError,
     ProtocolError,
-    error_from_refusal,
-    error_from_rpc,
-    reason_name,
 )
 from fmi_client.receipts import EmitStatus, Receipt
 from fmi_client.retry import Backoff

@@ -23,6 +23,7 @@ from fmi_client._contract import check_packet
 from fmi_client._emit_stream import BATCH_BYTES, BATCH_PACKETS
 from fmi_client._outbox_store import Item, RefusedPacket
 from fmi_client._outbox_stream import OrderedStream
+from fmi_client._translation import reason_name
 from fmi_client.encoder import FMIEncoder
 from fmi_client.errors import (
     ClientClosedError,
@@ -36,7 +37,6 @@ from fmi_client.errors import (
     PacketRefusedError,
     PacketTooLargeError,
     ProtocolError,
-    reason_name,
 )
 from fmi_client.outbox import FileOutbox, Outbox
 from fmi_client.receipts import EmitStatus, Receipt

@@ -15,7 +15,8 @@ from fmi.v1 import (
     update_pb2,
 )
 from fmi_client._calls import Caller
-from fmi_client.errors import SpecError, Violation, reason_name
+from fmi_client._translation import reason_name
+from fmi_client.errors import SpecError, Violation
 
 __all__ = ["AsyncAdmin", "cohort_spec_from_plain"]
 

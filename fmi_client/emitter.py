@@ -17,7 +17,7 @@ from fmi.plain import (
 )
 from fmi.v1 import packet_pb2
 from fmi_client._contract import check_packet, plain_packet_error
-from fmi_client.errors import error_from_plain_data
+from fmi_client._translation import error_from_plain_data
 
 __all__ = [
     "FMIEmitter",

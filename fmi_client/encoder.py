@@ -12,12 +12,12 @@ from google.protobuf.message import DecodeError
 from fmi.envelope import EnvelopeDecodeError, open_envelope
 from fmi.v1 import error_pb2, interchange_service_pb2, packet_pb2
 from fmi_client._counts import counted
+from fmi_client._translation import reason_name
 from fmi_client.errors import (
     ConfigurationError,
     DictionaryUnknownError,
     EnvelopeError,
     FMIError,
-    reason_name,
 )
 
 __all__ = ["DECODE_LIMIT_BYTES", "LEVEL", "FMIEncoder"]
