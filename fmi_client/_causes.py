@@ -8,7 +8,9 @@ from typing import Final
 __all__ = ["connection_cause", "last_cause"]
 
 _NO_CONNECTION: Final = "failed to connect"
-_HANDSHAKE: Final = "Tls handshake failed"
+# The versions of gRPC that may be installed say it differently.
+_HANDSHAKES: Final = ("Tls handshake failed", "Ssl handshake failed")
+_OTHER_NAMES: Final = ("Hostname Verification Check failed", "is not in peer certificate")
 _OPENSSL: Final = re.compile(r"OPENSSL_internal:(?P<name>[A-Z0-9_]+)(?:: (?P<detail>[^:]+))?")
 
 
@@ -19,9 +21,9 @@ def connection_cause(text: str) -> str:
     """
     if not text.startswith(_NO_CONNECTION):
         return text
-    if _HANDSHAKE in text:
+    if any(mark in text for mark in _HANDSHAKES):
         return _handshake_cause(text)
-    if "Hostname Verification Check failed" in text:
+    if any(mark in text for mark in _OTHER_NAMES):
         return "the TLS handshake failed: the server's certificate is for another name"
     if text.endswith("Socket closed"):
         # So a server of gRPC ends a client without TLS, and one without the certificate that it wants.

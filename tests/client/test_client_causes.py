@@ -110,6 +110,17 @@ ADDRESSES = "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0
             f"{ADDRESSES}Tls handshake failed (TSI_X): OK",
             "the TLS handshake failed; the server may not speak TLS",
         ),
+        (
+            (
+                f"{ADDRESSES}Ssl handshake failed (TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: error:100000f7:SSL "
+                "routines:OPENSSL_internal:WRONG_VERSION_NUMBER: Invalid certificate verification context"
+            ),
+            "the TLS handshake failed: wrong version number; the server may not speak TLS",
+        ),
+        (
+            f"{ADDRESSES}Peer name 127.0.0.1 is not in peer certificate",
+            "the TLS handshake failed: the server's certificate is for another name",
+        ),
         ("the server ended the stream", "the server ended the stream"),
         ("it says: OK", "it says: OK"),
     ],
