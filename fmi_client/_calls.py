@@ -15,13 +15,13 @@ from fmi.v1 import admin_service_pb2_grpc, interchange_service_pb2_grpc, registr
 from fmi_client._channel import TLSConfig, call_metadata, open_channel
 from fmi_client._fork import check_process, start_grpc
 from fmi_client._target import parse_target
+from fmi_client._translation import error_from_rpc
 from fmi_client.errors import (
     ClientClosedError,
     ConfigurationError,
     DeadlineError,
     FMIError,
     ProtocolError,
-    error_from_rpc,
 )
 from fmi_client.retry import Backoff, RetryPolicy
 

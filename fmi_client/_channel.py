@@ -18,6 +18,7 @@ __all__ = [
     "call_metadata",
     "is_loopback",
     "open_channel",
+    "shows_token",
 ]
 
 MAX_SEND_BYTES: Final = 8 * 1024 * 1024
@@ -101,7 +102,7 @@ def call_metadata(
     """
     if token is None:
         return ()
-    if tls is None and not insecure and not is_loopback(target):
+    if shows_token(target, secure=tls is not None, insecure=insecure):
         raise ConfigurationError(
             f"a token for {target} would be sent in plain text; give tls=TLSConfig(...), or "
             "insecure=True where the network itself is secured"
@@ -109,6 +110,11 @@ def call_metadata(
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise ConfigurationError("the token must be printable ASCII without spaces")
     return (("authorization", f"Bearer {token}"),)
+
+
+def shows_token(target: str, *, secure: bool, insecure: bool) -> bool:
+    """Say whether a token would cross a network in plain text, and nobody said that this is meant."""
+    return not secure and not insecure and not is_loopback(target)
 
 
 def is_loopback(target: str) -> bool:

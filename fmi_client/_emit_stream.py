@@ -14,6 +14,8 @@ import grpc
 from fmi.v1 import error_pb2, interchange_service_pb2, packet_pb2
 from fmi_client._calls import Caller
 from fmi_client._channel import MAX_SEND_BYTES
+from fmi_client._counts import counted
+from fmi_client._translation import error_from_refusal, error_from_rpc, reason_name
 from fmi_client.encoder import FMIEncoder
 from fmi_client.errors import (
     ConnectionFailedError,
@@ -21,9 +23,6 @@ from fmi_client.errors import (
     FMIError,
     PacketTooLargeError,
     ProtocolError,
-    error_from_refusal,
-    error_from_rpc,
-    reason_name,
 )
 from fmi_client.receipts import EmitStatus, Receipt
 from fmi_client.retry import Backoff
@@ -114,7 +113,8 @@ class BatchSender:
 
     def _account(self, error: FMIError) -> None:
         answered = sum(receipt is not None for receipt in self._receipts)
-        error.add_note(f"{answered} packets were answered before")
+        were = "was" if answered == 1 else "were"
+        error.add_note(f"{counted(answered, 'packet')} {were} answered before")
         error.receipts = tuple(self._receipts)
         error.unanswered = tuple(
             packet_pb2.Packet.FromString(item.data) for _, item in sorted(self._open.items())

@@ -1,7 +1,9 @@
-"""Imports gRPC without its handlers for forks, which kill now and then a child whose parent uses grpc.aio.
+"""Imports gRPC without its handlers for forks, and without its log of what is no error.
 
-The SDK tells a child itself that it cannot use gRPC; see `_fork`. gRPC reads the variable when it is
-imported, so that nothing is left of it for other programs. Who sets it keeps what was set.
+The handlers kill now and then a child whose parent uses grpc.aio; the SDK tells a child itself that it
+cannot use gRPC; see `_fork`. The log goes to stderr, past Python's, and what it says of a connection stands
+in the SDK's errors. gRPC reads both variables when it is imported, so that nothing is left of them for
+other programs. Who sets one keeps what was set.
 """
 
 from __future__ import annotations
@@ -12,12 +14,12 @@ from typing import Final
 
 __all__: list[str] = []
 
-_VARIABLE: Final = "GRPC_ENABLE_FORK_SUPPORT"
+_VARIABLES: Final = {"GRPC_ENABLE_FORK_SUPPORT": "0", "GRPC_VERBOSITY": "ERROR"}
 
-_told = _VARIABLE in os.environ
-os.environ.setdefault(_VARIABLE, "0")
+_ours = {name: value for name, value in _VARIABLES.items() if name not in os.environ}
+os.environ.update(_ours)
 try:
     importlib.import_module("grpc")
 finally:
-    if not _told:
-        del os.environ[_VARIABLE]
+    for _name in _ours:
+        del os.environ[_name]

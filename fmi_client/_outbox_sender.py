@@ -17,11 +17,13 @@ from typing import Final, TypeAlias, TypeVar
 
 from fmi.v1 import error_pb2, interchange_service_pb2, packet_pb2
 from fmi_client._calls import Caller
+from fmi_client._causes import last_cause
 from fmi_client._channel import MAX_SEND_BYTES
 from fmi_client._contract import check_packet
 from fmi_client._emit_stream import BATCH_BYTES, BATCH_PACKETS
 from fmi_client._outbox_store import Item, RefusedPacket
 from fmi_client._outbox_stream import OrderedStream
+from fmi_client._translation import reason_name
 from fmi_client.encoder import FMIEncoder
 from fmi_client.errors import (
     ClientClosedError,
@@ -35,9 +37,7 @@ from fmi_client.errors import (
     PacketRefusedError,
     PacketTooLargeError,
     ProtocolError,
-    reason_name,
 )
-from fmi_client.outages import last_cause
 from fmi_client.outbox import FileOutbox, Outbox
 from fmi_client.receipts import EmitStatus, Receipt
 from fmi_client.retry import NO_RETRY, Backoff

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from fmi.v1 import packet_pb2
-from fmi_client.errors import REASON_CLASSES, FMIError, reason_name
+from fmi_client._translation import REASON_CLASSES, reason_name
+from fmi_client.errors import FMIError
 
 __all__ = ["DIGEST_BYTES", "Item", "MemoryStore", "RefusedPacket", "Store", "digest", "error_of"]
 

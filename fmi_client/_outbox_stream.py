@@ -15,14 +15,13 @@ import grpc
 from fmi.v1 import interchange_service_pb2
 from fmi_client._calls import Caller
 from fmi_client._outbox_store import Item
+from fmi_client._translation import error_from_refusal, error_from_rpc
 from fmi_client.encoder import FMIEncoder
 from fmi_client.errors import (
     ClientClosedError,
     ConnectionFailedError,
     DeadlineError,
     ProtocolError,
-    error_from_refusal,
-    error_from_rpc,
 )
 from fmi_client.receipts import EmitStatus, Receipt
 

@@ -1,4 +1,4 @@
-"""The operator's calls."""
+"""The operator's calls, for asyncio and without it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from fmi.v1 import (
     update_pb2,
 )
 from fmi_client._calls import Caller
-from fmi_client.errors import SpecError, Violation, reason_name
+from fmi_client._loop_thread import LoopThread
+from fmi_client._translation import reason_name
+from fmi_client.errors import SpecError, Violation
 
-__all__ = ["AsyncAdmin", "cohort_spec_from_plain"]
+__all__ = ["Admin", "AsyncAdmin", "cohort_spec_from_plain"]
 
 _PAGE: Final = 1000
 
@@ -146,6 +148,62 @@ class AsyncAdmin:
             request.page_token = response.next_page_token
             if not request.page_token:
                 return list(found.values())
+
+
+class Admin:
+    """What an operator sees and can do; see `AsyncAdmin`. Made by `FMIClient`."""
+
+    def __init__(self, admin: AsyncAdmin, thread: LoopThread) -> None:
+        self._admin = admin
+        self._thread = thread
+
+    def list_cohorts(self) -> list[admin_service_pb2.CohortStatus]:
+        """List the cohorts with what they hold, in order of name."""
+        return self._thread.run(self._admin.list_cohorts())
+
+    def list_sites(self, cohort: str = "") -> list[admin_service_pb2.SiteStatus]:
+        """List the sites of a cohort, or of all, with what they sent."""
+        return self._thread.run(self._admin.list_sites(cohort))
+
+    def put_cohort_spec(
+        self,
+        spec: cohort_pb2.CohortSpec | Mapping[str, Any],
+        *,
+        force: bool = False,
+        dry_run: bool = False,
+    ) -> admin_service_pb2.PutCohortSpecResponse:
+        """Declare a cohort or change its spec. See `AsyncAdmin.put_cohort_spec`."""
+        return self._thread.run(self._admin.put_cohort_spec(spec, force=force, dry_run=dry_run))
+
+    def list_quarantine(
+        self, cohort: str = "", *, limit: int = 1000
+    ) -> list[admin_service_pb2.QuarantinedPacket]:
+        """List the packets in quarantine of a cohort, or of all, oldest first, at most `limit`."""
+        return self._thread.run(self._admin.list_quarantine(cohort, limit=limit))
+
+    def set_quarantine(
+        self, domain_id: str, packet_id: str, *, quarantined: bool, reason: str = ""
+    ) -> bool:
+        """Put a packet into quarantine or take it out; say whether anything changed."""
+        return self._thread.run(
+            self._admin.set_quarantine(domain_id, packet_id, quarantined=quarantined, reason=reason)
+        )
+
+    def release_now(self, cohort: str) -> list[update_pb2.Update]:
+        """Release a cohort's aggregates now; return what was published, nothing if nothing changed."""
+        return self._thread.run(self._admin.release_now(cohort))
+
+    def register_dictionary(self, data: bytes) -> int:
+        """Register a compression dictionary in zstd's format; return its id."""
+        return self._thread.run(self._admin.register_dictionary(data))
+
+    def list_subscribers(self, cohort: str = "") -> list[admin_service_pb2.SubscriberStatus]:
+        """List the open subscriptions, those open longest first. See `AsyncAdmin.list_subscribers`."""
+        return self._thread.run(self._admin.list_subscribers(cohort))
+
+    def list_applied(self, cohort: str = "") -> list[admin_service_pb2.AppliedStatus]:
+        """List which revisions subscribers applied or failed. See `AsyncAdmin.list_applied`."""
+        return self._thread.run(self._admin.list_applied(cohort))
 
 
 def cohort_spec_from_plain(data: Mapping[str, Any]) -> cohort_pb2.CohortSpec:

@@ -151,8 +151,7 @@ def cli(_settings: Settings) -> None:
 
 def main() -> NoReturn:
     """Run `fmi`."""
-    # gRPC and the SDK have logs that end on stderr; what went wrong is told in lines of the command.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # The SDK's log would end on stderr; what went wrong is told in lines of the command.
     logging.getLogger("fmi_client").addHandler(logging.NullHandler())
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character gets its escape, not a UnicodeEncodeError.

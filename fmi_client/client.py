@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import threading
 import time
 from collections.abc import (
     AsyncIterator,
     Callable,
-    Coroutine,
     Iterable,
-    Iterator,
     Mapping,
     Sequence,
 )
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self
 
 from fmi.plain import DEFAULT_COHORT
 from fmi.v1 import (
-    admin_service_pb2,
     cohort_pb2,
     interchange_service_pb2,
     packet_pb2,
@@ -34,10 +30,12 @@ from fmi.v1 import (
 )
 from fmi_client._channel import TLSConfig
 from fmi_client._emit_stream import BATCH_BYTES, BATCH_PACKETS
-from fmi_client._loop_thread import JOIN_S, LoopThread
+from fmi_client._loop_thread import LoopThread
 from fmi_client._outbox_sender import FLUSH_S
+from fmi_client.admin import Admin
 from fmi_client.aio import AsyncFMIClient, Mode, PacketLike, Start
 from fmi_client.applied import UNKNOWN
+from fmi_client.blocking_subscription import BlockingSubscription
 from fmi_client.emitter import FMIEmitter, Numbers, ProvenanceLike
 from fmi_client.encoder import FMIEncoder
 from fmi_client.errors import ClientClosedError
@@ -46,16 +44,10 @@ from fmi_client.outages import OnState
 from fmi_client.outbox import Outbox
 from fmi_client.receipts import Receipt, ValidationReport
 from fmi_client.retry import RetryPolicy
-from fmi_client.subscription import (
-    SILENCE_S,
-    OnCompacted,
-    Subscription,
-    SubscriptionStatistics,
-)
+from fmi_client.subscription import SILENCE_S, OnCompacted, Subscription
 
 __all__ = ["Admin", "BlockingSubscription", "FMIClient"]
 
-_T = TypeVar("_T")
 _DEFAULT_RETRY: Final = RetryPolicy()
 
 
@@ -109,7 +101,7 @@ class FMIClient:
         self._thread = LoopThread(f"FMIClient to {target}", self._aio.aclose)
         if outbox is not None and len(outbox):
             self._start_sending()
-        self._admin = Admin(self._aio, self._thread)
+        self._admin = Admin(self._aio.admin, self._thread)
 
     @property
     def admin(self) -> Admin:
@@ -321,201 +313,6 @@ class FMIClient:
         except BaseException:
             self.close(flush_s=0)
             raise
-
-
-class BlockingSubscription:
-    """A blocking iterator of updates that survives broken connections; see `Subscription`.
-
-    One update at a time is handed over: a slow consumer holds back the stream, and the server conflates
-    what it is too slow for. It may be closed from another thread. Made by `FMIClient.subscribe`.
-    """
-
-    def __init__(
-        self,
-        thread: LoopThread,
-        subscription: Subscription,
-        on_update: Callable[[update_pb2.Update], None] | None,
-    ) -> None:
-        self._thread = thread
-        self._subscription = subscription
-        self._error: BaseException | None = None
-        self._driver: threading.Thread | None = None
-        if on_update is not None:
-            self._driver = threading.Thread(
-                target=self._drive, args=(on_update,), name="fmi-subscription", daemon=True
-            )
-            self._driver.start()
-
-    @property
-    def resume_token(self) -> str:
-        """Give it to `subscribe` to go on behind the last event given; empty before the first."""
-        return self._subscription.resume_token
-
-    @property
-    def changing(self) -> bool:
-        """Whether a change of the filter is under way."""
-        return self._subscription.changing
-
-    def change(
-        self, cohorts: str | Iterable[str], kinds: KindLike | Iterable[KindLike] = ()
-    ) -> None:
-        """Follow other cohorts or kinds from here on, without loss. See `Subscription.change`."""
-        self._thread.run(self._subscription.change(cohorts, kinds))
-
-    @property
-    def statistics(self) -> SubscriptionStatistics:
-        """What it has seen up to now."""
-        return self._subscription.statistics
-
-    @property
-    def closed(self) -> bool:
-        """Whether it was closed, or ended with an error."""
-        return self._subscription.closed
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> update_pb2.Update:
-        """Wait for the next update. Raises as `Subscription.__anext__`."""
-        update = self.next()
-        if update is None:
-            raise StopIteration
-        return update
-
-    def next(self, timeout_s: float | None = None) -> update_pb2.Update | None:
-        """Wait for the next update; None where the subscription was closed.
-
-        Raises:
-            TimeoutError: None came within `timeout_s` seconds; the subscription goes on.
-            FMIError: As `Subscription.__anext__`.
-        """
-        return self._wait(_next_update(self._subscription, timeout_s))
-
-    def events(self) -> Iterator[interchange_service_pb2.SubscribeResponse]:
-        """Iterate over all events: updates, `snapshot_end`, `progress` and `lagged`."""
-        events = self._subscription.events()
-        while (event := self._wait(_next_event(events))) is not None:
-            yield event
-
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Wait until the callback form ends, and raise what ended it.
-
-        Raises:
-            TimeoutError: It has not ended within `timeout_s` seconds; it goes on.
-        """
-        if self._driver is not None:
-            self._driver.join(timeout_s)
-            if self._driver.is_alive():
-                raise TimeoutError(f"the subscription has not ended within {timeout_s} s")
-        self._raise_error()
-
-    def close(self) -> None:
-        """End the subscription. Raises what its callback raised. Closing twice does nothing."""
-        with suppress(ClientClosedError):
-            self._thread.run(self._subscription.aclose())
-        if self._driver is not None and self._driver is not threading.current_thread():
-            self._driver.join(JOIN_S)
-        self._raise_error()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _wait(self, work: Coroutine[Any, Any, _T]) -> _T | None:
-        if self._subscription.closed:
-            work.close()
-            return None
-        return self._thread.run(work)
-
-    def _drive(self, on_update: Callable[[update_pb2.Update], None]) -> None:
-        try:
-            for update in self:
-                on_update(update)
-        except BaseException as error:
-            self._error = error
-            with suppress(ClientClosedError):
-                self._thread.run(self._subscription.aclose())
-
-    def _raise_error(self) -> None:
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-
-class Admin:
-    """What an operator sees and can do; see `AsyncAdmin`. Made by `FMIClient`."""
-
-    def __init__(self, client: AsyncFMIClient, thread: LoopThread) -> None:
-        self._admin = client.admin
-        self._thread = thread
-
-    def list_cohorts(self) -> list[admin_service_pb2.CohortStatus]:
-        """List the cohorts with what they hold, in order of name."""
-        return self._thread.run(self._admin.list_cohorts())
-
-    def list_sites(self, cohort: str = "") -> list[admin_service_pb2.SiteStatus]:
-        """List the sites of a cohort, or of all, with what they sent."""
-        return self._thread.run(self._admin.list_sites(cohort))
-
-    def put_cohort_spec(
-        self,
-        spec: cohort_pb2.CohortSpec | Mapping[str, Any],
-        *,
-        force: bool = False,
-        dry_run: bool = False,
-    ) -> admin_service_pb2.PutCohortSpecResponse:
-        """Declare a cohort or change its spec. See `AsyncAdmin.put_cohort_spec`."""
-        return self._thread.run(self._admin.put_cohort_spec(spec, force=force, dry_run=dry_run))
-
-    def list_quarantine(
-        self, cohort: str = "", *, limit: int = 1000
-    ) -> list[admin_service_pb2.QuarantinedPacket]:
-        """List the packets in quarantine of a cohort, or of all, oldest first, at most `limit`."""
-        return self._thread.run(self._admin.list_quarantine(cohort, limit=limit))
-
-    def set_quarantine(
-        self, domain_id: str, packet_id: str, *, quarantined: bool, reason: str = ""
-    ) -> bool:
-        """Put a packet into quarantine or take it out; say whether anything changed."""
-        return self._thread.run(
-            self._admin.set_quarantine(domain_id, packet_id, quarantined=quarantined, reason=reason)
-        )
-
-    def release_now(self, cohort: str) -> list[update_pb2.Update]:
-        """Release a cohort's aggregates now; return what was published, nothing if nothing changed."""
-        return self._thread.run(self._admin.release_now(cohort))
-
-    def register_dictionary(self, data: bytes) -> int:
-        """Register a compression dictionary in zstd's format; return its id."""
-        return self._thread.run(self._admin.register_dictionary(data))
-
-    def list_subscribers(self, cohort: str = "") -> list[admin_service_pb2.SubscriberStatus]:
-        """List the open subscriptions, those open longest first. See `AsyncAdmin.list_subscribers`."""
-        return self._thread.run(self._admin.list_subscribers(cohort))
-
-    def list_applied(self, cohort: str = "") -> list[admin_service_pb2.AppliedStatus]:
-        """List which revisions subscribers applied or failed. See `AsyncAdmin.list_applied`."""
-        return self._thread.run(self._admin.list_applied(cohort))
-
-
-async def _next_update(
-    subscription: Subscription, timeout_s: float | None
-) -> update_pb2.Update | None:
-    async with asyncio.timeout(timeout_s):
-        return await anext(subscription, None)
-
-
-async def _next_event(
-    events: AsyncIterator[interchange_service_pb2.SubscribeResponse],
-) -> interchange_service_pb2.SubscribeResponse | None:
-    return await anext(events, None)
 
 
 async def _from_thread(packets: Iterable[PacketLike], chunk: int) -> AsyncIterator[PacketLike]:

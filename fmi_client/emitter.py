@@ -16,8 +16,8 @@ from fmi.plain import (
     packet_from_plain,
 )
 from fmi.v1 import packet_pb2
-from fmi_client._contract import check_packet
-from fmi_client.errors import error_from_plain_data
+from fmi_client._contract import check_packet, plain_packet_error
+from fmi_client._translation import error_from_plain_data
 
 __all__ = [
     "FMIEmitter",
@@ -58,12 +58,16 @@ class HeaderDefaults:
         """Translate plain data to a packet, and fill in what its header does not have.
 
         Raises:
-            ContractError: The data cannot be translated. The contract's rules are not checked.
+            ContractError: A field cannot be translated; it tells the rules too that the rest breaks. Of
+                data that can be translated the contract's rules are not checked.
         """
         try:
-            packet = packet_from_plain(data)
+            return self._filled(packet_from_plain(data))
         except PlainDataError as error:
-            raise error_from_plain_data(error) from error
+            rest = self._filled(error.packet) if error.packet is not None else None
+            raise plain_packet_error(error, rest) from error
+
+    def _filled(self, packet: packet_pb2.Packet) -> packet_pb2.Packet:
         now = self.clock()
         header = packet.header
         header.packet_id = header.packet_id or new_packet_id(now_ms=int(now * 1000))

@@ -11,12 +11,13 @@ from google.protobuf.message import DecodeError
 
 from fmi.envelope import EnvelopeDecodeError, open_envelope
 from fmi.v1 import error_pb2, interchange_service_pb2, packet_pb2
+from fmi_client._counts import counted
+from fmi_client._translation import reason_name
 from fmi_client.errors import (
     ConfigurationError,
     DictionaryUnknownError,
     EnvelopeError,
     FMIError,
-    reason_name,
 )
 
 __all__ = ["DECODE_LIMIT_BYTES", "LEVEL", "FMIEncoder"]
@@ -171,9 +172,10 @@ class FMIEncoder:
         try:
             return zstandard.train_dictionary(dictionary_bytes, samples, level=LEVEL).as_bytes()
         except (zstandard.ZstdError, ValueError) as error:
+            given = f"{counted(len(samples), 'packet')} ({sum(map(len, samples))} bytes)"
             raise ConfigurationError(
-                f"cannot train a dictionary of {dictionary_bytes} bytes from {len(samples)} packets "
-                f"({sum(map(len, samples))} bytes): {error}; give more samples"
+                f"cannot train a dictionary of {dictionary_bytes} bytes from {given}: {error}; give more "
+                "samples"
             ) from error
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Final, TypeAlias
 
 from fmi.v1 import error_pb2, update_pb2
-from fmi_client.errors import InvalidFilterError, Violation, reason_name
+from fmi_client._translation import reason_name
+from fmi_client.errors import InvalidFilterError, Violation
 
 __all__ = ["KIND_NAMES", "KindLike", "kind_name", "update_kind"]
 

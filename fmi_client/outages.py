@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Final, TypeAlias
 
+from fmi_client._causes import last_cause
 from fmi_client.errors import ConfigurationError, FMIError
 
-__all__ = ["SETTLED_S", "ConnectionState", "OnState", "OutageMonitor", "last_cause"]
+__all__ = ["SETTLED_S", "ConnectionState", "OnState", "OutageMonitor"]
 
 SETTLED_S: Final = 3.0
 """Seconds that a stream must live from its first event until an outage is over.
@@ -124,9 +125,3 @@ class OutageMonitor:
             self._on_state(state)
         except Exception:
             _log.exception("on_state failed")
-
-
-def last_cause(message: str, target: str) -> str:
-    """Return what gRPC says last when it tells of every address and layer that failed."""
-    message = message.removeprefix(f"{target}: ")
-    return message.rpartition(": ")[2] if message.startswith("failed to connect") else message

@@ -9,7 +9,8 @@ from enum import StrEnum
 from typing import Final, Self
 
 from fmi.v1 import interchange_service_pb2, registry_service_pb2
-from fmi_client.errors import FMIError, Violation, error_from_refusal
+from fmi_client._translation import error_from_refusal
+from fmi_client.errors import FMIError, Violation
 
 __all__ = ["EmitStatus", "Receipt", "ValidationReport", "raise_for_refused"]
 

@@ -15,13 +15,13 @@ import grpc
 
 from fmi.v1 import interchange_service_pb2, update_pb2
 from fmi_client._calls import Caller
+from fmi_client._translation import error_from_rpc
 from fmi_client.errors import (
     CompactedError,
     ConfigurationError,
     ConnectionFailedError,
     FMIError,
     ProtocolError,
-    error_from_rpc,
 )
 from fmi_client.kinds import KindLike, update_kind
 from fmi_client.outages import OnState, OutageMonitor

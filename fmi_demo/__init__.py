@@ -13,14 +13,14 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Final
 
-from fmi_demo.errors import DemoError, DemoExtraMissingError
+from fmi_demo.errors import DemoArgumentError, DemoError, DemoExtraMissingError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from fmi_demo.result import DemoResult
 
-__all__ = ["DemoError", "DemoExtraMissingError", "run"]
+__all__ = ["DemoArgumentError", "DemoError", "DemoExtraMissingError", "run"]
 
 _NEEDED: Final = ("lingam", "matplotlib", "numpy", "sklearn", "structlog", "yaml")
 
@@ -50,7 +50,8 @@ def run(
 
     Raises:
         DemoExtraMissingError: A library of the extra `demo` is not installed.
-        DemoError: An argument is wrong, or the server or a site failed.
+        DemoArgumentError: An argument is wrong, or there are other things in `output`.
+        DemoError: The server or a site failed.
     """
     for name in _NEEDED:
         if importlib.util.find_spec(name) is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 import fmi_demo
+from fmi_demo.scenario import MAX_SITES, MIN_SITES
 
 __all__ = ["main"]
 
@@ -19,8 +20,20 @@ __all__ = ["main"]
     show_default=True,
     help="Where the chart, the results and the server's data go.",
 )
-@click.option("--sites", default=13, show_default=True, help="Sites that emit; two of them lie.")
-@click.option("--seed", default=7, show_default=True, help="Seed of everything random.")
+@click.option(
+    "--sites",
+    type=click.IntRange(MIN_SITES, MAX_SITES),
+    default=13,
+    show_default=True,
+    help="Sites that emit; two of them lie.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=7,
+    show_default=True,
+    help="Seed of everything random.",
+)
 @click.option("--keep-serving", is_flag=True, help="Let the server run on until Ctrl-C.")
 @click.option("--quick", is_flag=True, help="Compute much less.")
 @click.option("--json", is_flag=True, help="Write the result to standard output as JSON.")

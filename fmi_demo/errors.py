@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import click
 
-__all__ = ["DemoError", "DemoExtraMissingError"]
+__all__ = ["DemoArgumentError", "DemoError", "DemoExtraMissingError"]
 
 
 class DemoError(click.ClickException):
     """The demo cannot go on; the text says why and what to do.
 
-    A command line that is made with click shows the text and ends with exit code 1.
+    A command line that is made with click shows the text and ends with `exit_code`.
     """
+
+
+class DemoArgumentError(DemoError):
+    """An argument is wrong, and nothing was done. On a command line that is wrong usage."""
+
+    exit_code = 2
 
 
 class DemoExtraMissingError(DemoError, ModuleNotFoundError):

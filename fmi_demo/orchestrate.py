@@ -19,7 +19,7 @@ from rich.console import Console
 from fmi_client import AsyncFMIClient
 from fmi_client.kinds import KIND_NAMES
 from fmi_demo.chart import draw_chart
-from fmi_demo.errors import DemoError
+from fmi_demo.errors import DemoArgumentError
 from fmi_demo.events import Curve, HintTried, LatePlan, SiteFinished, SitePlan, WarmStarted
 from fmi_demo.processes import Job, Workshop
 from fmi_demo.report import print_report
@@ -64,9 +64,9 @@ def run_demo(
 ) -> DemoResult:
     """Run everything; see `fmi_demo.run`."""
     if not MIN_SITES <= sites <= MAX_SITES:
-        raise DemoError(f"sites must be {MIN_SITES} to {MAX_SITES}, not {sites}")
+        raise DemoArgumentError(f"sites must be {MIN_SITES} to {MAX_SITES}, not {sites}")
     if seed < 0:
-        raise DemoError(f"the seed must not be negative, not {seed}")
+        raise DemoArgumentError(f"the seed must not be negative, not {seed}")
     _prepare(output)
     console = Console(stderr=json)
     if not console.is_terminal:
@@ -243,12 +243,12 @@ def _prepare(output: Path) -> None:
     """Empty the folder of an earlier demo, and put the cohort files into it.
 
     Raises:
-        DemoError: There is something else in the folder.
+        DemoArgumentError: There is something else in the folder.
     """
     if output.exists() and not output.is_dir():
-        raise DemoError(f"{output} is not a folder")
+        raise DemoArgumentError(f"{output} is not a folder")
     if output.is_dir() and any(output.iterdir()) and not (output / _MARK).exists():
-        raise DemoError(f"{output} is not empty and not of a demo: name another folder")
+        raise DemoArgumentError(f"{output} is not empty and not of a demo: name another folder")
     for folder in ("data", "cohorts"):
         shutil.rmtree(output / folder, ignore_errors=True)
     (output / "cohorts").mkdir(parents=True)

@@ -179,8 +179,9 @@ class View:
         before = self._priors.get(update.cohort)
         self._priors[update.cohort] = (update.revision, prior.lineage.sites, values)
         if before is None or before[1] != prior.lineage.sites:
+            sites = "site" if prior.lineage.sites == 1 else "sites"
             self._say(
-                f"{update.cohort}  prior, revision {update.revision}, {prior.lineage.sites} sites: "
+                f"{update.cohort}  prior, revision {update.revision}, {prior.lineage.sites} {sites}: "
                 f"{prior_text(values)}",
                 "cyan",
             )

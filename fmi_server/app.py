@@ -22,7 +22,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
-from fmi.descriptors import CONTRACT_FILES, SERVICE_NAMES
+from fmi.descriptors import CONTRACT_FILES, INGEST, SERVICE_NAMES
 from fmi.v1 import update_pb2
 from fmi_server.cohort_files import check_changes, read_cohort_folder
 from fmi_server.cohorts import CohortRegistry
@@ -45,11 +45,6 @@ from fmi_server.version import VERSION
 __all__ = ["RunningServer", "check_settings", "running", "serve", "server_arguments"]
 
 STORE_FILE: Final = "fmi.sqlite3"
-
-INGEST: Final = "fmi.v1.InterchangeService/Emit"
-"""The name under which health tells whether packets should be sent here: not while the store refuses writes,
-and not where it is damaged, since what is acknowledged may not be found again. Such a server still
-serves reads and subscriptions, so it is not to be taken out of service for that."""
 
 LAST_CALLS_S: Final = 1.0
 """Seconds for what is still open when every Emit is answered: reads, watchers of health, and calls that came

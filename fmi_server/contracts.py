@@ -18,7 +18,7 @@ from fmi.plain import (
     Problem,
     packet_from_plain,
 )
-from fmi.rules import ContractRules
+from fmi.rules import ContractRules, without_follow_ups
 from fmi.v1 import error_pb2, packet_pb2
 from fmi_server.errors import (
     PacketRefusedError,
@@ -81,8 +81,10 @@ class FMIContractRegistry:
             packet_dict: A packet as plain data in any form that `coerce` takes, or typed.
 
         Returns:
-            `(is_valid, missing)`. A packet can be invalid with nothing missing, where a field is there
-            but wrong; `violations` tells of those too.
+            `(is_valid, missing)`. Where it is not clear which type of packet it is, `missing` has
+            ``type`` and what packets of every type must have. A packet can be invalid with nothing
+            missing, where a field is there but wrong: what `coerce` raises and `violations` tell of those
+            too.
         """
         try:
             packet = self.coerce(packet_dict)
@@ -101,14 +103,22 @@ class FMIContractRegistry:
             The typed packet; fields that `packet_dict` does not have are unset.
 
         Raises:
-            PacketRefusedError: A field is unknown or of the wrong kind, or the packet type is not clear.
+            PacketRefusedError: A field is unknown or of the wrong kind, or the packet type is not clear. It
+                tells the rules too that the rest breaks.
         """
         if isinstance(packet_dict, packet_pb2.Packet):
             return packet_dict
         try:
             return packet_from_plain(packet_dict)
         except PlainDataError as error:
-            raise PacketRefusedError(_violations(error.problems)) from error
+            raise PacketRefusedError(self._plain_violations(error)) from error
+
+    def _plain_violations(self, error: PlainDataError) -> list[Violation]:
+        """Tell what could not be translated, and the rules that what could be breaks by itself."""
+        found = _violations(error.problems)
+        if error.packet is not None:
+            found += without_follow_ups(self.violations(error.packet), error.problems)
+        return found
 
     def violations(self, packet: packet_pb2.Packet) -> list[Violation]:
         """List every rule of the contract that a packet breaks, at most `fmi.rules.MAX_PROBLEMS`."""

@@ -9,7 +9,7 @@ from typing import Final
 import zstandard
 
 from fmi_server.envelope import EnvelopeDecoder
-from fmi_server.errors import Reason, SpecInvalidError, ThingNotFoundError, Violation
+from fmi_server.errors import DictionaryInvalidError, Reason, ThingNotFoundError, Violation
 from fmi_server.storage import Store
 
 __all__ = ["DictionaryShelf"]
@@ -48,7 +48,7 @@ class DictionaryShelf:
         """Register a dictionary; return its id, as it stands in it. The same once more changes nothing.
 
         Raises:
-            SpecInvalidError: It is no trained zstd dictionary, or there are as many as there may be.
+            DictionaryInvalidError: It is no trained zstd dictionary, or there are as many as there may be.
             DictionaryConflictError: The id is taken by other data.
         """
         dictionary = zstandard.ZstdCompressionDict(data)
@@ -83,7 +83,7 @@ def _usable(dictionary: zstandard.ZstdCompressionDict) -> bool:
     return True
 
 
-def _refused(rule: str, description: str) -> SpecInvalidError:
-    return SpecInvalidError(
+def _refused(rule: str, description: str) -> DictionaryInvalidError:
+    return DictionaryInvalidError(
         [Violation("data", f"fmi.dictionary.{rule}", description, Reason.SPEC_INVALID)]
     )

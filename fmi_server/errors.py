@@ -16,6 +16,7 @@
     - InvalidFilterError
     - SupersededError
     - SpecInvalidError
+    - DictionaryInvalidError
     - SpecChangeUnsafeError
     - SettingUnsupportedError
     - ThingNotFoundError
@@ -35,6 +36,7 @@ from fmi.v1 import error_pb2
 __all__ = [
     "CohortUnknownError",
     "CompactedError",
+    "DictionaryInvalidError",
     "DictionaryUnknownError",
     "EnvelopeMalformedError",
     "EnvelopeTooLargeError",
@@ -204,6 +206,13 @@ class SpecInvalidError(_ViolationsError):
 
     reason = Reason.SPEC_INVALID
     subject = "cohort spec"
+
+
+class DictionaryInvalidError(_ViolationsError):
+    """What should be registered as a dictionary is none, or is one too many."""
+
+    reason = Reason.SPEC_INVALID
+    subject = "dictionary"
 
 
 class SpecChangeUnsafeError(_ViolationsError):

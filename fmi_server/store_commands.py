@@ -115,7 +115,8 @@ def inspect(
         return
     click.echo("\n".join(_text(contents)))
     if checked is not None:
-        click.echo(f"checked: every page and {checked} packets are in order")
+        packets = "packet" if checked == 1 else "packets"
+        click.echo(f"checked: all is in order, {checked} {packets} and every page")
 
 
 COMMANDS: Final[tuple[click.Command, ...]] = (backup, restore, inspect)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
+from fmi_client._counts import counted
 from fmi_client._target import Address, parse_target
 from fmi_client.commands.exits import ExitCode
 from fmi_client.commands.findings import Finding, fault, warning, well
@@ -80,10 +81,12 @@ def _resolve(address: Address) -> Finding:
 
 
 def _reach(address: Address, timeout_s: float) -> Finding:
+    if address.path:
+        return _reach_socket(address.path, timeout_s)
     began = time.perf_counter()
     try:
         connect(address, timeout_s).close()
-    except (ConnectionRefusedError, FileNotFoundError):
+    except ConnectionRefusedError:
         return fault(
             "tcp",
             f"nothing listens on {address}",
@@ -108,6 +111,32 @@ def _reach(address: Address, timeout_s: float) -> Finding:
     return well("tcp", f"something listens; connected in {taken_ms:.1f} ms", connect_ms=taken_ms)
 
 
+def _reach_socket(path: str, timeout_s: float) -> Finding:
+    began = time.perf_counter()
+    try:
+        connect(Address(path=path), timeout_s).close()
+    except FileNotFoundError:
+        told = f"there is no socket file {path}"
+        advice = "Start the server that makes it, or correct the path in --target."
+    except ConnectionRefusedError:
+        told = f"{path} is there, and nothing listens on it"
+        advice = "Start the server that made it, or correct the path in --target."
+    except PermissionError:
+        told = f"the socket file {path} may not be used"
+        advice = "Ask for the right to write to it and to enter its folders."
+    except TimeoutError:
+        told = f"no answer on {path} within {timeout_s:g} s"
+        advice = "The server is overloaded or stuck; its log says which."
+    except OSError as error:
+        told = f"no connection to the socket file {path}: {error.strerror or error}"
+        advice = "Correct the path in --target."
+    else:
+        taken_ms = (time.perf_counter() - began) * 1000
+        told = f"something listens; connected in {taken_ms:.1f} ms"
+        return well("socket", told, connect_ms=taken_ms)
+    return fault("socket", told, advice, ExitCode.UNREACHABLE)
+
+
 def _examine_plain(address: Address, settings: Settings) -> Finding:
     with connect(address, settings.timeout_s) as connection:
         greeting, answer = greet(connection, settings.timeout_s)
@@ -122,10 +151,10 @@ def _examine_plain(address: Address, settings: Settings) -> Finding:
             "Give --ca FILE with the authority of its certificate, or --tls for the system's own.",
             ExitCode.UNREACHABLE,
         )
-    return _not_http2(greeting, answer, settings.timeout_s)
+    return _not_http2(address, greeting, answer, settings.timeout_s)
 
 
-def _not_http2(greeting: Greeting, answer: bytes, timeout_s: float) -> Finding:
+def _not_http2(address: Address, greeting: Greeting, answer: bytes, timeout_s: float) -> Finding:
     match greeting:
         case Greeting.HTTP1:
             told = "a web server (HTTP/1) listens there, not gRPC"
@@ -140,7 +169,7 @@ def _not_http2(greeting: Greeting, answer: bytes, timeout_s: float) -> Finding:
     return fault(
         "protocol",
         told,
-        "Check the port in --target; the server's log names the one it listens on.",
+        f"Check the {_place(address)} in --target; the server's log names the one it listens on.",
         ExitCode.UNREACHABLE,
     )
 
@@ -148,7 +177,7 @@ def _not_http2(greeting: Greeting, answer: bytes, timeout_s: float) -> Finding:
 def _speaks_tls(address: Address, timeout_s: float) -> bool:
     try:
         context = tls_context(None, None, None, verified=False)
-        with tls_connect(address, context, address.host, timeout_s):
+        with tls_connect(address, context, address.host or "localhost", timeout_s):
             return True
     except ssl.SSLError as error:
         # An alert is an answer in TLS, whatever it refuses.
@@ -174,6 +203,14 @@ def _examine_tls(address: Address, settings: Settings) -> Iterator[Finding]:
         )
         return
     name = settings.server_name or address.host
+    if not name:
+        yield fault(
+            "tls",
+            "a socket file has no name that a certificate could be for",
+            "Give --server-name NAME with the name in the server's certificate.",
+            ExitCode.USAGE,
+        )
+        return
     certificate = read_certificate(address, name, settings.timeout_s, (settings.cert, settings.key))
     try:
         with tls_connect(address, context, name, settings.timeout_s) as connection:
@@ -195,7 +232,7 @@ def _examine_tls(address: Address, settings: Settings) -> Iterator[Finding]:
         # Servers differ in whether an alert says why; after a good handshake this is the usual reason.
         yield _own_certificate_refused() if settings.cert else _wants_certificate()
     else:
-        yield _not_http2(greeting, answer, settings.timeout_s)
+        yield _not_http2(address, greeting, answer, settings.timeout_s)
 
 
 def _trusted(certificate: Certificate | None, version: str) -> Finding:
@@ -204,9 +241,10 @@ def _trusted(certificate: Certificate | None, version: str) -> Finding:
     until = _date(certificate.not_after)
     left_s = certificate.not_after - time.time()
     if left_s < _EXPIRY_WARNING_S:
+        left = counted(round(left_s / _DAY_S), "day")
         return warning(
             "tls",
-            f"{version}, the certificate is trusted and expires on {until}, in {left_s / _DAY_S:.0f} days",
+            f"{version}, the certificate is trusted and expires on {until}, in {left}",
             "Renew the server's certificate.",
             not_after=until,
         )
@@ -276,11 +314,11 @@ def _broken_handshake(address: Address, settings: Settings, error: OSError) -> F
             ExitCode.UNREACHABLE,
         )
     if plain is Greeting.HTTP1:
-        return _not_http2(plain, b"", settings.timeout_s)
+        return _not_http2(address, plain, b"", settings.timeout_s)
     return fault(
         "tls",
         f"no TLS with what listens there: {_reason(error)}",
-        "Check the port in --target.",
+        f"Check the {_place(address)} in --target.",
         ExitCode.UNREACHABLE,
     )
 
@@ -301,6 +339,10 @@ def _own_certificate_refused() -> Finding:
         "Check that --cert was signed by the authority that the server trusts, and has not expired.",
         ExitCode.UNREACHABLE,
     )
+
+
+def _place(address: Address) -> str:
+    return "path" if address.path else "port"
 
 
 def _reason(error: OSError) -> str:

@@ -26,28 +26,40 @@ _ADVICE = "the demo needs more than the base install: in the checkout, pip insta
     metavar="DIR",
     help="Where figures and results go.",
 )
-@click.option("--sites", type=click.IntRange(min=1), help="How many sites emit.")
-@click.option("--seed", type=int, help="Seed of everything random.")
+@click.option(
+    "--sites",
+    type=click.IntRange(6, 13),
+    default=13,
+    show_default=True,
+    help="How many sites emit; two of them lie. The late site comes on top.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=7,
+    show_default=True,
+    help="Seed of everything random.",
+)
 @click.option("--quick", is_flag=True, help="Compute much less: shows that everything works.")
 @click.option("--keep-serving", is_flag=True, help="Let the server run on until Ctrl-C.")
 @json_option
 def command(
     settings: Settings,
     output: Path,
-    sites: int | None,
-    seed: int | None,
+    sites: int,
+    seed: int,
     quick: bool,
     keep_serving: bool,
 ) -> int:
     """Run a server and a federation of sites on this machine, and show what they gain."""
     options: dict[str, Any] = {
         "output": output,
+        "sites": sites,
+        "seed": seed,
         "keep_serving": keep_serving,
         "quick": quick,
         "json": settings.json,
     }
-    given = {"sites": sites, "seed": seed}
-    options |= {name: value for name, value in given.items() if value is not None}
     try:
         result = importlib.import_module("fmi_demo").run(**options)
     except ModuleNotFoundError as error:

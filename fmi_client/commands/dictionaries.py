@@ -8,6 +8,7 @@ from typing import IO
 import click
 
 from fmi.v1 import packet_pb2
+from fmi_client._counts import counted
 from fmi_client.commands.exits import ExitCode
 from fmi_client.commands.options import Argument, FMIGroup, Settings, json_option, shared_options
 from fmi_client.commands.output import print_json, print_text, show_error, text, write_file
@@ -73,7 +74,7 @@ def _train(settings: Settings, files: tuple[IO[str], ...], out: str, size: int) 
         told = {"dictionary_id": number, "bytes": len(data), "packets": len(packets), "file": out}
         print_json(told, to_stderr=out == "-")
     else:
-        made = f"dictionary {number}: {len(data)} bytes from {len(packets)} packets, in {out}"
+        made = f"dictionary {number}: {len(data)} bytes from {counted(len(packets), 'packet')}, in {out}"
         print_text(text(made), to_stderr=out == "-")
     return ExitCode.OK
 

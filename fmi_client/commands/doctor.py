@@ -13,8 +13,9 @@ import grpc
 from google.protobuf import wrappers_pb2
 from rich.table import Table
 
+from fmi.descriptors import INGEST
 from fmi.v1 import registry_service_pb2
-from fmi_client._channel import call_metadata
+from fmi_client._causes import last_cause
 from fmi_client.commands.connection import examine_connection
 from fmi_client.commands.contract import agreement, local_version
 from fmi_client.commands.exits import ExitCode
@@ -22,7 +23,7 @@ from fmi_client.commands.findings import Finding, Verdict, fault, warning, well
 from fmi_client.commands.options import FMICommand, Settings, shared_options
 from fmi_client.commands.output import print_json, print_text, safe, text
 from fmi_client.commands.probes import proxies
-from fmi_client.commands.session import tls_config
+from fmi_client.commands.session import call_credentials
 from fmi_client.errors import ConfigurationError
 
 __all__ = ["command", "examine"]
@@ -40,7 +41,6 @@ _HEALTH: Final = "/grpc.health.v1.Health/Check"
 _CONTRACT: Final = "/fmi.v1.RegistryService/GetContract"
 _SERVING: Final = 1
 _NOT_SERVING: Final = 2
-_INGEST: Final = "fmi.v1.InterchangeService/Emit"
 _STYLES: Final = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.ERROR: "bold red"}
 _MARKS: Final = {Verdict.OK: "ok", Verdict.WARNING: "warn", Verdict.ERROR: "FAIL"}
 
@@ -95,15 +95,9 @@ def examine(settings: Settings) -> Iterator[Finding]:
         if finding.final:
             return
     try:
-        metadata = call_metadata(
-            settings.target,
-            token=settings.token,
-            tls=tls_config(settings),
-            insecure=settings.insecure,
-        )
+        metadata = call_credentials(settings)
     except ConfigurationError as error:
-        advice = "Use TLS (--tls or --ca), or --insecure where the network itself is secured."
-        yield fault("credentials", error.message, advice, ExitCode.USAGE)
+        yield fault("credentials", error.message, "Correct the options.", ExitCode.USAGE)
         return
     with _open_channel(settings) as channel:
         yield from _examine_calls(_Calls(channel, metadata, settings.timeout_s))
@@ -203,7 +197,7 @@ def _examine_health(calls: _Calls) -> Finding:
 def _examine_ingest(calls: _Calls) -> Iterator[Finding]:
     """Say that packets are not taken, where the server says so; there is nothing to say of one that does."""
     try:
-        status = calls.health(_INGEST)
+        status = calls.health(INGEST)
     except grpc.RpcError:
         return  # a server that tells of no such thing
     if status == _NOT_SERVING:
@@ -271,7 +265,7 @@ def _refused(step: str, error: grpc.RpcError) -> Finding:
             return fault(
                 step,
                 "a gRPC server, but not one of FMI",
-                "Check the port in --target.",
+                "Check --target: another server is there.",
                 ExitCode.UNREACHABLE,
             )
         case grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -325,7 +319,7 @@ def _code(error: grpc.RpcError) -> grpc.StatusCode | None:
 def _details(error: grpc.RpcError) -> str:
     details = getattr(error, "details", None)
     told = str(details() or "") if callable(details) else ""
-    return told.rpartition(": ")[2] if told.startswith("failed to connect") else told
+    return last_cause(told, "")
 
 
 def _same(data: bytes) -> bytes:

@@ -24,6 +24,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from fmi_client._causes import last_cause
 from fmi_client.commands.exits import ExitCode, exit_code
 from fmi_client.commands.options import Settings
 from fmi_client.errors import (
@@ -34,7 +35,6 @@ from fmi_client.errors import (
     TemporaryError,
     Violation,
 )
-from fmi_client.outages import last_cause
 
 __all__ = [
     "age",

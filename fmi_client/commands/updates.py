@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from fmi.v1 import packet_pb2, update_pb2
+from fmi_client._counts import counted
 from fmi_client.commands.output import interval, moment, number, safe, share, table, text
 from fmi_client.kinds import kind_name
 
@@ -121,7 +122,7 @@ def _prior_lines(prior: update_pb2.MetaPriorUpdate) -> list[Text]:
         spread = interval(prior.estimates[name]) if name in prior.estimates else ""
         shown.append(f"{safe(name)} {number(value)}" + (f" [{spread}]" if spread else ""))
     lines = _listed(shown) or [_line("no settings have a value")]
-    made_from = f"{_sites(prior.lineage.sites)}, confidence {share(prior.confidence)}"
+    made_from = f"{counted(prior.lineage.sites, 'site')}, confidence {share(prior.confidence)}"
     lines.append(_line(made_from, "dim"))
     for reason, names in _missing_by_reason(prior).items():
         lines += _listed(names, lead="no value yet: ", tail=f" ({reason})", style="dim")
@@ -145,7 +146,7 @@ def _hint_lines(hint: update_pb2.MetaPolicyHint) -> list[Text]:
         return [_line(safe(hint.reason) or "no hint")]
     bundle = _listed([f"{safe(n)} = {_param(v)}" for n, v in sorted(hint.bundle.items())])
     effect = f"effect {number(hint.effect)} (at least {number(hint.effect_lower)})"
-    return [*bundle, _line(f"{effect}, {_sites(hint.sites)}", "dim")]
+    return [*bundle, _line(f"{effect}, {counted(hint.sites, 'site')}", "dim")]
 
 
 def _consensus_lines(consensus: update_pb2.CausalConsensus) -> list[Text]:
@@ -199,7 +200,7 @@ def _prior_view(prior: update_pb2.MetaPriorUpdate) -> Iterator[RenderableType]:
             contexts.add_row(text(context.regime), str(context.sites), _some(settings) or "-")
         yield contexts
     if prior.untagged_sites:
-        yield text(f"{_sites(prior.untagged_sites)} named no regime", "dim")
+        yield text(f"{counted(prior.untagged_sites, 'site')} named no regime", "dim")
 
 
 def _without_value(prior: update_pb2.MetaPriorUpdate) -> Iterator[RenderableType]:
@@ -227,7 +228,7 @@ def _hint_view(hint: update_pb2.MetaPolicyHint) -> Iterator[RenderableType]:
     yield _lineage(hint.lineage, f"confidence {share(hint.confidence)}")
     yield text(
         f"hint {hint.hint_id}: effect {number(hint.effect)}, at least {number(hint.effect_lower)}, "
-        f"tried by {_sites(hint.sites)}"
+        f"tried by {counted(hint.sites, 'site')}"
     )
     yield Text()
     listed = table("parameter", "value", "10-90 % of sites", right=("value",))
@@ -302,11 +303,11 @@ def _section_order(section: str) -> tuple[int, str]:
 
 
 def _lineage(lineage: update_pb2.Lineage, *more: str) -> Text:
-    parts = [_sites(lineage.sites), f"{lineage.packets} packets", *more]
+    parts = [counted(lineage.sites, "site"), counted(lineage.packets, "packet"), *more]
     if lineage.estimator:
         parts.append(safe(lineage.estimator))
     if lineage.trimmed:
-        parts.append(f"{lineage.trimmed} values trimmed")
+        parts.append(f"{counted(lineage.trimmed, 'value')} trimmed")
     if lineage.epsilon_spent:
         parts.append(f"epsilon {number(lineage.epsilon_spent)} spent")
     return Text(", ".join(parts), style="dim")
@@ -329,10 +330,6 @@ def _param(value: packet_pb2.ParamValue) -> str:
             return "true" if value.flag else "false"
         case _:
             return safe(value.text)
-
-
-def _sites(count: int) -> str:
-    return f"{count} site" if count == 1 else f"{count} sites"
 
 
 def _some(items: list[str]) -> str:

@@ -11,6 +11,7 @@ from fmi.plain import DEFAULT_COHORT
 from fmi.v1 import packet_pb2
 from fmi_client import FMIClient
 from fmi_client._contract import packet_violations
+from fmi_client._translation import error_from_violations
 from fmi_client.commands.exits import ExitCode
 from fmi_client.commands.options import Argument, FMICommand, Settings, shared_options
 from fmi_client.commands.output import (
@@ -26,7 +27,7 @@ from fmi_client.commands.output import (
 from fmi_client.commands.packets import Entry, read_packets, standard_input
 from fmi_client.commands.session import open_client
 from fmi_client.emitter import HeaderDefaults
-from fmi_client.errors import ContractError, error_from_violations
+from fmi_client.errors import ContractError
 from fmi_client.receipts import ValidationReport
 
 __all__ = ["command"]
@@ -78,7 +79,7 @@ def command(
             valid += report.valid
             _tell(settings, entry, report)
     if not settings.json and checked > 1:
-        show_note(f"{valid} of {checked} packets are valid")
+        show_note(f"{valid} of {checked} packets {'is' if valid == 1 else 'are'} valid")
     return ExitCode.OK if valid == checked else ExitCode.REFUSED
 
 

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import re
+import threading
+from collections.abc import Callable
 from typing import Final
 
 import click
 from rich.text import Text
 
 from fmi.v1 import interchange_service_pb2
+from fmi_client._counts import counted
 from fmi_client.commands.exits import ExitCode
 from fmi_client.commands.options import Argument, FMICommand, Settings, shared_options
-from fmi_client.commands.output import message_data, print_json, print_text, show_note, text
+from fmi_client.commands.output import (
+    message_data,
+    print_json,
+    print_text,
+    show_note,
+    text,
+)
 from fmi_client.commands.session import open_client
 from fmi_client.commands.updates import headline, settings_line
 from fmi_client.kinds import KIND_NAMES, kind_name, update_kind
+from fmi_client.outages import ConnectionState
 
 __all__ = ["command"]
 
@@ -78,6 +88,7 @@ def command(
         raise click.UsageError("--since-revision and --resume exclude each other.")
     token, seen = "", 0
     told_nothing = bool(resume)  # behind a token, nothing new is what one expects
+    narrator = _Narrator()
     try:
         with (
             open_client(settings) as client,
@@ -87,11 +98,11 @@ def command(
                 mode="every" if every else "latest",
                 start=starts or None,
                 resume_token=resume or "",
-                on_state=lambda state: show_note(f"-- {state} --"),
+                on_state=narrator.tell_state,
             ) as subscription,
         ):
             for event in subscription.events():
-                _tell(settings, event)
+                _tell(settings, event, narrator)
                 token = event.resume_token or token
                 match event.WhichOneof("event"):
                     case "update":
@@ -100,7 +111,7 @@ def command(
                             break
                     case "snapshot_end" if not seen and not told_nothing:
                         told_nothing = True
-                        _tell_nothing(patterns)
+                        narrator.tell_when_connected(lambda: _tell_nothing(patterns))
     finally:
         if token and not settings.json:
             show_note(f"go on from here with --resume {token}")
@@ -147,7 +158,39 @@ def _tell_nothing(patterns: tuple[str, ...]) -> None:
     )
 
 
-def _tell(settings: Settings, event: interchange_service_pb2.SubscribeResponse) -> None:
+class _Narrator:
+    """Keeps apart what is told of the connection and what was told through it.
+
+    An outage is over when a new stream has lived for a while, and its events come before that. That all
+    is up to date is told after it: nobody is up to date over a connection that is lost.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # states come from the thread of the client's event loop
+        self._connected = True
+        self._held: dict[str, Callable[[], None]] = {}
+
+    def tell_state(self, state: ConnectionState) -> None:
+        """Tell that the connection was lost, or that it is there again; then what waited for it."""
+        with self._lock:
+            self._connected = state.connected
+            show_note(f"-- {state} --")
+            held, self._held = (self._held if state.connected else {}), {}
+            for tell in held.values():
+                tell()
+
+    def tell_when_connected(self, tell: Callable[[], None], topic: str = "") -> None:
+        """Tell at once, or when the outage is over: then only the newest of each topic."""
+        with self._lock:
+            if self._connected:
+                tell()
+            else:
+                self._held[topic] = tell
+
+
+def _tell(
+    settings: Settings, event: interchange_service_pb2.SubscribeResponse, narrator: _Narrator
+) -> None:
     kind = event.WhichOneof("event")
     if settings.json:
         if kind != "progress":
@@ -159,12 +202,9 @@ def _tell(settings: Settings, event: interchange_service_pb2.SubscribeResponse) 
             print_text(*settings_line(event.update), indent=2)
         case "snapshot_end":
             history = ", of another history" if event.snapshot_end.history_changed else ""
-            print_text(
-                Text(
-                    f"-- up to date ({event.snapshot_end.updates} updates{history}), live now --",
-                    "dim",
-                )
-            )
+            updates = counted(event.snapshot_end.updates, "update")
+            line = Text(f"-- up to date ({updates}{history}), live now --", "dim")
+            narrator.tell_when_connected(lambda: print_text(line), "up to date")
         case "lagged":
             lagged = event.lagged
             print_text(

@@ -19,7 +19,7 @@ from fmi.v1 import (
     update_pb2,
 )
 
-__all__ = ["CONTRACT_FILES", "SERVICE_NAMES", "contract_hash", "descriptor_set"]
+__all__ = ["CONTRACT_FILES", "INGEST", "SERVICE_NAMES", "contract_hash", "descriptor_set"]
 
 CONTRACT_FILES: Final[tuple[FileDescriptor, ...]] = tuple(
     sorted(
@@ -43,6 +43,11 @@ CONTRACT_FILES: Final[tuple[FileDescriptor, ...]] = tuple(
 SERVICE_NAMES: Final[tuple[str, ...]] = tuple(
     service.full_name for file in CONTRACT_FILES for service in file.services_by_name.values()
 )
+
+INGEST: Final = "fmi.v1.InterchangeService/Emit"
+"""The name under which health tells whether packets should be sent here: not while the store refuses writes,
+and not where it is damaged, since what is acknowledged may not be found again. Such a server still
+serves reads and subscriptions, so it is not to be taken out of service for that."""
 
 
 @cache

@@ -24,7 +24,14 @@ from typing import Any, Final, TypeGuard
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
-from fmi.plain_values import PlainDataError, Problem, ValueReader, is_numeric, shown
+from fmi.plain_values import (
+    PlainDataError,
+    Problem,
+    ValueReader,
+    is_numeric,
+    is_sequence,
+    shown,
+)
 from fmi.v1 import packet_pb2
 
 __all__ = [
@@ -116,7 +123,8 @@ def packet_from_plain(data: Mapping[str, Any]) -> packet_pb2.Packet:
     """
     reader = _PacketReader()
     packet = reader.packet(data)
-    reader.raise_problems()
+    if reader.problems:
+        raise PlainDataError(reader.problems, packet)
     return packet
 
 
@@ -292,7 +300,7 @@ class _PacketReader(ValueReader):
             if unknown := sorted(set(map(str, value)) - {"start", "end"}):
                 self.problem(path, "unknown_field", f"has unknown fields: {', '.join(unknown)}")
         else:
-            ends = list(self.items(value, path))
+            ends = list(self.items(value, path)) if is_sequence(value) else []
         if len(ends) != 2:
             self.problem(path, "window_span", "must be a pair: the first and the last window")
             return None
@@ -357,7 +365,7 @@ class _PacketReader(ValueReader):
         if isinstance(value, Mapping):
             self.message(value, pair, path)
             return pair
-        parts = list(self.items(value, path))
+        parts = list(self.items(value, path)) if is_sequence(value) else []
         if not 3 <= len(parts) <= 5:
             self.problem(path, "causal_pair", "must be (source, target, weight, type[, stderr])")
             return pair

@@ -11,12 +11,22 @@ import datetime as dt
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from google.protobuf import json_format, timestamp_pb2
 from google.protobuf.message import Message
 
-__all__ = ["MAX_NESTING", "PlainDataError", "Problem", "ValueReader", "is_numeric", "shown"]
+from fmi.v1 import packet_pb2
+
+__all__ = [
+    "MAX_NESTING",
+    "PlainDataError",
+    "Problem",
+    "ValueReader",
+    "is_numeric",
+    "is_sequence",
+    "shown",
+]
 
 MAX_NESTING: Final = 16
 """Plain dicts nested deeper than this are refused: names joined by dots would say nothing any more."""
@@ -32,10 +42,19 @@ class Problem:
 
 
 class PlainDataError(ValueError):
-    """Plain data is not a packet. `problems` names every field that could not be translated."""
+    """Plain data is not a packet.
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
+    Attributes:
+        problems: Every field that could not be translated.
+        packet: What could be: fields that could not are unset or, where the name counts too, 0. None
+            where something else than a packet was translated.
+    """
+
+    def __init__(
+        self, problems: Sequence[Problem], packet: packet_pb2.Packet | None = None
+    ) -> None:
         self.problems = tuple(problems)
+        self.packet = packet
         super().__init__("; ".join(f"{p.field}: {p.description}" for p in self.problems))
 
 
@@ -98,7 +117,7 @@ class ValueReader:
 
     def items(self, value: object, path: str) -> Iterable[object]:
         """Read a sequence; empty where it is None or none. A text is no sequence here."""
-        if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+        if is_sequence(value):
             return value
         if value is not None:
             self.problem(path, "sequence", f"must be a sequence, not {type(value).__name__}")
@@ -185,6 +204,11 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # a whole number of thousands of digits; deep nesting
         return kind
     return f"{kind} {text if len(text) <= 40 else text[:37] + '...'}"
+
+
+def is_sequence(value: object) -> TypeGuard[Iterable[object]]:
+    """Say whether a value may stand for a sequence. A text is none, although Python iterates over it."""
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
 
 
 def is_numeric(value: object) -> bool:

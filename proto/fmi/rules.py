@@ -8,9 +8,9 @@ all the others together. Server and client both check with this, so they find th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Final
+from typing import Final, Protocol, TypeVar
 
 import protovalidate
 from google.protobuf.message import Message
@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from fmi.plain import Problem
 from fmi.v1 import packet_pb2
 
-__all__ = ["MAX_PROBLEMS", "SECTIONS", "ContractRules"]
+__all__ = ["MAX_PROBLEMS", "SECTIONS", "ContractRules", "without_follow_ups"]
 
 SECTIONS: Final = ("metrics", "controller", "evaluator", "operators")
 """The sections of an MSP in which signals stand."""
@@ -54,6 +54,68 @@ class ContractRules:
         elif kind == "ccs":
             found.extend(_summary_problems(packet.ccs))
         return found[:MAX_PROBLEMS]
+
+
+_SIGNALS: Final = tuple(f"msp.{section}" for section in SECTIONS)
+_LOOKS_AT: Final[Mapping[str, tuple[str, ...]]] = {
+    "fmi.msp.no_signal": _SIGNALS,
+    "fmi.msp.evidence_of_a_signal": _SIGNALS,
+    "fmi.pop.common_metric": ("pop.before", "pop.after"),
+    "fmi.ccs.empty": ("ccs.causal_pairs", "ccs.concepts", "ccs.tested_nodes"),
+}
+"""What rules look at that tell of another field. Names are enough for them."""
+
+
+class _Broken(Protocol):
+    """A rule that is broken somewhere."""
+
+    @property
+    def field(self) -> str: ...
+    @property
+    def rule_id(self) -> str: ...
+
+
+_B = TypeVar("_B", bound=_Broken)
+
+
+def without_follow_ups(broken: Iterable[_B], untranslated: Sequence[Problem]) -> list[_B]:
+    """Leave out the rules that may be broken only because a field that was given could not be translated.
+
+    Args:
+        broken: The rules that a packet breaks.
+        untranslated: What could not be translated to it.
+    """
+    lost = _Lost(problem.field for problem in untranslated)
+    # Where a number is none its name is there all the same.
+    lost_names = _Lost(p.field for p in untranslated if p.rule_id != "fmi.plain.number")
+    return [
+        rule
+        for rule in broken
+        if not (
+            any(map(lost_names.touches, _LOOKS_AT[rule.rule_id]))
+            if rule.rule_id in _LOOKS_AT
+            else lost.touches(rule.field)
+        )
+    ]
+
+
+class _Lost:
+    """Fields that could not be translated, to be found by what lies above and below them."""
+
+    def __init__(self, fields: Iterable[str]) -> None:
+        self._fields = frozenset("body" if field == "type" else field for field in fields)
+        self._around = frozenset(path for field in self._fields for path in _with_parents(field))
+        self._all = "packet" in self._fields
+
+    def touches(self, path: str) -> bool:
+        return self._all or path in self._around or not self._fields.isdisjoint(_with_parents(path))
+
+
+def _with_parents(path: str) -> Iterator[str]:
+    yield path
+    for index, char in enumerate(path):
+        if char in ".[":
+            yield path[:index]
 
 
 _ALPHANUMERIC: Final = "beginning with a letter or a digit"

@@ -144,6 +144,18 @@ def test_the_token_goes_along_and_not_in_plain_text_beyond_this_machine(fmi, scr
     assert refused.exit_code == ExitCode.USAGE
     assert "plain text" in refused.stderr
     assert "secret" not in refused.output
+    told = " ".join(refused.stderr.split())
+    assert "use TLS (--tls or --ca), or give --insecure" in told
+    assert "tls=" not in told  # that is for programs
+
+
+def test_half_of_a_certificate_is_told_by_the_names_of_the_options(fmi, tmp_path):
+    certificate = tmp_path / "site.pem"
+    certificate.touch()
+    for option in ("--cert", "--key"):
+        result = fmi("get", "care", option, str(certificate))
+        assert result.exit_code == ExitCode.USAGE
+        assert "--cert and --key belong together" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,28 @@ def test_nothing_listens(doctor, unused_port):
     assert "fmi-server serve" in advice
 
 
+def test_a_socket_file_is_spoken_of_as_one(doctor, tmp_path, monkeypatch, authority):
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    code, steps = doctor("unix:nope")
+    assert code == ExitCode.UNREACHABLE
+    assert list(steps) == ["address", "socket"]
+    assert steps["socket"][:2] == ("error", "there is no socket file nope")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("here")
+        code, steps = doctor("unix:here")
+        assert code == ExitCode.UNREACHABLE
+        assert steps["socket"][1] == "here is there, and nothing listens on it"
+        assert "port" not in " ".join(advice for _, _, advice in steps.values())
+        server.listen()
+        code, steps = doctor("unix:here", "--timeout", "0.2")
+        assert code == ExitCode.UNREACHABLE
+        assert steps["socket"][0] == "ok"
+        assert steps["protocol"][2].startswith("Check the path in --target")
+        code, steps = doctor("unix:here", "--ca", str(authority.root.certificate))
+        assert code == ExitCode.USAGE
+        assert "--server-name" in steps["tls"][2]
+
+
 @pytest.mark.parametrize(
     ("target", "told"),
     [

@@ -304,7 +304,11 @@ def test_a_bad_packet_does_not_harm_its_neighbours(ask, tmp_path):
         "accepted",
     ]
     fields = [[v["field"] for v in r["error"]["violations"]] for r in receipts if r["error"]]
-    assert fields == [["header.domain_id"], ["colour", 'msp.controller["tau"]'], ["packet"]]
+    assert fields == [
+        ["header.domain_id"],
+        ["colour", 'msp.controller["tau"]', "header.domain_id"],
+        ["packet"],
+    ]
     assert [(r["file"], r["line"]) for r in receipts] == [(str(file), n) for n in range(1, 6)]
     shown = ask("emit", str(file))
     assert shown.exit_code == ExitCode.REFUSED
@@ -481,7 +485,7 @@ def test_validate_offline_needs_no_server(fmi):
     rules = [[v["rule_id"] for v in r["error"]["violations"]] for r in reports if r["error"]]
     assert rules == [["fmi.msp.signal_in_one_section"], ["fmi.msp.no_signal"]]
     shown = fmi("validate", "--offline", stdin=stdin)
-    assert "1 of 3 packets are valid" in shown.stderr
+    assert "1 of 3 packets is valid" in shown.stderr
     assert fmi("validate", "--offline", stdin=json.dumps(good)).exit_code == 0
 
 

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fmi.v1 import admin_service_pb2, interchange_service_pb2, update_pb2
+from fmi_client._counts import counted
 from fmi_client.commands.output import age, message_data, number, safe
+from fmi_client.commands.updates import update_view
 
 HOSTILE = "a\x1b[31m[red]b[/red]\x07\r\n:smile:\u202ec\u200bd\x9b2J"
 
@@ -46,6 +48,22 @@ def test_numbers_read_well():
 def test_ages(seconds, shown):
     assert age(Timestamp(seconds=1_000_000), 1_000_000 + seconds) == f"{shown} ago"
     assert age(Timestamp(), 1_000_000) == "-"
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(0, "0 packets"), (1, "1 packet"), (2, "2 packets"), (21, "21 packets")]
+)
+def test_one_thing_is_not_in_the_plural(count, shown):
+    assert counted(count, "packet") == shown
+
+
+def test_the_lineage_of_one_packet_is_in_the_singular():
+    update = update_pb2.Update(cohort="care", kind=update_pb2.UPDATE_KIND_PRIOR)
+    update.prior_update.lineage.sites = 1
+    update.prior_update.lineage.packets = 1
+    update.prior_update.lineage.trimmed = 1
+    told = [str(part) for part in update_view(update)]
+    assert "1 site, 1 packet, confidence 0.00, 1 value trimmed" in told
 
 
 def test_json_is_protojson_with_whole_numbers():

@@ -6,13 +6,16 @@ import asyncio
 import json
 import re
 import signal
+import time
 from contextlib import AsyncExitStack
 
+import grpc
 import pytest
 from cli_process import fmi_process
+from cli_server import RefusedError
 
 from fmi.v1 import interchange_service_pb2, update_pb2
-from fmi_client import AsyncFMIClient, FMIEmitter
+from fmi_client import AsyncFMIClient, FMIEmitter, outages
 from fmi_client.commands.exits import ExitCode
 from fmi_server.testing import running_server
 
@@ -76,6 +79,31 @@ def test_that_nothing_matches_is_told_once(ask, script):
     result = ask("watch", "care", "retail/*", "--count", "1")
     assert result.exit_code == ExitCode.OK
     assert result.stderr.count("no update matches care retail/* yet") == 1
+
+
+def test_after_an_outage_all_is_up_to_date_over_a_connection_that_is_there_again(
+    ask, script, monkeypatch
+):
+    monkeypatch.setattr(outages, "SETTLED_S", 0.2)
+    starts = iter(range(2))
+
+    def breaks_once(request):
+        yield quiet(request)[0]
+        if next(starts) == 0:
+            raise RefusedError(grpc.StatusCode.UNAVAILABLE, "", "gone")
+        yield quiet(request)[1]
+        time.sleep(1)
+        yield quiet(request)[2]
+
+    script["Subscribe"] = breaks_once
+    result = ask("watch", "care", "--count", "1")
+    assert result.exit_code == ExitCode.OK
+    told = [re.sub(r"[0-9]+\.[0-9] s", "N s", line) for line in result.output.splitlines()]
+    up_to_date = "-- up to date (0 updates), live now --"
+    assert told[0] == up_to_date
+    assert told[2].startswith(f"-- connection to {script.target} lost (")
+    assert told[3:5] == ["-- connected again after N s --", up_to_date]
+    assert told[5].startswith("care  prior  revision 1")
 
 
 def test_behind_a_token_nothing_new_is_no_surprise(ask, script):

@@ -171,6 +171,19 @@ def test_rule(build, rule):
     assert rule in [v.rule_id for v in caught.value.violations]
 
 
+def test_what_cannot_be_translated_hides_no_broken_rule_of_the_rest():
+    with pytest.raises(ContractError) as caught:
+        FMIEmitter("two words", cohort="care").emit_msp(
+            controller={"tau": "much", "bad name": 1}, window_span=(3, "x")
+        )
+    assert {v.field for v in caught.value.violations} == {
+        'msp.controller["tau"]',
+        'msp.controller["bad name"]',
+        "msp.window_span",
+        "header.domain_id",
+    }
+
+
 def test_wrong_provenance_is_told_when_the_emitter_is_made():
     with pytest.raises(ContractError):
         FMIEmitter("s", provenance={"no_such_field": 1})

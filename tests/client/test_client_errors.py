@@ -14,13 +14,13 @@ import fmi_client
 from fmi.plain import PlainDataError, Problem
 from fmi.v1 import error_pb2
 from fmi_client import errors
-from fmi_client.errors import (
+from fmi_client._translation import (
     REASON_CLASSES,
-    FMIError,
     error_from_plain_data,
     error_from_refusal,
     error_from_rpc,
 )
+from fmi_client.errors import FMIError
 
 CLASSES = {
     name: kind

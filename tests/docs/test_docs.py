@@ -76,6 +76,11 @@ def test_the_links_lead_somewhere() -> None:
                 assert (path.parent / link).exists(), f"{path.name}: {link}"
 
 
+def test_the_readme_leads_to_every_page() -> None:
+    linked = set(re.findall(r"\]\(docs/([a-z-]+\.md)", README))
+    assert linked == {path.name for path in ROOT.glob("docs/*.md")}
+
+
 def test_every_reason_has_a_page_that_names_its_status() -> None:
     text = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     told = dict(re.findall(r"^## (\w+)\n\nStatus `(\w+)`", text, flags=re.MULTILINE))

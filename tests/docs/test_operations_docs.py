@@ -49,7 +49,7 @@ def test_the_commands_do_what_the_page_says(tmp_path: Path) -> None:
         done = run(command.split(), TARGET, folder=tmp_path)
         assert done.returncode == 0, done.stderr
         outputs.append(done.stdout)
-    assert "checked: every page and 1 packets are in order" in outputs[2]
+    assert "checked: all is in order, 1 packet and every page" in outputs[2]
     assert "set aside" in outputs[3]
     names = {path.name.partition("-2")[0] for path in (tmp_path / "fmi-data").iterdir()}
     assert {"fmi.sqlite3", "fmi.sqlite3.replaced"} <= names

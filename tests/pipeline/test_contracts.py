@@ -55,7 +55,11 @@ def test_a_good_packet_is_valid_in_every_form(registry):
 
 
 def test_what_is_missing_is_named(registry):
-    assert registry.validate({}) == (False, ["type"])
+    header = ["packet_id", "domain_id", "cohort", "rev", "emitted_at"]
+    of_all_types = ["type", *(f"header.{name}" for name in header)]
+    assert registry.validate({}) == (False, of_all_types)
+    assert registry.validate({"type": "xyz"}) == (False, of_all_types)
+    assert registry.validate({**GOOD, "type": ""}) == (False, ["type"])
     assert registry.validate({"type": "msp"}) == (
         False,
         [
@@ -100,6 +104,97 @@ def test_coerce_tells_everything_that_cannot_be_translated(registry):
         "header.domain_id",
     }
     assert caught.value.reason == Reason.CONTRACT_VIOLATION
+
+
+def told(registry, plain) -> dict[str, str]:
+    with pytest.raises(PacketRefusedError) as caught:
+        registry.coerce(plain)
+    found = [(v.field, v.rule_id.removeprefix("fmi.")) for v in caught.value.violations]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def test_what_cannot_be_translated_hides_no_broken_rule_of_the_rest(registry):
+    plain = {
+        "type": "msp",
+        "domain_id": "no spaces here",
+        "rev": "x",
+        "emitted_at": 1_750_000_000,
+        "metrics": {"a": "x", "b": math.nan},
+        "evidence": {"ghost": {"confidence": 0.5}},
+        "nonsense": 1,
+    }
+    assert told(registry, plain) == {
+        "nonsense": "plain.unknown_field",
+        "header.rev": "plain.integer",
+        'msp.metrics["a"]': "plain.number",
+        "header.packet_id": "required",
+        "header.domain_id": "string.pattern",
+        "header.cohort": "required",
+        'msp.metrics["b"]': "double.gte_lte",
+        'msp.evidence.signals["ghost"]': "msp.evidence_of_a_signal",
+    }
+    assert registry.validate(plain) == (False, ["header.packet_id", "header.cohort"])
+
+
+def test_a_revision_of_the_future_is_told_beside_what_cannot_be_translated(registry):
+    plain = {**GOOD, "rev": 9, "metrics": {"a": "x"}}
+    assert told(registry, plain) == {'msp.metrics["a"]': "plain.number", "header.rev": "header.rev"}
+
+
+HEADER = {name: GOOD[name] for name in ("packet_id", "domain_id", "cohort", "rev", "emitted_at")}
+
+
+@pytest.mark.parametrize(
+    ("given", "fields"),
+    [
+        ({"type": "msp", "header": 5, "msp": {"metrics": {"a": 1}}}, {"header"}),
+        ({"type": "msp", **HEADER, "msp": 5}, {"msp"}),
+        ({"type": "msp", **HEADER, "metrics": 5}, {"msp.metrics"}),
+        ({"type": "msp", **HEADER, "metrics": {"a": "x"}}, {'msp.metrics["a"]'}),
+        ({"type": "msp", **HEADER, "emitted_at": "x", "metrics": {"a": 1}}, {"header.emitted_at"}),
+        ({"type": "msp", **HEADER, "window_span": 5}, {"msp.window_span", "msp"}),
+        (
+            {"type": "msp", **HEADER, "metrics": 5, "evidence": {"a": {"confidence": 1}}},
+            {"msp.metrics"},
+        ),
+        (
+            {"type": "msp", **HEADER, "metrics": {"a": 1}, "evidence": {"samples": {"a": "x"}}},
+            {'msp.evidence.samples["a"]'},
+        ),
+        (
+            {"type": "pop", **HEADER, "bundle": 5, "before": 5, "after": {"a": 1}, "windows": "x"},
+            {"pop.bundle", "pop.before", "pop.windows"},
+        ),
+        ({"type": "pop", **HEADER}, None),
+        ({"type": "ccs", **HEADER, "concepts": 5}, {"ccs.concepts"}),
+        (
+            {
+                "type": "ccs",
+                **HEADER,
+                "causal_pairs": [(1, 2, "x"), (), ("a", "b", math.inf)],
+            },
+            {
+                "ccs.causal_pairs[0].source",
+                "ccs.causal_pairs[0].target",
+                "ccs.causal_pairs[0].weight",
+                "ccs.causal_pairs[1]",
+                "ccs.causal_pairs[2].weight",
+            },
+        ),
+        ({"type": "xyz", **HEADER, "metrics": {"a": 1}}, {"type"}),
+    ],
+)
+def test_what_only_follows_from_a_field_that_was_given_is_not_told(registry, given, fields):
+    if fields is None:
+        registry.coerce(given)  # what is left out is told by `validate`
+    else:
+        assert told(registry, given).keys() == fields
+
+
+@pytest.mark.parametrize("wrong", [5, None, "packet", []])
+def test_what_is_no_mapping_is_told_as_that(registry, wrong):
+    assert told(registry, wrong).keys() <= {"packet", "type"} | {f"header.{n}" for n in HEADER}
 
 
 # Rules

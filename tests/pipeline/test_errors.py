@@ -60,6 +60,7 @@ EXAMPLES = [
     errors.InvalidFilterError("resume_token", "is wrong"),
     errors.SupersededError("site"),
     errors.SpecInvalidError([Violation("a", "b", "c", Reason.SPEC_INVALID)]),
+    errors.DictionaryInvalidError([Violation("a", "b", "c", Reason.SPEC_INVALID)]),
     errors.SpecChangeUnsafeError([Violation("a", "b", "c", Reason.SPEC_CHANGE_UNSAFE)]),
     errors.SettingUnsupportedError("privacy.dp_epsilon", "is not there"),
     errors.ThingNotFoundError("site", "x"),

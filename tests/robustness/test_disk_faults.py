@@ -17,10 +17,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from server_harness import PRIOR, Client, eventually, msp, packet_keys, refusal_of, rows, spec
 from server_process import COMMAND, LOCAL, assert_refused, run, started
 
+from fmi.descriptors import INGEST
 from fmi.v1 import cohort_pb2, packet_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 
-INGEST = "fmi.v1.InterchangeService/Emit"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 

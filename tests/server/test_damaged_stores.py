@@ -15,8 +15,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from server_harness import PRIOR, Client, eventually, identity, msp, packet_keys, refusal_of, spec
 from server_process import LOCAL, assert_refused, run, started
 
+from fmi.descriptors import INGEST
 from fmi.v1 import cohort_pb2
-from fmi_server.app import INGEST
 from fmi_server.storage import restore_backup
 
 PAGE = 8192

@@ -311,6 +311,13 @@ async def test_dictionaries_are_kept_and_served(data_dir):
     assert len(packet_keys(data_dir)) == 5
 
 
+async def test_what_is_no_dictionary_is_called_one_that_is_refused(client):
+    request = admin_service_pb2.RegisterDictionaryRequest(data=b"no dictionary")
+    refusal = await refusal_of(client.admin.RegisterDictionary(request))
+    assert (refusal.code, refusal.reason) == (Code.INVALID_ARGUMENT, "SPEC_INVALID")
+    assert refusal.message.startswith("dictionary refused: data: is no trained zstd dictionary")
+
+
 # How it fails
 
 
