@@ -74,18 +74,19 @@ def _cross_field_rules(spec: cohort_pb2.CohortSpec) -> Iterator[_Broken]:
 
 
 def _transform_rules(where: str, signal: cohort_pb2.SignalSpec) -> Iterator[_Broken]:
+    bounded = signal.HasField("lower") and signal.HasField("upper")
     above_0 = signal.HasField("lower") and signal.lower > 0
-    below_1 = signal.HasField("upper") and signal.upper < 1
     if signal.transform == cohort_pb2.SIGNAL_TRANSFORM_LOG and not above_0:
         yield _broken(
             where, ("lower", "transform"), "log_bounds", "transform log needs a lower bound above 0"
         )
-    if signal.transform == cohort_pb2.SIGNAL_TRANSFORM_LOGIT and not (above_0 and below_1):
+    share = bounded and signal.lower >= 0 and signal.upper <= 1
+    if signal.transform == cohort_pb2.SIGNAL_TRANSFORM_LOGIT and not share:
         yield _broken(
             where,
             ("lower", "upper", "transform"),
             "logit_bounds",
-            "transform logit needs bounds inside 0 and 1",
+            "transform logit needs bounds within 0 and 1",
         )
 
 

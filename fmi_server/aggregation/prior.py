@@ -290,7 +290,9 @@ class CohortMatrix:
                         return False
                     continue
                 newer = seen is not None and at < seen[row] < math.inf
-                if not newer and (section, name) not in said_again and self._fits(row, value):
+                if newer or (section, name) in said_again:
+                    continue
+                if self._transforms.takes(row, value):
                     return False
         return True
 
@@ -301,11 +303,8 @@ class CohortMatrix:
             for section, values in sections.items()
             for name, value in values.items()
         )
-        return {(s, n) for s, n, row, value in rows if row is not None and self._fits(row, value)}
-
-    def _fits(self, row: int, value: float) -> bool:
-        """Return whether a value lies in the domain of its signal's transform."""
-        return not np.isnan(self._transforms.forward(np.array([row]), np.array([value]))).any()
+        takes = self._transforms.takes
+        return {(s, n) for s, n, row, value in rows if row is not None and takes(row, value)}
 
     def drop(self, site_id: str) -> bool:
         """Remove a site and all its values; return whether it was there."""

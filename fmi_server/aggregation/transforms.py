@@ -135,6 +135,10 @@ class TransformTable:
             clipped[logit] = _log_odds(share)
         return clipped
 
+    def takes(self, row: int, value: float) -> bool:
+        """Return whether a finite value lies in the domain of a signal's transform, once it is clipped."""
+        return bool(self._kind[row] != _LOG or value > 0.0 or self._lower[row] > 0.0)
+
     def to_unit(self, rows: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Move transformed values of bounded signals to -1..1: their bounds to the ends.
 

@@ -494,6 +494,21 @@ def test_a_warm_start_that_is_published_is_of_a_class_and_of_no_regime():
     assert (asked.source, asked.init["tau"].value) == ("profile_and_regime", 0.0)
 
 
+@pytest.mark.parametrize(
+    ("signals", "settles"), [(1, 0.01), (2, 0.5), (5, 0.8), (10, 0.9), (100, 0.97)]
+)
+def test_a_site_that_lies_in_one_of_many_signals_keeps_most_of_its_reputation(signals, settles):
+    state, chance = CohortState(rules()), random.Random(3)
+    for turn in range(40):
+        for number in range(20):
+            values = {f"x{i}": chance.gauss(1.0, 0.1) for i in range(signals)}
+            if number == 0:
+                values["x0"] = 50.0
+            state.count(msp(f"s{number}", controller=values, at=NOW + turn))
+        state.release(NOW + turn)
+    assert state.reputation("s0") == pytest.approx(settles, abs=0.12)
+
+
 def test_a_replay_is_no_news_and_moves_no_reputation():
     state = CohortState(rules())
     packets = taus(0.50, 0.51, 0.52, 0.53, 9.0)

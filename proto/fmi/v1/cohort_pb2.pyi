@@ -236,7 +236,7 @@ class SignalSpec(_message.Message):
     unit: _builtins.str
     """Optional. The unit, for people, for example `ms`."""
     transform: Global___SignalTransform.ValueType
-    """Optional. The scale of averaging. `log` needs `lower` above 0, `logit` needs bounds inside 0..1."""
+    """Optional. The scale of averaging. `log` needs `lower` above 0, `logit` needs bounds within 0..1."""
     direction: Global___SignalDirection.ValueType
     """Optional. Which way a metric should go. Unset means it is not scored."""
     scale: _builtins.float
