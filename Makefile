@@ -10,7 +10,7 @@ RELEASED_IMAGE := proto/released.binpb
 FMI_TORTURE_MINUTES ?= 60
 FMI_SOAK_MINUTES ?= 30
 
-.PHONY: help demo test test-lowest torture soak check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-peers bench-privacy bench-warm-start wheel clean
+.PHONY: help demo test test-lowest torture soak check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-peers bench-privacy bench-start bench-warm-start wheel clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -73,6 +73,9 @@ bench-confidence: $(VENV)/ready ## Simulate what a stated confidence holds, and 
 
 bench-privacy: $(VENV)/ready ## Attack the private mechanism, and three broken ones
 	$(BIN)/python -m benchmarks.privacy
+
+bench-start: $(VENV)/ready ## Measure how long a server with many packets takes to be ready
+	$(BIN)/python benchmarks/start.py
 
 bench-warm-start: .venv-bench/ready ## Measure what a warm start is worth on real tables, with lying sites
 	.venv-bench/bin/python -m benchmarks.warm_start
