@@ -43,10 +43,12 @@ from fmi_server.storage.records import (
     AppendStatus,
     CohortRecord,
     DictionaryRecord,
+    LedgerTotal,
     PacketKey,
     PacketKind,
     PacketRecord,
     SiteRecord,
+    SpendRecord,
     StoredPacket,
     StoreStats,
     UnavailableReason,
@@ -195,6 +197,22 @@ class RevisionConflictError(StoreError):
         super().__init__(
             f"cohort {cohort!r} kind {kind}: revision {revision} at sequence {sequence} refused, "
             f"expected revision {expected_revision} at sequence {expected_sequence}"
+        )
+
+
+class LedgerConflictError(StoreError):
+    """An entry of the privacy ledger does not follow the last one; nothing was written."""
+
+    def __init__(self, spend: SpendRecord, *, last_number: int, last_period: int | None) -> None:
+        self.spend = spend
+        self.last_number = last_number
+        self.last_period = last_period
+        last = (
+            "there is none yet" if last_period is None else f"the last is of period {last_period}"
+        )
+        super().__init__(
+            f"cohort {spend.cohort!r}: ledger entry {spend.number} of period {spend.period} refused, "
+            f"expected entry {last_number + 1}; {last}"
         )
 
 
@@ -434,6 +452,30 @@ class Store(ABC):
         Raises:
             ValueError: `keep` is below 1; the newest update is never dropped.
         """
+
+    # Privacy
+
+    @abstractmethod
+    async def spend(self, spend: SpendRecord) -> None:
+        """Add an entry to the privacy ledger, DURABLE. Nothing ever changes or removes one.
+
+        The fence: the number must be the last one of the cohort plus one (1 for the first) and the period
+        above the last one, so that of two who would spend for one period one is refused.
+
+        Raises:
+            LedgerConflictError: The fence does not hold; nothing was written.
+            ValueError: The cost is not positive and finite.
+        """
+
+    @abstractmethod
+    async def spends(
+        self, cohort: str, *, after_number: int = 0, limit: int = 1000
+    ) -> list[SpendRecord]:
+        """Return up to `limit` entries of a cohort's ledger above a number, in their order."""
+
+    @abstractmethod
+    async def ledger_totals(self) -> dict[str, LedgerTotal]:
+        """Return what each cohort with a ledger spent."""
 
     # Cohorts, sites, dictionaries
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fmi_server.storage.base import (
     DictionaryConflictError,
+    LedgerConflictError,
     RevisionConflictError,
     Store,
     StoreUnavailableError,
@@ -21,12 +22,15 @@ from fmi_server.storage.records import (
     AppendOutcome,
     CohortRecord,
     DictionaryRecord,
+    LedgerTotal,
     PacketKey,
     PacketRecord,
     SiteRecord,
+    SpendRecord,
     StoredPacket,
     StoreStats,
     UpdateRecord,
+    check_spend,
     record_problem,
 )
 
@@ -52,6 +56,7 @@ class _Data:
     cohorts: dict[str, CohortRecord]
     sites: dict[tuple[str, str], SiteRecord]
     dictionaries: dict[int, DictionaryRecord]
+    ledger: dict[str, list[SpendRecord]]
 
 
 class MemoryStore(Store):
@@ -68,7 +73,7 @@ class MemoryStore(Store):
     async def open(self) -> None:
         """Begin empty, and say that nothing will last."""
         if self._kept is None:
-            self._kept = _Data({}, {}, 0, set(), {}, {}, 0, {}, {}, {})
+            self._kept = _Data({}, {}, 0, set(), {}, {}, 0, {}, {}, {}, {})
             self._epoch = secrets.token_hex(16)
             self._stats = StoreStats()
             _LOG.warning("the store is in memory: nothing is durable, all is lost at the end")
@@ -377,6 +382,35 @@ class MemoryStore(Store):
         return dropped
 
     # Cohorts, sites, dictionaries
+
+    async def spend(self, spend: SpendRecord) -> None:
+        """Add an entry to the privacy ledger, behind the fence."""
+        check_spend(spend)
+        held = self._data.ledger.setdefault(spend.cohort, [])
+        number, period = (held[-1].number, held[-1].period) if held else (0, None)
+        if spend.number != number + 1 or (period is not None and spend.period <= period):
+            raise LedgerConflictError(spend, last_number=number, last_period=period)
+        held.append(spend)
+
+    async def spends(
+        self, cohort: str, *, after_number: int = 0, limit: int = 1000
+    ) -> list[SpendRecord]:
+        """Return entries of a cohort's ledger above a number."""
+        return self._data.ledger.get(cohort, [])[after_number : after_number + limit]
+
+    async def ledger_totals(self) -> dict[str, LedgerTotal]:
+        """Return what each cohort with a ledger spent."""
+        return {
+            cohort: LedgerTotal(
+                len(held),
+                math.fsum(spend.rho for spend in held),
+                held[-1].number,
+                held[-1].period,
+                held[-1].history_epoch,
+            )
+            for cohort, held in self._data.ledger.items()
+            if held
+        }
 
     async def put_cohort(self, name: str, spec: bytes, revision: int) -> None:
         """Keep a cohort spec in place of the one before."""

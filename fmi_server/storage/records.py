@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,14 +15,17 @@ __all__ = [
     "AppendStatus",
     "CohortRecord",
     "DictionaryRecord",
+    "LedgerTotal",
     "PacketKey",
     "PacketKind",
     "PacketRecord",
     "SiteRecord",
+    "SpendRecord",
     "StoreStats",
     "StoredPacket",
     "UnavailableReason",
     "UpdateRecord",
+    "check_spend",
     "content_hash",
     "record_problem",
 ]
@@ -148,6 +152,46 @@ class CohortRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class SpendRecord:
+    """One entry of the privacy ledger: what a release of a cohort costs, whether it came to be or not.
+
+    Attributes:
+        cohort: Whose budget.
+        number: 1, 2, 3 ... in each cohort, without gaps.
+        period: Which period of the cohort's schedule the release is for; rises with the number.
+        spent_at_us: Unix microseconds.
+        rho: The cost in zero-concentrated differential privacy, positive.
+        history_epoch: The store's when it was spent; another one than now means that a backup was restored.
+    """
+
+    cohort: str
+    number: int
+    period: int
+    spent_at_us: int
+    rho: float
+    history_epoch: str
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerTotal:
+    """What a cohort spent.
+
+    Attributes:
+        entries: How many entries its ledger has.
+        rho: The sum of what they cost.
+        last_number: Of the last one.
+        last_period: The same.
+        last_history_epoch: The same.
+    """
+
+    entries: int
+    rho: float
+    last_number: int
+    last_period: int
+    last_history_epoch: str
+
+
+@dataclass(frozen=True, slots=True)
 class SiteRecord:
     """What the store counted about one site in one cohort.
 
@@ -243,6 +287,12 @@ def _time_problem(field: str, value: object) -> str:
 
 def _is_bytes(value: object, least: int, most: int) -> bool:
     return isinstance(value, bytes) and least <= len(value) <= most
+
+
+def check_spend(spend: SpendRecord) -> None:
+    """Raise ValueError where an entry of the privacy ledger costs nothing, or no number."""
+    if not 0.0 < spend.rho < math.inf:
+        raise ValueError(f"the cost of a release must be positive and finite, not {spend.rho}")
 
 
 def content_hash(payload: bytes) -> bytes:

@@ -31,12 +31,15 @@ from fmi_server.storage.records import (
     AppendOutcome,
     CohortRecord,
     DictionaryRecord,
+    LedgerTotal,
     PacketKey,
     PacketRecord,
     SiteRecord,
+    SpendRecord,
     StoredPacket,
     StoreStats,
     UpdateRecord,
+    check_spend,
 )
 from fmi_server.storage.sqlite_append import (
     PACKET_COLUMNS,
@@ -47,6 +50,7 @@ from fmi_server.storage.sqlite_append import (
     stored_packet,
 )
 from fmi_server.storage.sqlite_backup import copy_database
+from fmi_server.storage.sqlite_ledger import append_spend, ledger_totals, spends
 from fmi_server.storage.sqlite_live import (
     LIVE,
     count_packets,
@@ -414,6 +418,23 @@ class SqliteStore(Store):
             trimmed += part
             if part < _PART_ROWS:
                 return trimmed
+
+    # Privacy
+
+    async def spend(self, spend: SpendRecord) -> None:
+        """Add an entry to the privacy ledger, DURABLE, behind the fence."""
+        check_spend(spend)
+        await self._open_writer().run(partial(append_spend, spend=spend))
+
+    async def spends(
+        self, cohort: str, *, after_number: int = 0, limit: int = 1000
+    ) -> list[SpendRecord]:
+        """Return entries of a cohort's ledger above a number."""
+        return await self._read(partial(spends, cohort=cohort, after=after_number, limit=limit))
+
+    async def ledger_totals(self) -> dict[str, LedgerTotal]:
+        """Return what each cohort with a ledger spent."""
+        return await self._read(ledger_totals)
 
     # Cohorts, sites, dictionaries
 

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import sqlite3
 from typing import TYPE_CHECKING
@@ -135,10 +136,30 @@ _VERSION_2 = (
     ) STRICT, WITHOUT ROWID""",
 )
 
-_MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2)
+# Who spends privacy cannot take it back, so that nobody, not this code either, may change an entry.
+_VERSION_3 = (
+    """CREATE TABLE privacy_ledger (
+        cohort TEXT NOT NULL,
+        number INTEGER NOT NULL CHECK (number > 0),
+        period INTEGER NOT NULL,
+        spent_at_us INTEGER NOT NULL,
+        rho REAL NOT NULL CHECK (rho > 0),
+        history_epoch TEXT NOT NULL,
+        PRIMARY KEY (cohort, number)
+    ) STRICT, WITHOUT ROWID""",
+    """CREATE TRIGGER privacy_ledger_unchanged BEFORE UPDATE ON privacy_ledger
+        BEGIN SELECT raise(ABORT, 'the privacy ledger is append-only'); END""",
+    """CREATE TRIGGER privacy_ledger_kept BEFORE DELETE ON privacy_ledger
+        BEGIN SELECT raise(ABORT, 'the privacy ledger is append-only'); END""",
+)
+
+_MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2, _VERSION_3)
 """Statements that lead from version i to i + 1. Released entries never change."""
 
 SCHEMA_VERSION = len(_MIGRATIONS)
+
+_CREATES = re.compile(r"CREATE (UNIQUE )?[A-Z]+ (?P<name>\w+)")
+_DROPS = re.compile(r"DROP [A-Z]+ (?P<name>\w+)")
 
 
 class DatabaseLock:
@@ -427,10 +448,9 @@ def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
     present = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema")}
     expected: set[str] = set()
     for statement in (statement for migration in _MIGRATIONS for statement in migration):
-        name = statement.split(" ON ")[0].split(" (")[0].split()[-1]
-        if statement.startswith("CREATE"):
-            expected.add(name)
-        elif statement.startswith("DROP"):
-            expected.discard(name)
+        if made := _CREATES.match(statement):
+            expected.add(made["name"])
+        elif gone := _DROPS.match(statement):
+            expected.discard(gone["name"])
     if missing := sorted(expected - present):
         raise StoreCorruptError(path=str(path), detail="missing in it: " + ", ".join(missing))

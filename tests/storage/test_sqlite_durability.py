@@ -21,6 +21,7 @@ import pytest
 
 from fmi_server.storage.base import (
     PacketRecord,
+    SpendRecord,
     StoreBusyError,
     StoreCorruptError,
     StoredPacket,
@@ -405,3 +406,20 @@ async def test_restore_refuses_what_is_not_a_backup(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailableError):
         restore_backup(tmp_path / "missing", tmp_path / "fmi.db")
     assert names_in(tmp_path) == {"text"}
+
+
+async def test_nobody_changes_an_entry_of_the_privacy_ledger(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    entry = SpendRecord("care", 1, 7, 1_000, 0.5, "epoch")
+    async with SqliteStore(path) as store:
+        await store.spend(entry)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        for change in (
+            "UPDATE privacy_ledger SET rho = 0.1",
+            "DELETE FROM privacy_ledger",
+            "DELETE FROM privacy_ledger WHERE number = 1",
+        ):
+            with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+                connection.execute(change)
+    async with SqliteStore(path) as store:
+        assert await store.spends("care") == [entry]

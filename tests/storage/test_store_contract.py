@@ -17,9 +17,12 @@ from fmi_server.storage import MemoryStore, SqliteStore, Store
 from fmi_server.storage.base import (
     DictionaryConflictError,
     DictionaryRecord,
+    LedgerConflictError,
+    LedgerTotal,
     PacketKey,
     PacketRecord,
     RevisionConflictError,
+    SpendRecord,
     StoredPacket,
     StoreError,
     StoreUnavailableError,
@@ -685,3 +688,59 @@ async def test_memory_says_that_nothing_is_durable(caplog: pytest.LogCaptureFixt
         pass
     (message,) = caplog.messages
     assert "nothing is durable" in message
+
+
+# Privacy ledger
+
+
+def spend(
+    number: int, *, cohort: str = "health", period: int | None = None, rho: float = 0.25
+) -> SpendRecord:
+    at = 10 * number if period is None else period
+    return SpendRecord(cohort, number, at, 1_000 * number, rho, "epoch")
+
+
+async def test_what_is_spent_is_read_back_and_added_up(store: Store) -> None:
+    assert await store.ledger_totals() == {}
+    assert await store.spends("health") == []
+    entries = [spend(n, rho=0.1 * n) for n in range(1, 6)]
+    for entry in entries:
+        await store.spend(entry)
+    await store.spend(spend(1, cohort="bank", period=-3))
+    assert await store.spends("health") == entries
+    assert await store.spends("health", after_number=2, limit=2) == entries[2:4]
+    assert await store.spends("health", after_number=5) == []
+    totals = await store.ledger_totals()
+    assert totals["health"] == LedgerTotal(5, pytest.approx(1.5), 5, 50, "epoch")
+    assert totals["bank"] == LedgerTotal(1, 0.25, 1, -3, "epoch")
+
+
+@pytest.mark.parametrize(
+    "wrong", [spend(1), spend(2), spend(4), spend(3, period=20), spend(3, period=1)]
+)
+async def test_the_fence_of_the_ledger_lets_nothing_by(store: Store, wrong: SpendRecord) -> None:
+    held = [spend(1), spend(2)]
+    for entry in held:
+        await store.spend(entry)
+    with pytest.raises(LedgerConflictError, match="expected entry 3; the last is of period 20"):
+        await store.spend(wrong)
+    assert await store.spends("health") == held
+    with pytest.raises(LedgerConflictError, match="expected entry 1; there is none yet"):
+        await store.spend(spend(2, cohort="new"))
+    assert set(await store.ledger_totals()) == {"health"}
+
+
+async def test_of_two_who_spend_for_one_period_one_is_refused(store: Store) -> None:
+    found = await asyncio.gather(
+        *(store.spend(spend(1, period=7)) for _ in range(8)), return_exceptions=True
+    )
+    assert [error for error in found if error is None] == [None]
+    assert all(isinstance(error, LedgerConflictError | None) for error in found)
+    assert len(await store.spends("health")) == 1
+
+
+@pytest.mark.parametrize("rho", [0.0, -1.0, float("nan"), float("inf")])
+async def test_a_release_costs_something(store: Store, rho: float) -> None:
+    with pytest.raises(ValueError, match="cost"):
+        await store.spend(spend(1, rho=rho))
+    assert await store.ledger_totals() == {}
