@@ -25,6 +25,7 @@ Errors::
     ├── StoreCorruptError         the file is not a database of ours, or is damaged
     ├── StoreVersionError         the database was written by a newer version
     ├── RevisionConflictError     the fence: not the direct successor of the last update
+    ├── LedgerConflictError       the same of the privacy ledger
     ├── DictionaryConflictError   a dictionary id cannot change its meaning
     └── UnknownPacketError        no such packet
 """
@@ -70,6 +71,7 @@ __all__ = [
     "CohortRecord",
     "DictionaryConflictError",
     "DictionaryRecord",
+    "LedgerConflictError",
     "PacketKey",
     "PacketKind",
     "PacketRecord",

@@ -19,6 +19,7 @@ from fmi_server.cohorts import CohortRegistry
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.errors import FMIError, PacketRefusedError, Reason, Violation, reason_name
 from fmi_server.storage import base
+from fmi_server.storage.records import SpendRecord
 from fmi_server.transport.status import STATUS_CODES, refusal_message, status_message
 from fmi_server.validator import FMIValidator
 
@@ -73,6 +74,9 @@ EXAMPLES = [
     base.StoreVersionError(path=PATH, found=9, supported=1),
     base.RevisionConflictError(
         cohort="care", kind=1, revision=1, expected_revision=2, sequence=1, expected_sequence=2
+    ),
+    base.LedgerConflictError(
+        SpendRecord("care", 1, 7, 1_000, 0.5, "epoch"), last_number=1, last_period=7
     ),
     base.DictionaryConflictError(dictionary_id=3),
     base.UnknownPacketError(packet=3),
