@@ -10,7 +10,30 @@ __all__ = ["connection_cause", "last_cause"]
 _NO_CONNECTION: Final = "failed to connect"
 # The versions of gRPC that may be installed say it differently.
 _HANDSHAKES: Final = ("Tls handshake failed", "Ssl handshake failed")
-_OTHER_NAMES: Final = ("Hostname Verification Check failed", "is not in peer certificate")
+_WORDS: Final = (
+    (
+        ("Hostname Verification Check failed", "is not in peer certificate"),
+        "the TLS handshake failed: the server's certificate is for another name",
+    ),
+    (
+        ("Handshake read failed", "Handshake write failed"),
+        "the TLS handshake failed: the server broke it off; it may not speak TLS",
+    ),
+    # So a server of gRPC ends a client without TLS, and one without the certificate that it wants.
+    (
+        ("Socket closed",),
+        "the server closed the connection before it said anything; it may want TLS, or a certificate of the "
+        "client",
+    ),
+    (
+        ("before receiving SETTINGS",),
+        "what answers there takes connections and says nothing; it may want TLS, or be stuck",
+    ),
+    (
+        ("Failed parsing HTTP/2",),
+        "what answers there does not speak gRPC; it may want TLS, or be another server",
+    ),
+)
 _OPENSSL: Final = re.compile(r"OPENSSL_internal:(?P<name>[A-Z0-9_]+)(?:: (?P<detail>[^:]+))?")
 
 
@@ -23,17 +46,7 @@ def connection_cause(text: str) -> str:
         return text
     if any(mark in text for mark in _HANDSHAKES):
         return _handshake_cause(text)
-    if any(mark in text for mark in _OTHER_NAMES):
-        return "the TLS handshake failed: the server's certificate is for another name"
-    if text.endswith("Socket closed"):
-        # So a server of gRPC ends a client without TLS, and one without the certificate that it wants.
-        return (
-            "the server closed the connection before it said anything; it may want TLS, or a certificate "
-            "of the client"
-        )
-    if "Failed parsing HTTP/2" in text:
-        return "what answers there does not speak gRPC; it may want TLS, or be another server"
-    return text
+    return next((words for marks, words in _WORDS if any(mark in text for mark in marks)), text)
 
 
 def _handshake_cause(text: str) -> str:

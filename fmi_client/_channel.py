@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -69,6 +70,12 @@ class TLSConfig:
     server_name: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("root_certificates", "certificate", "private_key"):
+            path = getattr(self, name)
+            if not isinstance(path, str | Path | None):
+                raise ConfigurationError(
+                    f"TLSConfig: {name} must be the path of a PEM file, not {type(path).__name__}"
+                )
         if (self.certificate is None) != (self.private_key is None):
             raise ConfigurationError(
                 "TLSConfig: certificate and private_key belong together; give both or neither"
@@ -79,10 +86,11 @@ def open_channel(target: str, *, tls: TLSConfig | None) -> grpc.aio.Channel:
     """Open a channel in the running event loop. Nothing is connected yet.
 
     Raises:
-        ConfigurationError: A certificate or key file cannot be read.
+        ConfigurationError: A certificate or key file cannot be read, or is none.
     """
     if tls is None:
         return grpc.aio.insecure_channel(target, options=_OPTIONS)
+    _check_files(tls)
     credentials = grpc.ssl_channel_credentials(
         root_certificates=_read(tls.root_certificates),
         private_key=_read(tls.private_key),
@@ -90,6 +98,34 @@ def open_channel(target: str, *, tls: TLSConfig | None) -> grpc.aio.Channel:
     )
     named = (("grpc.ssl_target_name_override", tls.server_name),) if tls.server_name else ()
     return grpc.aio.secure_channel(target, credentials, options=(*_OPTIONS, *named))
+
+
+def _check_files(tls: TLSConfig) -> None:
+    """Refuse files that gRPC cannot use: it would say so in its own log only, at the first call."""
+    for path in (tls.root_certificates, tls.certificate, tls.private_key):
+        _read(path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.set_ciphers("ALL:@SECLEVEL=0")  # which keys are strong enough is gRPC's to say
+    try:
+        if tls.root_certificates is not None:
+            context.load_verify_locations(tls.root_certificates)
+    except ssl.SSLError as error:
+        raise ConfigurationError(
+            f"TLSConfig: {tls.root_certificates} holds no certificate that can be read: {_reason(error)}"
+        ) from error
+    try:
+        if tls.certificate is not None:
+            # A key with a passphrase is refused rather than asked for: gRPC cannot use it.
+            context.load_cert_chain(tls.certificate, tls.private_key, password="")
+    except ssl.SSLError as error:
+        raise ConfigurationError(
+            f"TLSConfig: {tls.certificate} and {tls.private_key} are no certificate with its key: "
+            f"{_reason(error)}"
+        ) from error
+
+
+def _reason(error: ssl.SSLError) -> str:
+    return (error.reason or str(error)).lower().replace("_", " ")
 
 
 def call_metadata(

@@ -44,6 +44,8 @@ from fmi_demo.scenario import (
 )
 from fmi_demo.server import DemoServer
 from fmi_demo.view import View
+from fmi_server.app import STORE_FILE
+from fmi_server.storage.sqlite_schema import DatabaseLock
 
 __all__ = ["run_demo"]
 
@@ -243,18 +245,31 @@ def _prepare(output: Path) -> None:
     """Empty the folder of an earlier demo, and put the cohort files into it.
 
     Raises:
-        DemoArgumentError: There is something else in the folder.
+        DemoArgumentError: There is something else in the folder, a server uses it, or it cannot be written.
     """
+    try:
+        _empty(output)
+        (output / "cohorts").mkdir(parents=True)
+        (output / _MARK).touch()
+        for file in resources.files("fmi_demo").joinpath("cohorts").iterdir():
+            (output / "cohorts" / file.name).write_bytes(file.read_bytes())
+    except OSError as error:
+        raise DemoArgumentError(f"{output} cannot be written to: {error.strerror}") from error
+
+
+def _empty(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise DemoArgumentError(f"{output} is not a folder")
     if output.is_dir() and any(output.iterdir()) and not (output / _MARK).exists():
         raise DemoArgumentError(f"{output} is not empty and not of a demo: name another folder")
+    holder = DatabaseLock(output / "data" / STORE_FILE).holder()
+    if holder is not None:
+        raise DemoArgumentError(
+            f"the server of process {holder} uses the store in {output}: stop it, or name another folder"
+        )
     for folder in ("data", "cohorts"):
-        shutil.rmtree(output / folder, ignore_errors=True)
-    (output / "cohorts").mkdir(parents=True)
-    (output / _MARK).touch()
-    for file in resources.files("fmi_demo").joinpath("cohorts").iterdir():
-        (output / "cohorts" / file.name).write_bytes(file.read_bytes())
+        if (output / folder).exists():
+            shutil.rmtree(output / folder)
 
 
 def _commands(output: Path, target: str | None) -> tuple[str, ...]:

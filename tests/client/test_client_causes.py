@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import struct
 import subprocess
 import sys
 
@@ -79,7 +81,25 @@ async def test_tls_to_a_server_in_plain_text(target_of, trusting):
 
 async def test_plain_text_to_a_server_with_tls(target_of):
     told = await message(await target_of(signed_for("127.0.0.1")), None)
-    assert "it may want TLS" in told
+    assert told.startswith(
+        "the server closed the connection before it said anything; it may want TLS"
+    )
+
+
+@pytest.mark.parametrize("how", ["closes", "resets"])
+async def test_tls_to_what_breaks_the_handshake_off(trusting, how):
+    async def rude(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        if how == "resets":
+            # Closed with something unread and nothing to linger for.
+            linger = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        writer.close()
+
+    async with await asyncio.start_server(rude, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        told = await message(f"127.0.0.1:{port}", trusting())
+    assert told == "the TLS handshake failed: the server broke it off; it may not speak TLS"
 
 
 async def test_a_server_that_wants_a_certificate(target_of, trusting):
@@ -120,6 +140,21 @@ ADDRESSES = "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0
         (
             f"{ADDRESSES}Peer name 127.0.0.1 is not in peer certificate",
             "the TLS handshake failed: the server's certificate is for another name",
+        ),
+        *(
+            (
+                f"{ADDRESSES}Handshake read failed ({how})",
+                "the TLS handshake failed: the server broke it off; it may not speak TLS",
+            )
+            for how in (
+                "Socket closed",
+                "recvmsg:Connection reset by peer (104)",
+                "Endpoint closing",
+            )
+        ),
+        (
+            f"{ADDRESSES}connection attempt timed out before receiving SETTINGS frame",
+            "what answers there takes connections and says nothing; it may want TLS, or be stuck",
         ),
         ("the server ended the stream", "the server ended the stream"),
         ("it says: OK", "it says: OK"),

@@ -64,6 +64,36 @@ async def test_missing_file_is_named(tmp_path):
             await client.contract()
 
 
+@pytest.mark.parametrize("kind", ["no certificate", "no key", "another key"])
+async def test_files_that_cannot_be_used_are_named_before_grpc_logs_of_them(tmp_path, kind, capfd):
+    authority = trustme.CA()
+    issued, other = authority.issue_cert("site"), authority.issue_cert("other")
+    for name, pem in (("ca", authority.cert_pem), ("cert", issued.cert_chain_pems[0])):
+        pem.write_to_path(tmp_path / f"{name}.pem")
+    issued.private_key_pem.write_to_path(tmp_path / "key.pem")
+    other.private_key_pem.write_to_path(tmp_path / "other.pem")
+    ca, cert, key = tmp_path / "ca.pem", tmp_path / "cert.pem", tmp_path / "key.pem"
+    tls, told = {
+        "no certificate": (TLSConfig(root_certificates=key), r"key\.pem holds no certificate"),
+        "no key": (
+            TLSConfig(ca, cert, ca),
+            r"cert\.pem and .*ca\.pem are no certificate with its key",
+        ),
+        "another key": (TLSConfig(ca, cert, tmp_path / "other.pem"), "key values mismatch"),
+    }[kind]
+    async with AsyncFMIClient("localhost:1", tls=tls) as client:
+        with pytest.raises(ConfigurationError, match=told):
+            await client.contract()
+    assert capfd.readouterr().err == ""
+
+
+def test_what_is_no_path_is_told_at_once():
+    with pytest.raises(
+        ConfigurationError, match="root_certificates must be the path of a PEM file"
+    ):
+        TLSConfig(root_certificates=b"-----BEGIN CERTIFICATE-----")
+
+
 def test_timeout_must_be_positive():
     with pytest.raises(ConfigurationError):
         AsyncFMIClient("localhost:1", timeout_s=0)

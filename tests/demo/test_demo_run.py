@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -18,6 +19,8 @@ import fmi_demo
 from fmi_client.commands.demo import command as demo_command
 from fmi_demo.__main__ import main
 from fmi_demo.scenario import ARMS, BOX, COHORTS, LIARS, MAX_SITES, MIN_SITES
+from fmi_server.app import STORE_FILE
+from fmi_server.storage.sqlite_schema import DatabaseLock
 
 SITES = 7
 
@@ -165,6 +168,30 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
         assert told.exit_code == 2
         assert "is not empty and not of a demo" in told.output
     assert (tmp_path / "data").is_dir()
+
+
+def test_a_store_that_a_server_uses_is_left_alone(tmp_path):
+    (tmp_path / ".fmi-demo").touch()
+    (tmp_path / "data").mkdir()
+    database = tmp_path / "data" / STORE_FILE
+    lock = DatabaseLock(database)
+    lock.acquire()
+    try:
+        for command in (main, demo_command):
+            told = CliRunner().invoke(command, ["--output", str(tmp_path)])
+            assert told.exit_code == 2
+            assert f"the server of process {os.getpid()} uses the store" in told.output
+    finally:
+        lock.release()
+    assert database.with_name(database.name + ".lock").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_wrong_usage(tmp_path):
+    (tmp_path / "file").touch()
+    for command in (main, demo_command):
+        told = CliRunner().invoke(command, ["--output", str(tmp_path / "file" / "x")])
+        assert told.exit_code == 2
+        assert "cannot be written to" in told.output
 
 
 def test_a_missing_library_is_told_with_what_to_install(tmp_path, monkeypatch):
