@@ -22,8 +22,10 @@ _WORDS: Final = (
     # So a server of gRPC ends a client without TLS, and one without the certificate that it wants.
     (
         ("Socket closed",),
-        "the server closed the connection before it said anything; it may want TLS, or a certificate of the "
-        "client",
+        (
+            "the server closed the connection before it said anything; it may want TLS, or a certificate "
+            "of the client"
+        ),
     ),
     (
         ("before receiving SETTINGS",),

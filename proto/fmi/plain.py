@@ -161,7 +161,9 @@ _EVIDENCE_FIELDS: Final = ("confidence", "samples", "stderr")
 class _PacketReader(ValueReader):
     """Reads packets in any of the three forms."""
 
-    def packet(self, data: Mapping[str, Any]) -> packet_pb2.Packet:
+    def packet(self, data: object) -> packet_pb2.Packet:
+        if data is None:
+            self.problem("packet", "mapping", "must be a mapping, not NoneType")
         named = self._named(self.mapping(data, "packet"))
         kind = self._kind(named)
         header = self.mapping(named.pop("header", {}), "header")
@@ -395,14 +397,15 @@ class _PacketReader(ValueReader):
 
     def _kind(self, named: dict[str, Any]) -> PacketType | None:
         given = [named.pop(key) for key in _TYPE_KEYS if key in named]
-        told = {item.lower() if isinstance(item, str) else shown(item) for item in given}
-        told |= {kind.value for kind in PacketType if kind.value in named}
-        if not told:
-            told = {kind.value for kind in PacketType if _BODY_FIELDS[kind] & named.keys()}
         known = {kind.value for kind in PacketType}
-        if len(told) == 1 and told <= known:
+        unknown = [i for i in given if not (isinstance(i, str) and i.lower() in known)]
+        told = {item.lower() for item in given if isinstance(item, str) and item.lower() in known}
+        told |= known & named.keys()
+        if not told and not unknown:
+            told = {kind.value for kind in PacketType if _BODY_FIELDS[kind] & named.keys()}
+        if len(told) == 1 and not unknown:
             return PacketType(told.pop())
-        if unknown := sorted(told - known):
+        if unknown:
             text = f"unknown packet type {shown(unknown[0])}; the types are msp, pop, ccs"
         elif told:
             text = f"says more than one packet type: {', '.join(sorted(told))}"

@@ -98,8 +98,12 @@ class ValueReader:
         stack = [("", self.mapping(values, path), 0)]
         while stack:
             prefix, mapping, depth = stack.pop()
-            for key, value in mapping.items():
-                name = f"{prefix}{self.text(str(key), path)}"
+            entries: Iterable[tuple[object, object]] = mapping.items()
+            for key, value in entries:
+                if not isinstance(key, str):
+                    self.problem(path, "name", f"a name must be text, not {shown(key)}")
+                    continue
+                name = f"{prefix}{self.text(key, path)}"
                 if not isinstance(value, Mapping) or is_leaf(value):
                     yield name, value
                 elif depth + 1 >= MAX_NESTING:
@@ -183,17 +187,32 @@ class ValueReader:
         )
 
     def message(self, value: object, target: Message, path: str) -> None:
-        """Read a small message that has no plain form of its own as ProtoJSON."""
+        """Read a small message that has no plain form of its own as ProtoJSON, field by field."""
         if isinstance(value, Message):
             if value.DESCRIPTOR is target.DESCRIPTOR:
                 target.CopyFrom(value)
             else:
                 self.problem(path, "message", f"must be a {target.DESCRIPTOR.name}")
             return
-        try:
-            json_format.ParseDict(dict(self.mapping(value, path)), target, max_recursion_depth=8)
-        except Exception as error:  # protobuf has many ways, SystemError among them, to say no
-            self.problem(path, "message", (str(error).splitlines() or ["is wrong"])[0][:200])
+        fields = target.DESCRIPTOR.fields_by_name
+        camel = target.DESCRIPTOR.fields_by_camelcase_name
+        for key, item in self.mapping(value, path).items():
+            field = fields.get(str(key)) or camel.get(str(key))
+            if field is None:
+                self.problem(
+                    f"{path}.{key}",
+                    "unknown_field",
+                    f"is not a field of a {target.DESCRIPTOR.name}",
+                )
+                continue
+            read = type(target)()
+            try:
+                json_format.ParseDict({key: item}, read, max_recursion_depth=8)
+            except Exception as error:  # protobuf has many ways, SystemError among them, to say no
+                said = (str(error).splitlines() or ["is wrong"])[0][:200]
+                self.problem(f"{path}.{field.name}", "message", said)
+            else:
+                target.MergeFrom(read)
 
 
 def shown(value: object) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import chain
 from typing import Final, Protocol, TypeVar
 
@@ -65,6 +66,19 @@ _LOOKS_AT: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """What rules look at that tell of another field. Names are enough for them."""
 
+_TOO_MUCH: Final = ("max_pairs", "max_items")
+"""Rules that nothing breaks by being lost."""
+
+_PLACES: Final = re.compile(r"\[.*?\]")
+_THE_NAME: Final = "the name "
+_FIELDS: Final = sorted(
+    {
+        field.name
+        for message in packet_pb2.DESCRIPTOR.message_types_by_name.values()
+        for field in message.fields
+    }
+)
+
 
 class _Broken(Protocol):
     """A rule that is broken somewhere."""
@@ -73,6 +87,8 @@ class _Broken(Protocol):
     def field(self) -> str: ...
     @property
     def rule_id(self) -> str: ...
+    @property
+    def description(self) -> str: ...
 
 
 _B = TypeVar("_B", bound=_Broken)
@@ -85,30 +101,49 @@ def without_follow_ups(broken: Iterable[_B], untranslated: Sequence[Problem]) ->
         broken: The rules that a packet breaks.
         untranslated: What could not be translated to it.
     """
-    lost = _Lost(problem.field for problem in untranslated)
+    lost = _Lost(untranslated)
     # Where a number is none its name is there all the same.
-    lost_names = _Lost(p.field for p in untranslated if p.rule_id != "fmi.plain.number")
-    return [
-        rule
-        for rule in broken
-        if not (
-            any(map(lost_names.touches, _LOOKS_AT[rule.rule_id]))
-            if rule.rule_id in _LOOKS_AT
-            else lost.touches(rule.field)
-        )
-    ]
+    lost_names = _Lost(p for p in untranslated if p.rule_id != "fmi.plain.number")
+    return [rule for rule in broken if not _follows(rule, lost, lost_names)]
+
+
+def _follows(rule: _Broken, lost: _Lost, lost_names: _Lost) -> bool:
+    if rule.rule_id in _LOOKS_AT:
+        return any(map(lost_names.touches, _LOOKS_AT[rule.rule_id]))
+    if rule.description.startswith(_THE_NAME):
+        return lost_names.touches(rule.field)
+    if rule.rule_id.endswith(_TOO_MUCH):
+        return lost.holds(rule.field)
+    return lost.touches(rule.field)
 
 
 class _Lost:
-    """Fields that could not be translated, to be found by what lies above and below them."""
+    """Fields that could not be translated, to be found by what lies above and below them.
 
-    def __init__(self, fields: Iterable[str]) -> None:
-        self._fields = frozenset("body" if field == "type" else field for field in fields)
+    A field that nobody knows may be a known one misspelt, which is lost then.
+    """
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        problems = tuple(problems)
+        self._fields = frozenset("body" if p.field == "type" else p.field for p in problems)
         self._around = frozenset(path for field in self._fields for path in _with_parents(field))
         self._all = "packet" in self._fields
+        self._misspelt = frozenset(
+            meant
+            for problem in problems
+            if problem.rule_id == "fmi.plain.unknown_field"
+            for meant in get_close_matches(problem.field.rpartition(".")[2][:64], _FIELDS, 1)
+        )
+
+    def holds(self, path: str) -> bool:
+        """Say whether a field is lost itself, or with one that it is a part of."""
+        return self._all or not self._fields.isdisjoint(_with_parents(path))
 
     def touches(self, path: str) -> bool:
-        return self._all or path in self._around or not self._fields.isdisjoint(_with_parents(path))
+        """Say whether a field is lost, or a part of it."""
+        if self.holds(path) or path in self._around:
+            return True
+        return not self._misspelt.isdisjoint(_PLACES.sub("", path).split("."))
 
 
 def _with_parents(path: str) -> Iterator[str]:
@@ -152,7 +187,7 @@ def _told(violation: protovalidate.Violation) -> Problem:
     description = _description(raw.message or "breaks a rule")
     value = violation.field_value
     if raw.for_key:
-        description = f"the name {description}"
+        description = f"{_THE_NAME}{description}"
     elif isinstance(value, float):
         description = f"{description}, not {value:g}"
     return Problem(path or "body", raw.rule_id or "custom", description)

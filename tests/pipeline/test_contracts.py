@@ -194,7 +194,81 @@ def test_what_only_follows_from_a_field_that_was_given_is_not_told(registry, giv
 
 @pytest.mark.parametrize("wrong", [5, None, "packet", []])
 def test_what_is_no_mapping_is_told_as_that(registry, wrong):
-    assert told(registry, wrong).keys() <= {"packet", "type"} | {f"header.{n}" for n in HEADER}
+    assert told(registry, wrong) == {"packet": "plain.mapping", "type": "plain.packet_type"}
+
+
+def test_a_lost_value_hides_neither_its_name_nor_that_there_are_too_many(registry):
+    metrics = {f"g{i}": 1.0 for i in range(1100)} | {" bad": "abc"}
+    found = [
+        (v.field, v.rule_id)
+        for v in problems_of(registry, {"type": "msp", **HEADER, "metrics": metrics})
+    ]
+    assert sorted(found) == [
+        ("msp.metrics", "map.max_pairs"),
+        ('msp.metrics[" bad"]', "fmi.plain.number"),
+        ('msp.metrics[" bad"]', "string.pattern"),
+    ]
+    nodes = ["a", 5, *(f"n{i}" for i in range(5000))]
+    found = told(registry, {"type": "ccs", **HEADER, "tested_nodes": nodes})
+    assert found == {"ccs.tested_nodes": "repeated.max_items", "ccs.tested_nodes[1]": "plain.text"}
+
+
+def problems_of(registry, plain):
+    with pytest.raises(PacketRefusedError) as caught:
+        registry.coerce(plain)
+    return caught.value.violations
+
+
+@pytest.mark.parametrize(
+    ("given", "fields"),
+    [
+        ({"type": "msp", **HEADER, "msp": {"controler": {"t": 1}}}, {"msp.controler"}),
+        ({"type": "msp", **HEADER, "controler": {"t": 1}}, {"controler"}),
+        (
+            {
+                "type": "msp",
+                **HEADER,
+                "metrics": {"a": 1},
+                "controler": {"t": 1},
+                "evidence": {"t": {"confidence": 1}},
+            },
+            {"controler"},
+        ),
+        (
+            {"type": "pop", **HEADER, "bundle": {"a": 1}, "befor": {"a": 1}, "after": {"a": 1}},
+            {"befor", "pop.windows"},
+        ),
+        (
+            {"type": "msp", **HEADER, "metrics": {"a": 1}, "nonsense": 1, "domain_id": "a b"},
+            {"nonsense", "header.domain_id"},
+        ),
+    ],
+)
+def test_a_misspelt_field_is_not_told_as_a_missing_one_too(registry, given, fields):
+    assert told(registry, given).keys() == fields
+
+
+def test_each_field_of_a_small_message_is_told_by_itself(registry):
+    provenance = {"foo": 1, "bar": 2, "regime_tag": 5, "software": "s"}
+    pairs = [{"source": "a", "targt": "b", "weight": "x", "type": 5}]
+    found = told(
+        registry, {"type": "ccs", **HEADER, "provenance": provenance, "causal_pairs": pairs}
+    )
+    assert found == {
+        "header.provenance.foo": "plain.unknown_field",
+        "header.provenance.bar": "plain.unknown_field",
+        "header.provenance.regime_tag": "plain.message",
+        "ccs.causal_pairs[0].targt": "plain.unknown_field",
+        "ccs.causal_pairs[0].weight": "plain.message",
+        "ccs.causal_pairs[0].type": "plain.message",
+    }
+
+
+@pytest.mark.parametrize("name", [None, True, 1.5, ("a", "b")])
+def test_a_name_that_is_no_text_is_told(registry, name):
+    found = problems_of(registry, {"type": "msp", **HEADER, "metrics": {name: 3.0, "a": 1.0}})
+    assert [(v.field, v.rule_id) for v in found] == [("msp.metrics", "fmi.plain.name")]
+    assert found[0].description.startswith("a name must be text, not ")
 
 
 # Rules
