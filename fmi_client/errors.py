@@ -127,7 +127,7 @@ class FMIError(Exception):
         message: What is wrong, where, and what to do.
         reason: Name from `fmi.v1.ErrorReason` without its prefix, for example ``PACKET_STALE``; empty
             where the failure is not one of the catalogue, for example a broken connection.
-        violations: Every rule that was broken.
+        violations: The rules that were broken, as many as the answer held.
         retryable: Whether the same call can succeed later.
         retry_after_s: Seconds that the server asks to wait before the next attempt, if it said so.
         request_id: Finds the call in the server's log, if the server was reached.
@@ -165,6 +165,12 @@ class FMIError(Exception):
         self.packet: packet_pb2.Packet | None = None
         self.receipts: tuple[Receipt | None, ...] = ()
         self.unanswered: tuple[packet_pb2.Packet, ...] = ()
+
+    @property
+    def untold(self) -> int:
+        """How many more rules were broken than `violations` has, where the server said so; else 0."""
+        told = self.metadata.get("violations", "")
+        return max(0, int(told[:9]) - len(self.violations)) if told.isdecimal() else 0
 
     @property
     def packet_id(self) -> str:

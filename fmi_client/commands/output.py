@@ -211,6 +211,7 @@ def error_data(error: FMIError) -> dict[str, Any]:
             {"field": v.field, "rule_id": v.rule_id, "description": v.description}
             for v in error.violations
         ],
+        "untold_violations": error.untold,
     }
 
 
@@ -237,6 +238,10 @@ def show_error(error: FMIError, settings: Settings, *, subject: str = "") -> Exi
     print_text(text(told, "bold red"), to_stderr=True)
     if error.violations:
         print_text(violations_table(error.violations), to_stderr=True, indent=2)
+    if error.untold:
+        show_note(
+            f"{error.untold} more did not fit into the answer; `fmi validate` lists up to 100."
+        )
     for note in (*getattr(error, "__notes__", ()), hint(error)):
         if note:
             show_note(note)

@@ -27,6 +27,9 @@ SECTIONS: Final = ("metrics", "controller", "evaluator", "operators")
 MAX_PROBLEMS: Final = 100
 """Problems told of one message: a hostile one must not make the answer larger than itself."""
 
+MAX_SORTED: Final = 2_000
+"""Problems of which these are the first."""
+
 
 class ContractRules:
     """Checks messages against the contract's rules. May be shared by threads.
@@ -41,7 +44,7 @@ class ContractRules:
     def problems(self, message: Message) -> list[Problem]:
         """List the rules that a message breaks, at most `MAX_PROBLEMS`; of a packet, use the next."""
         found = self._validator.collect_violations(message)
-        return [_told(violation) for violation in found[:MAX_PROBLEMS]]
+        return _in_order([_told(violation) for violation in found[:MAX_SORTED]])[:MAX_PROBLEMS]
 
     def packet_problems(self, packet: packet_pb2.Packet) -> list[Problem]:
         """List the rules that a packet breaks, those across its sections too, at most `MAX_PROBLEMS`."""
@@ -69,6 +72,7 @@ _LOOKS_AT: Final[Mapping[str, tuple[str, ...]]] = {
 _TOO_MUCH: Final = ("max_pairs", "max_items")
 """Rules that nothing breaks by being lost."""
 
+_ENTRY: Final = '["'
 _PLACES: Final = re.compile(r"\[.*?\]")
 _THE_NAME: Final = "the name "
 _FIELDS: Final = sorted(
@@ -191,6 +195,19 @@ def _told(violation: protovalidate.Violation) -> Problem:
     elif isinstance(value, float):
         description = f"{description}, not {value:g}"
     return Problem(path or "body", raw.rule_id or "custom", description)
+
+
+def _in_order(problems: list[Problem]) -> list[Problem]:
+    """Put the entries of a map into the order of their names: that of a protobuf map is another each time."""
+    places: dict[str, int] = {}
+    for problem in problems:
+        places.setdefault(problem.field.partition(_ENTRY)[0], len(places))
+
+    def place(problem: Problem) -> tuple[int, str]:
+        around, entry, name = problem.field.partition(_ENTRY)
+        return places[around], entry + name
+
+    return sorted(problems, key=place)
 
 
 def _description(message: str) -> str:

@@ -20,7 +20,7 @@ from fmi_client._translation import (
     error_from_refusal,
     error_from_rpc,
 )
-from fmi_client.errors import FMIError
+from fmi_client.errors import FMIError, Violation
 
 CLASSES = {
     name: kind
@@ -259,3 +259,13 @@ def test_plain_data_error():
 def test_compacted_tells_the_oldest_revision():
     assert errors.CompactedError("x", metadata={"oldest_revision": "40"}).oldest_revision == 40
     assert errors.CompactedError("x").oldest_revision is None
+
+
+@pytest.mark.parametrize(
+    ("said", "untold"),
+    [("100", 98), ("2", 0), ("1", 0), ("", 0), ("-5", 0), ("many", 0), ("9" * 40, 999_999_997)],
+)
+def test_how_many_rules_more_were_broken_than_the_answer_held(said, untold):
+    violations = [Violation("a", "r", "d"), Violation("b", "r", "d")]
+    assert FMIError("no", violations=violations, metadata={"violations": said}).untold == untold
+    assert FMIError("no", violations=violations).untold == 0

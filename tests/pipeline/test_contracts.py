@@ -197,6 +197,20 @@ def test_what_is_no_mapping_is_told_as_that(registry, wrong):
     assert told(registry, wrong) == {"packet": "plain.mapping", "type": "plain.packet_type"}
 
 
+def test_faults_stand_in_the_order_of_the_contract_and_of_their_names(registry):
+    bad = packet()
+    bad.header.domain_id = "a b"
+    bad.msp.metrics.update({f"x {i:02}": 1.0 for i in range(60)})
+    bad.msp.controller.update({f"y {i:02}": 1.0 for i in range(60)})
+    found = [v.field for v in registry.violations(bad)]
+    names = [f'msp.metrics["x {i:02}"]' for i in range(60)]
+    assert found == [
+        "header.domain_id",
+        *names,
+        *(f'msp.controller["y {i:02}"]' for i in range(39)),
+    ]
+
+
 def test_a_lost_value_hides_neither_its_name_nor_that_there_are_too_many(registry):
     metrics = {f"g{i}": 1.0 for i in range(1100)} | {" bad": "abc"}
     found = [
