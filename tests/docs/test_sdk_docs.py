@@ -19,10 +19,11 @@ from fmi_client.commands.exits import ExitCode, exit_code
 GUIDE = (ROOT / "docs" / "sdk.md").read_text(encoding="utf-8")
 
 
-def test_the_program_prints_what_stands_behind_its_lines(server: str) -> None:
+def test_the_program_prints_what_stands_behind_its_lines(server: str, tmp_path: Path) -> None:
     program = "\n".join(blocks(GUIDE, "python"))
     assert TARGET in program
-    done = run([sys.executable, "-W", "error", "-c", program.replace(TARGET, server)], server)
+    command = [sys.executable, "-W", "error", "-c", program.replace(TARGET, server)]
+    done = run(command, server, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == re.findall(r"print\(.*\)  # (.+)$", program, re.MULTILINE)
 
