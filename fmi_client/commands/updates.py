@@ -290,7 +290,7 @@ _NO_ORIGIN: Final = update_pb2.InitOrigin()
 
 
 def _interval(estimate: update_pb2.SignalEstimate | update_pb2.InitOrigin) -> str:
-    return interval(estimate) or "none: too few sites"
+    return interval(estimate) or "none: too few, or too alike"
 
 
 def _has_value(prior: update_pb2.MetaPriorUpdate, name: str) -> bool:

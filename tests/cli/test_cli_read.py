@@ -86,7 +86,7 @@ def test_get_shows_the_prior_with_its_uncertainty(ask):
     (tau,) = [line.split() for line in lines if "tau" in line]
     assert tau == ["tau", "0.91", "0.88", "..", "0.94", "5", "3.2", "2", "0.83"]
     (gain,) = [line for line in lines if "gain" in line]
-    assert "none: too few sites" in gain
+    assert "none: too few, or too alike" in gain
     order = [line.strip() for line in lines if line.strip() in ("controller", "metrics (observed)")]
     assert order == ["controller", "metrics (observed)"]
     assert any("drop" in line and "2 sites, 3 are needed" in line for line in lines)
