@@ -8,6 +8,7 @@ from typing import Final
 __all__ = ["connection_cause", "last_cause"]
 
 _NO_CONNECTION: Final = "failed to connect"
+_NO_ADDRESS: Final = ("errors resolving", "DNS resolution failed")
 # The versions of gRPC that may be installed say it differently.
 _HANDSHAKES: Final = ("Tls handshake failed", "Ssl handshake failed")
 _WORDS: Final = (
@@ -40,10 +41,12 @@ _OPENSSL: Final = re.compile(r"OPENSSL_internal:(?P<name>[A-Z0-9_]+)(?:: (?P<det
 
 
 def connection_cause(text: str) -> str:
-    """Put into words what gRPC tells of a connection that TLS, or its lack, kept from being made.
+    """Put into words what gRPC tells of a connection that a name, TLS or its lack kept from being made.
 
     Anything else stays as it is. Text is all there is to go by: gRPC has one status for all of it.
     """
+    if text.startswith(_NO_ADDRESS):
+        return f"its name has no address: {text.rpartition(': ')[2].rstrip(']').lower()}"
     if not text.startswith(_NO_CONNECTION):
         return text
     if any(mark in text for mark in _HANDSHAKES):

@@ -156,6 +156,13 @@ ADDRESSES = "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0
             f"{ADDRESSES}connection attempt timed out before receiving SETTINGS frame",
             "what answers there takes connections and says nothing; it may want TLS, or be stuck",
         ),
+        *(
+            (f"{layers}: {said}", "its name has no address: domain name not found")
+            for layers, said in (
+                ("errors resolving t:1: [field:hostname lookup error", "Domain name not found]"),
+                ("DNS resolution failed for t:1: C-ares status qtype=A", "Domain name not found"),
+            )
+        ),
         ("the server ended the stream", "the server ended the stream"),
         ("it says: OK", "it says: OK"),
     ],
