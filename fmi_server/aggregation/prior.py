@@ -21,6 +21,7 @@ from fmi_server.aggregation.weights import site_reputations
 __all__ = ["CohortMatrix", "IgnoredValue", "PriorRelease", "PutReport", "SignalInUse", "UnitCells"]
 
 _EVERYONE = ""
+_FEW = 8  # where fewer than one site in so many is judged, it is worth asking which rows matter
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,9 +416,14 @@ class CohortMatrix:
         held = self._cells.column_of
         asked = [site for site in site_ids if site in held]
         columns = np.array([held[site] for site in asked], dtype=np.int64)
+        rows = self._told_index()
+        if _FEW * columns.size < len(held):
+            # Of signals that none of them sends nothing need be known.
+            sent: NDArray[np.bool_] = (self._cells.values[:, columns] < np.inf).any(axis=1)
+            rows = rows[sent[rows]]
         scores = site_scores(
             self._cells.values,
-            rows=self._told_index(),
+            rows=rows,
             columns=columns,
             difference=self._transforms.difference,
         )

@@ -640,6 +640,16 @@ def test_a_difference_that_does_not_matter_condemns_nobody(rule, agreed, other, 
     assert (scores["s5"] < 0.2) if condemned else (scores["s5"] == 1.0)
 
 
+def test_few_sites_are_scored_as_they_are_among_all():
+    cohort, rng = CohortMatrix(), np.random.default_rng(9)
+    for site in range(60):
+        values = {f"x{row}": rng.normal() for row in range(30) if rng.random() < 0.3} or {"x0": 1.0}
+        cohort.put(f"s{site}", {"metrics": values}, now=0.0)
+    together = cohort.score_sites(cohort.sites)
+    for few in (["s3"], ["s3", "s59", "s17"], ["s3", "nobody"]):
+        assert cohort.score_sites(few) == {site: together[site] for site in few if site in together}
+
+
 # --- the way there -----------------------------------------------------------------------------
 
 
