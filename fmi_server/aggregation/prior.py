@@ -419,8 +419,8 @@ class CohortMatrix:
         rows = self._told_index()
         if _FEW * columns.size < len(held):
             # Of signals that none of them sends nothing need be known.
-            sent: NDArray[np.bool_] = (self._cells.values[:, columns] < np.inf).any(axis=1)
-            rows = rows[sent[rows]]
+            sent = np.count_nonzero(self._cells.values[:, columns] < np.inf, axis=1)
+            rows = rows[sent[rows] > 0]
         scores = site_scores(
             self._cells.values,
             rows=rows,
