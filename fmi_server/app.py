@@ -101,23 +101,32 @@ def check_settings(settings: ServerSettings, *, own_store: bool = True) -> None:
         own_store: Whether the store is the one that the settings name.
 
     Raises:
-        SettingsError: The server may not listen there, or cannot write to its folder.
+        SettingsError: The server may not listen there, or cannot write to its folder; all of it is told.
     """
+    wrong = list(_wrong_addresses(settings))
+    if own_store and settings.store == "sqlite":
+        try:
+            _check_folder(settings.data_dir)
+        except SettingsError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise SettingsError("\n".join(wrong))
+
+
+def _wrong_addresses(settings: ServerSettings) -> Iterator[str]:
     if not settings.insecure:
         for name, address in _beyond_loopback(settings):
-            raise SettingsError(
+            yield (
                 f"{name}: {address} is reachable from other machines, and this version has no TLS; "
                 "listen on 127.0.0.1, or say --insecure if the network itself is protected"
             )
         if settings.parent is not None and not _loopback(_host(settings.parent)):
-            raise SettingsError(
+            yield (
                 f"parent: {settings.parent} is not on this machine, and this version has no TLS to it; say "
                 "--insecure if the network itself is protected"
             )
     if settings.parent is not None and _same(settings.parent, settings.listen):
-        raise SettingsError(f"parent: {settings.parent} is this server itself")
-    if own_store and settings.store == "sqlite":
-        _check_folder(settings.data_dir)
+        yield f"parent: {settings.parent} is this server itself"
 
 
 @contextlib.asynccontextmanager

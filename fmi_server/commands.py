@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -15,7 +15,7 @@ import structlog
 import yaml
 
 from fmi_server import app, store_commands
-from fmi_server.cohort_files import read_cohort_folder
+from fmi_server.cohort_files import CohortFile, read_cohort_folder
 from fmi_server.config import (
     PRIVACY_SETTINGS,
     ServerSettings,
@@ -107,12 +107,19 @@ def check_config(config: Path | None, **flags: Any) -> None:
     settings = settings_of(config, flags)
     for line in unknown_variables(os.environ):
         click.echo(f"warning: {line}", err=True)
+    files: Sequence[CohortFile] = ()
+    wrong: list[str] = []
     try:
         app.check_settings(settings)
-        folder = settings.cohorts
-        files = read_cohort_folder(folder, FMIContractRegistry()) if folder else []
     except SettingsError as error:
-        fail(error)
+        wrong.append(str(error))
+    try:
+        if settings.cohorts:
+            files = read_cohort_folder(settings.cohorts, FMIContractRegistry())
+    except SettingsError as error:
+        wrong.append(str(error))
+    if wrong:
+        fail(SettingsError("\n".join(wrong)))
     shown = settings.model_dump(mode="json")
     click.echo(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True), nl=False)
     click.echo(f"# {len(files)} cohort {'file is' if len(files) == 1 else 'files are'} in order")

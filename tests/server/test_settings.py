@@ -165,6 +165,27 @@ def test_a_data_folder_that_is_a_file_is_told(command, tmp_path, name, folder):
     assert (tmp_path / "afile").read_text() == "kept"
 
 
+def test_a_check_tells_what_is_wrong_with_addresses_folders_and_cohort_files_together(
+    command, tmp_path
+):
+    (tmp_path / "afile").write_text("kept")
+    (tmp_path / "cohorts").mkdir()
+    (tmp_path / "cohorts" / "care.yaml").write_text("name: [")
+    flags = ["--listen", "192.0.2.1:1", "--metrics-listen", "192.0.2.1:2", "--data-dir", "afile"]
+    flags += ["--cohorts", "cohorts", "--parent", "192.0.2.9:3", "--parent-domain-id", "us"]
+    ended = command(*flags, name="check-config")
+    assert (ended.code, ended.out) == (2, "")
+    said = [line.removeprefix("fmi-server: ").split(": ")[0] for line in ended.err.splitlines()]
+    assert said == [
+        "listen",
+        "metrics_listen",
+        "parent",
+        "data_dir",
+        "cohorts",
+        "cohorts/care.yaml",
+    ]
+
+
 def test_help_says_what_a_flag_takes(command):
     shown = command("--help").out
     for flag in (
