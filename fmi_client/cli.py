@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 1 refused or not valid; 2 wrong usage; 3 the server cannot be reached; 4 not found;
 5 the server cannot do it now or is broken; 70 `fmi` itself is broken; 130 Ctrl-C; 141 the reader of the
-output went away.
+output went away; 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -137,7 +138,7 @@ def _told(failure: BaseException, *, as_json: bool) -> int:
     cls=_Root,
     epilog="Exit codes: 0 done, 1 refused or not valid, 2 wrong usage, 3 server not reached, 4 not "
     "found, 5 server overloaded or broken, 70 fmi itself broken, 130 Ctrl-C, 141 reader of the "
-    "output gone.",
+    "output gone, 143 SIGTERM.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(package_name="fmi-federation", message="fmi %(version)s")
@@ -149,8 +150,16 @@ def cli(_settings: Settings) -> None:
     """
 
 
+def _terminated(_number: int, _frame: object) -> NoReturn:
+    """End in good order, with the exit code that a shell gives to one whom SIGTERM ended."""
+    from fmi_client.commands.exits import ExitCode  # noqa: PLC0415 - help needs no SDK
+
+    sys.exit(ExitCode.TERMINATED)
+
+
 def main() -> NoReturn:
     """Run `fmi`."""
+    signal.signal(signal.SIGTERM, _terminated)
     # The SDK's log would end on stderr; what went wrong is told in lines of the command.
     logging.getLogger("fmi_client").addHandler(logging.NullHandler())
     for stream in (sys.stdout, sys.stderr):

@@ -33,6 +33,7 @@ class ExitCode(IntEnum):
         FAULT: Something is broken in `fmi` itself.
         INTERRUPTED: Ctrl-C.
         PIPE: The reader of the output went away.
+        TERMINATED: SIGTERM.
     """
 
     OK = 0
@@ -44,6 +45,7 @@ class ExitCode(IntEnum):
     FAULT = 70
     INTERRUPTED = 130
     PIPE = 141
+    TERMINATED = 143
 
 
 def exit_code(error: FMIError) -> ExitCode:

@@ -271,7 +271,8 @@ def test_watch_without_a_server_ends_and_says_so(fmi, unused_port):
     assert result.exit_code == ExitCode.UNREACHABLE
 
 
-async def test_watch_ends_on_ctrl_c_with_130_and_a_way_to_go_on(script):
+@pytest.mark.parametrize(("by", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+async def test_watch_that_is_ended_says_how_to_go_on(script, by, code):
     script["Subscribe"] = events
     async with (
         asyncio.timeout(20),
@@ -279,8 +280,8 @@ async def test_watch_ends_on_ctrl_c_with_130_and_a_way_to_go_on(script):
     ):
         while "revision 6" not in (shown := (await process.stdout.readline()).decode()):
             assert shown, await process.stderr.read()
-        process.send_signal(signal.SIGINT)
-        assert await process.wait() == ExitCode.INTERRUPTED
+        process.send_signal(by)
+        assert await process.wait() == code
         stderr = (await process.stderr.read()).decode()
     # An update that was not shown to its end comes again: never is one skipped.
     assert stderr.strip() in {f"go on from here with --resume {token}" for token in ("t7", "t8")}
