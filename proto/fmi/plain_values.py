@@ -101,7 +101,8 @@ class ValueReader:
             entries: Iterable[tuple[object, object]] = mapping.items()
             for key, value in entries:
                 if not isinstance(key, str):
-                    self.problem(path, "name", f"a name must be text, not {shown(key)}")
+                    where = f'{path}["{prefix}{shown(key)}"]'
+                    self.problem(where, "name", f"a name must be text, not {shown(key)}")
                     continue
                 name = f"{prefix}{self.text(key, path)}"
                 if not isinstance(value, Mapping) or is_leaf(value):
@@ -194,25 +195,31 @@ class ValueReader:
             else:
                 self.problem(path, "message", f"must be a {target.DESCRIPTOR.name}")
             return
-        fields = target.DESCRIPTOR.fields_by_name
-        camel = target.DESCRIPTOR.fields_by_camelcase_name
+        fields = _fields_of(target)
         for key, item in self.mapping(value, path).items():
-            field = fields.get(str(key)) or camel.get(str(key))
-            if field is None:
-                self.problem(
-                    f"{path}.{key}",
-                    "unknown_field",
-                    f"is not a field of a {target.DESCRIPTOR.name}",
-                )
+            name = fields.get(key)
+            if name is None:
+                where = f"{path}.{key}" if str(key).isidentifier() else f"{path}[{shown(key)}]"
+                told = f"is not a field of a {target.DESCRIPTOR.name}"
+                self.problem(where, "unknown_field", told)
                 continue
             read = type(target)()
             try:
                 json_format.ParseDict({key: item}, read, max_recursion_depth=8)
             except Exception as error:  # protobuf has many ways, SystemError among them, to say no
                 said = (str(error).splitlines() or ["is wrong"])[0][:200]
-                self.problem(f"{path}.{field.name}", "message", said)
+                self.problem(f"{path}.{name}", "message", said)
             else:
                 target.MergeFrom(read)
+
+
+def _fields_of(message: Message) -> dict[str, str]:
+    """Return the names that a message's fields may be given by, and the contract's name of each.
+
+    Not the descriptor's own maps: they fail on what is no Unicode.
+    """
+    fields = message.DESCRIPTOR.fields
+    return {field.json_name: field.name for field in fields} | {f.name: f.name for f in fields}
 
 
 def shown(value: object) -> str:

@@ -280,8 +280,15 @@ def test_each_field_of_a_small_message_is_told_by_itself(registry):
 
 @pytest.mark.parametrize("name", [None, True, 1.5, ("a", "b")])
 def test_a_name_that_is_no_text_is_told(registry, name):
-    found = problems_of(registry, {"type": "msp", **HEADER, "metrics": {name: 3.0, "a": 1.0}})
-    assert [(v.field, v.rule_id) for v in found] == [("msp.metrics", "fmi.plain.name")]
+    metrics = {name: 3.0, "a": 1.0, "b": math.nan, " c": "x"}
+    found = problems_of(registry, {"type": "msp", **HEADER, "metrics": metrics})
+    assert [v.rule_id.removeprefix("fmi.") for v in found] == [
+        "plain.name",
+        "plain.number",
+        "string.pattern",
+        "double.gte_lte",
+    ]
+    assert found[0].field.startswith('msp.metrics["')
     assert found[0].description.startswith("a name must be text, not ")
 
 
