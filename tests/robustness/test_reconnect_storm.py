@@ -49,6 +49,7 @@ class Subscriber:
         self._client = client
         self._token = ""
         self.live = False
+        self.ends = 0
         self.revision = 0
         self.refused: list[grpc.StatusCode] = []
 
@@ -68,6 +69,7 @@ class Subscriber:
                 if error.code() != grpc.StatusCode.UNAVAILABLE:
                     self.refused.append(error.code())
             self.live = False
+            self.ends += 1
             await asyncio.sleep(random.uniform(0.0, 0.5))
 
 
@@ -149,8 +151,13 @@ async def test_storm_after_storm_leaves_nothing_behind(tmp_path):
                 await asyncio.sleep(LULL_S)
                 cut = time.monotonic()
                 lulls.append((begun, cut))
+                had = [subscriber.ends for subscriber in subscribers]
                 network.cut()
-                await eventually(lambda: not any(s.live for s in subscribers), 30.0)
+                # The first may be back before the last has noticed.
+                await eventually(
+                    lambda had=had: all(s.ends > n for s, n in zip(subscribers, had, strict=True)),
+                    30.0,
+                )
                 await eventually(lambda: all(s.live for s in subscribers), BACK_S)
                 storms.append((cut, time.monotonic()))
                 await newest_everywhere(other, subscribers)
