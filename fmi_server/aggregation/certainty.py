@@ -101,7 +101,8 @@ def assess(
     table.upper[:] = table.value + margin
     matters = tolerance(table.value, robust_deviation(ordered, table.sites))
     table.tolerance[:] = np.where(valued, matters, np.nan)
-    equal = usable & (deviation <= _rounding(table))
+    rounding = _ROUNDING * np.fmax(np.abs(table.value), table.tolerance)
+    equal = usable & (deviation <= rounding)
     spread = np.flatnonzero(usable & ~equal)
     with np.errstate(divide="ignore", over="ignore"):
         distance = table.tolerance[spread] / table.stderr[spread]
@@ -111,20 +112,20 @@ def assess(
     central = t_central_probability(distance, df[spread])
     table.confidence[spread] = np.minimum(central, ceiling)
     for row in np.flatnonzero(equal):
-        _assess_equal(table, int(row), ordered[row], int(honest[row]), level)
-
-
-def _rounding(table: EstimateTable) -> NDArray[np.float64]:
-    most: NDArray[np.float64] = _ROUNDING * np.fmax(np.abs(table.value), table.tolerance)
-    return most
+        slack = float(rounding[row]) * math.sqrt(table.sites[row])
+        _assess_equal(table, int(row), ordered[row], int(honest[row]), level, slack)
 
 
 def _assess_equal(
-    table: EstimateTable, row: int, ordered: NDArray[np.float64], honest: int, level: float
+    table: EstimateTable,
+    row: int,
+    ordered: NDArray[np.float64],
+    honest: int,
+    level: float,
+    slack: float,
 ) -> None:
     """Let the sign test speak for a row in which the values that count are all equal."""
     sites, value = int(table.sites[row]), float(table.value[row])
-    slack = float(_rounding(table)[row]) * math.sqrt(sites)
     below = int(np.searchsorted(ordered[:sites], value - slack))
     above = sites - int(np.searchsorted(ordered[:sites], value + slack, side="right"))
     differ = max(0, max(below, above) - (sites - honest))

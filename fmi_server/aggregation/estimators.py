@@ -228,10 +228,9 @@ def _fill_mean(
             shares = part * capped_shares(row_weights, part, settings.weight_cap)
             low, high = window.low[index], window.high[index]
             above = np.where(part > 0.0, shares * (values - low[:, None]), 0.0)
-            one = np.ones(index.size)
             value[index] = low + order_free_sums(above, 2.0 * (high - low))
             unit = np.divide(shares, part, out=np.zeros_like(shares), where=part > 0.0)
-            square_share[index] = order_free_sums(shares * unit, 2.0 * one)
+            square_share[index] = order_free_sums(shares * unit, np.full(index.size, 2.0))
     # Rounding may leave the range of the survivors by an ulp; the guarantee may not.
     table.value[rows] = np.clip(value, window.low, window.high)
     with np.errstate(divide="ignore", invalid="ignore"):
