@@ -90,20 +90,15 @@ def open_channel(target: str, *, tls: TLSConfig | None) -> grpc.aio.Channel:
     """
     if tls is None:
         return grpc.aio.insecure_channel(target, options=_OPTIONS)
+    roots, key, chain = map(_read, (tls.root_certificates, tls.private_key, tls.certificate))
     _check_files(tls)
-    credentials = grpc.ssl_channel_credentials(
-        root_certificates=_read(tls.root_certificates),
-        private_key=_read(tls.private_key),
-        certificate_chain=_read(tls.certificate),
-    )
+    credentials = grpc.ssl_channel_credentials(roots, key, chain)
     named = (("grpc.ssl_target_name_override", tls.server_name),) if tls.server_name else ()
     return grpc.aio.secure_channel(target, credentials, options=(*_OPTIONS, *named))
 
 
 def _check_files(tls: TLSConfig) -> None:
     """Refuse files that gRPC cannot use: it would say so in its own log only, at the first call."""
-    for path in (tls.root_certificates, tls.certificate, tls.private_key):
-        _read(path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_ciphers("ALL:@SECLEVEL=0")  # which keys are strong enough is gRPC's to say
     try:
