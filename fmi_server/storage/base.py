@@ -32,6 +32,7 @@ Errors::
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Self
 
@@ -89,6 +90,7 @@ __all__ = [
     "UnavailableReason",
     "UnknownPacketError",
     "UpdateRecord",
+    "check_spend",
     "record_problem",
 ]
 
@@ -216,6 +218,25 @@ class LedgerConflictError(StoreError):
             f"cohort {spend.cohort!r}: ledger entry {spend.number} of period {spend.period} refused, "
             f"expected entry {last_number + 1}; {last}"
         )
+
+
+def check_spend(spend: SpendRecord, *, last_number: int, last_period: int | None) -> None:
+    """Hold the fence of the privacy ledger.
+
+    Args:
+        spend: The entry to be added.
+        last_number: Of the last entry of its cohort; 0 where there is none.
+        last_period: The same; None where there is none.
+
+    Raises:
+        LedgerConflictError: The entry does not follow the last one.
+        ValueError: It costs nothing, or no number.
+    """
+    if not 0.0 < spend.rho < math.inf:
+        raise ValueError(f"the cost of a release must be positive and finite, not {spend.rho}")
+    follows = last_period is None or spend.period > last_period
+    if spend.number != last_number + 1 or not follows:
+        raise LedgerConflictError(spend, last_number=last_number, last_period=last_period)
 
 
 class DictionaryConflictError(StoreError):

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from fmi_server.storage.base import (
     DictionaryConflictError,
-    LedgerConflictError,
     RevisionConflictError,
     Store,
     StoreUnavailableError,
     UnknownPacketError,
+    check_spend,
 )
 from fmi_server.storage.records import (
     AppendOutcome,
@@ -30,7 +30,6 @@ from fmi_server.storage.records import (
     StoredPacket,
     StoreStats,
     UpdateRecord,
-    check_spend,
     record_problem,
 )
 
@@ -385,12 +384,10 @@ class MemoryStore(Store):
 
     async def spend(self, spend: SpendRecord) -> None:
         """Add an entry to the privacy ledger, behind the fence."""
-        check_spend(spend)
-        held = self._data.ledger.setdefault(spend.cohort, [])
+        held = self._data.ledger.get(spend.cohort, [])
         number, period = (held[-1].number, held[-1].period) if held else (0, None)
-        if spend.number != number + 1 or (period is not None and spend.period <= period):
-            raise LedgerConflictError(spend, last_number=number, last_period=period)
-        held.append(spend)
+        check_spend(spend, last_number=number, last_period=period)
+        self._data.ledger.setdefault(spend.cohort, []).append(spend)
 
     async def spends(
         self, cohort: str, *, after_number: int = 0, limit: int = 1000
@@ -409,7 +406,6 @@ class MemoryStore(Store):
                 held[-1].history_epoch,
             )
             for cohort, held in self._data.ledger.items()
-            if held
         }
 
     async def put_cohort(self, name: str, spec: bytes, revision: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +24,6 @@ __all__ = [
     "StoredPacket",
     "UnavailableReason",
     "UpdateRecord",
-    "check_spend",
     "content_hash",
     "record_problem",
 ]
@@ -287,12 +285,6 @@ def _time_problem(field: str, value: object) -> str:
 
 def _is_bytes(value: object, least: int, most: int) -> bool:
     return isinstance(value, bytes) and least <= len(value) <= most
-
-
-def check_spend(spend: SpendRecord) -> None:
-    """Raise ValueError where an entry of the privacy ledger costs nothing, or no number."""
-    if not 0.0 < spend.rho < math.inf:
-        raise ValueError(f"the cost of a release must be positive and finite, not {spend.rho}")
 
 
 def content_hash(payload: bytes) -> bytes:

@@ -39,7 +39,6 @@ from fmi_server.storage.records import (
     StoredPacket,
     StoreStats,
     UpdateRecord,
-    check_spend,
 )
 from fmi_server.storage.sqlite_append import (
     PACKET_COLUMNS,
@@ -423,7 +422,6 @@ class SqliteStore(Store):
 
     async def spend(self, spend: SpendRecord) -> None:
         """Add an entry to the privacy ledger, DURABLE, behind the fence."""
-        check_spend(spend)
         await self._open_writer().run(partial(append_spend, spend=spend))
 
     async def spends(

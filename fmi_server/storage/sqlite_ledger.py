@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fmi_server.storage.base import LedgerConflictError
+from fmi_server.storage.base import check_spend
 from fmi_server.storage.records import LedgerTotal, SpendRecord
 
 if TYPE_CHECKING:
@@ -21,8 +21,7 @@ def append_spend(connection: sqlite3.Connection, spend: SpendRecord) -> None:
         "SELECT coalesce(max(number), 0), max(period) FROM privacy_ledger WHERE cohort = ?",
         (spend.cohort,),
     ).fetchone()
-    if spend.number != number + 1 or (period is not None and spend.period <= period):
-        raise LedgerConflictError(spend, last_number=number, last_period=period)
+    check_spend(spend, last_number=number, last_period=period)
     connection.execute(
         f"INSERT INTO privacy_ledger ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)",  # noqa: S608 - constants only
         (
