@@ -75,7 +75,7 @@ bench-privacy: $(VENV)/ready ## Attack the private mechanism, and three broken o
 	$(BIN)/python -m benchmarks.privacy
 
 bench-start: $(VENV)/ready ## Measure how long a server with many packets takes to be ready
-	$(BIN)/python benchmarks/start.py
+	$(BIN)/python -m benchmarks.start
 
 bench-warm-start: .venv-bench/ready ## Measure what a warm start is worth on real tables, with lying sites
 	.venv-bench/bin/python -m benchmarks.warm_start

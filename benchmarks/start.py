@@ -5,7 +5,7 @@ beside everything else in a server that runs. The store is filled by the server'
 of `fmi-server serve` are started in turn, with an empty store and with a full one, until each says that it
 listens, which it does when its state is back.
 
-    make bench-start        or: python benchmarks/start.py --packets 1000000 --sites 10000
+    make bench-start        or: python -m benchmarks.start --packets 1000000 --sites 10000
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.memory import held_bytes
 from fmi.plain import CURRENT_REVISION, new_packet_id
 from fmi.v1 import packet_pb2
 from fmi_server.app import STORE_FILE
@@ -96,13 +97,6 @@ def server(folder: Path) -> Iterator[tuple[float, int]]:
         process.wait(30)
 
 
-def resident_bytes(pid: int) -> int:
-    """Return the memory that a process holds now, as Linux counts it."""
-    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    line = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
-    return int(line.split()[1]) * 1024
-
-
 def main() -> None:
     """Fill a store, and start servers."""
     parser = argparse.ArgumentParser(
@@ -123,7 +117,7 @@ def main() -> None:
             for folder, seconds in times.items():
                 with server(folder) as (took, pid):
                     seconds.append(took)
-                    held[folder] = resident_bytes(pid)
+                    held[folder] = held_bytes("VmRSS", pid)
         size = (full / STORE_FILE).stat().st_size
     said = f"{options.packets:,} packets of {options.sites:,} sites, {SIGNALS} signals each"
     print(f"\n{said}; {size / 1e6:,.0f} MB on disk; medians of {options.rounds} starts")

@@ -13,13 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.aggregation import workload
 from benchmarks.aggregation.side_by_side import Row, Section
+from benchmarks.memory import held_bytes
 from fmi_server.aggregation import (
     CohortMatrix,
     EstimatorSettings,
@@ -51,13 +51,6 @@ def large() -> Section:
     return Section(f"A cohort of {SITES:,} sites x {SIGNALS} signals, 60 % filled", rows, notes)
 
 
-def peak_bytes() -> int:
-    """Return the most memory that this process has held at a time, as Linux counts it."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
-
-
 def filled_cohort() -> tuple[CohortMatrix, list[float]]:
     """Let every site send one packet; return what each took, in seconds."""
     random, held, seconds = np.random.default_rng(workload.SEED), CohortMatrix(), []
@@ -72,9 +65,9 @@ def filled_cohort() -> tuple[CohortMatrix, list[float]]:
 
 def measure() -> dict[str, Any]:
     """Fill the cohort and use it; times are of one run each, the reference's the least of three."""
-    peaks = {"at the start": peak_bytes()}
+    peaks = {"at the start": held_bytes("VmHWM")}
     held, packets = filled_cohort()
-    peaks["when filled"] = peak_bytes()
+    peaks["when filled"] = held_bytes("VmHWM")
     sites, trust = held.sites, workload.reputations(SITES)
     groups = SiteGroups(SiteContext(site, f"class_{n % CLASSES}") for n, site in enumerate(sites))
     request = WarmStartRequest(profile_class="class_0")
@@ -95,7 +88,7 @@ def measure() -> dict[str, Any]:
         started = time.perf_counter()
         step()
         seconds[name] = time.perf_counter() - started
-    peaks["after all that"] = peak_bytes()
+    peaks["after all that"] = held_bytes("VmHWM")
     reference = {"numpy.sort of the matrix": _sort_seconds()}
     return {
         "packet_s": statistics.mean(packets),

@@ -12,12 +12,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 
 from benchmarks.aggregation import workload
 from benchmarks.aggregation.side_by_side import Row, Section, Task, alternate
+from benchmarks.memory import held_bytes
 from fmi.v1 import cohort_pb2, packet_pb2
 from fmi_server.cohort_state import CohortState
 from fmi_server.cohorts import CohortRegistry
@@ -85,18 +85,11 @@ class Life:
             yield packet
 
 
-def resident_bytes() -> int:
-    """Return the memory that this process holds now, as Linux counts it."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    line = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
-    return int(line.split()[1]) * 1024
-
-
 def measure(rounds: int) -> dict[str, object]:
     """Fill the cohort and release it, now after much, now after little was sent."""
-    life, before = Life(), resident_bytes()
+    life, before = Life(), held_bytes("VmRSS")
     life.send(SITES, SIGNALS)
-    site_bytes = (resident_bytes() - before) / SITES
+    site_bytes = (held_bytes("VmRSS") - before) / SITES
 
     def after(sites: int, signals: int) -> Callable[[], None]:
         return lambda: life.send(sites, signals)
