@@ -23,9 +23,9 @@ def zcdp_epsilon(rho: float, delta: float) -> float:
     """Return the smallest epsilon for which rho-zCDP is known to imply (epsilon, delta).
 
     The least over a > 1 of `a rho + log(1 - 1/a) - (log(delta) + log(a)) / (a - 1)` (Canonne, Kamath and
-    Steinke, NeurIPS 2020, Proposition 12, solved for epsilon). Every a gives a guarantee, so what the search
-    misses makes the answer larger, never wrong; it misses nothing that matters, since the values of a that
-    give no more than some epsilon are an interval.
+    Steinke, arXiv:2004.00010v4, Proposition 12, solved for epsilon). Every a gives a guarantee, so what the
+    search misses makes the answer larger, never wrong; it misses nothing that matters, since the values of a
+    that give no more than some epsilon are an interval.
 
     Args:
         rho: Not negative.
@@ -67,4 +67,5 @@ def zcdp_rho(epsilon: float, delta: float) -> float:
             low = middle
         else:
             high = middle
-    return low
+    # A rounding less, so that the promise is kept to the last digit.
+    return low * (1.0 - 1e-12)

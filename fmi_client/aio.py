@@ -23,6 +23,7 @@ from fmi_client._calls import Caller
 from fmi_client._channel import TLSConfig
 from fmi_client._emit_stream import BATCH_BYTES, BATCH_PACKETS, BatchSender
 from fmi_client._outbox_sender import FLUSH_S, OutboxSender
+from fmi_client._privacy_gate import check_dry_run, check_question
 from fmi_client.admin import AsyncAdmin
 from fmi_client.applied import UNKNOWN, apply_failure, send_report
 from fmi_client.emitter import (
@@ -37,11 +38,10 @@ from fmi_client.errors import (
     ConfigurationError,
     FMIError,
     PacketRefusedError,
-    PrivacyCoverageError,
     ProtocolError,
 )
 from fmi_client.kinds import KindLike, update_kind
-from fmi_client.local_privacy import LocalPrivacy, declares_privacy
+from fmi_client.local_privacy import LocalPrivacy
 from fmi_client.outages import OnState
 from fmi_client.outbox import Outbox
 from fmi_client.receipts import Receipt, ValidationReport
@@ -318,9 +318,10 @@ class AsyncFMIClient:
             PrivacyCoverageError: The client has `privacy`, and the packet declares none: the server would
                 see it as it is. Check what ``client.emitter`` built; emitting that spends nothing more.
         """
+        check_dry_run(self._defaults.privacy, packet)
         response = await self._caller.call(
             self._caller.stubs().registry.ValidatePacket,
-            registry_service_pb2.ValidatePacketRequest(packet=self._shown(packet)),
+            registry_service_pb2.ValidatePacketRequest(packet=self._typed(packet)),
         )
         return ValidationReport.from_response(response)
 
@@ -422,7 +423,12 @@ class AsyncFMIClient:
         Returns:
             ``profile.init`` has the initial parameters, ``profile.context_selector`` says how they
             were found, ``prior_revision`` the prior that they go with.
+
+        Raises:
+            PrivacyCoverageError: The client has `privacy`, and `concepts`, or a `regime` that is not
+                public, would tell the server of the site's data; nothing was sent.
         """
+        check_question(self._defaults.privacy, regime, concepts)
         return await self._caller.call(
             self._caller.stubs().interchange.GetWarmStart,
             interchange_service_pb2.GetWarmStartRequest(
@@ -538,17 +544,6 @@ class AsyncFMIClient:
     async def _prepared(self, work: Callable[[], _T]) -> _T:
         """Do work on packets; in a thread where noise is drawn for it, and an account synced."""
         return work() if self._defaults.privacy is None else await asyncio.to_thread(work)
-
-    def _shown(self, packet: PacketLike) -> packet_pb2.Packet:
-        """Return a packet that the server may see, without spending anything."""
-        if self._defaults.privacy is None:
-            return self._typed(packet)
-        if isinstance(packet, packet_pb2.Packet) and declares_privacy(packet):
-            return packet
-        raise PrivacyCoverageError(
-            "the server would see this packet as it is: build it with the client's emitter, which makes it "
-            "private, and check that"
-        )
 
     async def _typed_all(
         self, packets: Iterable[PacketLike] | AsyncIterable[PacketLike]

@@ -11,9 +11,10 @@ the budget pays for, the server included, learns no more about which of the two 
 The mechanism: each of d signals is clipped to its bounds and rounded to a grid of -B..B, which does not
 depend on data. Any two such vectors are at most `2 B sqrt(d)` apart in L2, since a replacement may move
 every signal from one bound to the other. Discrete Gaussian noise of standard deviation sigma on each is
-then rho-zCDP with `rho = (2 B sqrt(d))^2 / (2 sigma^2)` (Canonne, Kamath and Steinke, NeurIPS 2020, Theorems
-4 and 14), rho adds up over packets, and rho gives (epsilon, delta) (Proposition 12). What is done with the
-noisy integers after that, above all moving them into the limits of the cohort, is post-processing and free.
+then rho-zCDP with `rho = (2 B sqrt(d))^2 / (2 sigma^2)` (Canonne, Kamath and Steinke, NeurIPS 2020, Theorem 4
+and its multivariate form), rho adds up over packets, and rho gives (epsilon, delta); `_zcdp` has how. What is
+done with the noisy integers after that, above all moving them into the limits of the cohort, is
+post-processing and free.
 
 What stays of a packet beside its noisy signals: its id, site, cohort, class, contract revision, schema hash,
 time and software. These, the section in which a signal stands, and whether and when a packet is sent at all
@@ -227,6 +228,11 @@ class LocalPrivacy:
     def emissions(self) -> int:
         """Packets that the budget is divided over."""
         return self._emissions
+
+    @property
+    def regime_is_public(self) -> bool:
+        """Whether the regime tag says nothing of the site's data."""
+        return self._regime_is_public
 
     @property
     def packet_epsilon(self) -> float:

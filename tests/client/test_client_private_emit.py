@@ -11,12 +11,13 @@ import pytest
 from private_packets import build, plain, private, wire
 from scripted_server import aborts, answers
 
-from fmi.v1 import registry_service_pb2
+from fmi.v1 import interchange_service_pb2, registry_service_pb2
 from fmi_client import (
     ConnectionFailedError,
     ContractError,
     FMIEmitter,
     Outbox,
+    PrivacyAccountError,
     PrivacyBudgetError,
     PrivacyCoverageError,
 )
@@ -105,6 +106,28 @@ async def test_of_many_each_is_private_or_told_of(connect, outbox):
     assert isinstance(receipts[4].error, ContractError)
 
 
+@pytest.mark.parametrize("outbox", [False, True])
+async def test_an_account_that_fails_ends_a_batch_and_what_was_private_before_is_told(
+    connect, outbox, tmp_path
+):
+    path = tmp_path / "account"
+    client = await connect(
+        privacy=private(account=path), **({"outbox": Outbox()} if outbox else {})
+    )
+
+    def source():
+        yield plain()
+        yield plain()
+        path.write_bytes(b"no database at all, but long enough" * 40)
+        yield plain()
+
+    with pytest.raises(PrivacyAccountError) as caught:
+        await client.emit_many(source(), batch_packets=1)
+    told = [receipt for receipt in caught.value.receipts if receipt is not None]
+    assert len(told) + len(caught.value.unanswered) == 2
+    assert not caught.value.retryable
+
+
 async def test_a_dry_run_does_not_show_what_is_not_private(server, connect):
     privacy = private()
     client = await connect(privacy=privacy)
@@ -113,6 +136,21 @@ async def test_a_dry_run_does_not_show_what_is_not_private(server, connect):
             await client.validate(packet)
     assert not server.seen("ValidatePacket")
     assert privacy.spent == 0.0
+
+
+async def test_a_question_does_not_tell_what_no_packet_may(server, connect):
+    answer = answers(interchange_service_pb2.GetWarmStartResponse(prior_revision=3))
+    server.script("GetWarmStart", *[answer] * 2)
+    client = await connect(privacy=private())
+    for told in ({"regime": "winter"}, {"concepts": {"drift": 0.4}}):
+        with pytest.raises(PrivacyCoverageError):
+            await client.get_warm_start(**told)
+    assert (await client.get_warm_start()).prior_revision == 3
+    public = await connect(privacy=private(regime_is_public=True))
+    assert (await public.get_warm_start(regime="winter")).prior_revision == 3
+    with pytest.raises(PrivacyCoverageError):
+        await public.get_warm_start(regime="winter", concepts={"drift": 0.4})
+    assert len(server.seen("GetWarmStart")) == 2
 
 
 async def test_the_event_loop_does_not_wait_for_an_account(server, connect, tmp_path):
