@@ -93,7 +93,8 @@ class AsyncFMIClient:
             order. None means that they return when the server has answered. It is the client's own
             from then on, and closed with it.
         privacy: Adds noise to every packet that does not declare privacy already, before anything else is
-            done with it, and declares it. What is sent again is what was sent before.
+            done with it, and declares it. What is sent again is what was sent before; what waits in the
+            outbox from an earlier process is sent as it was put there.
         clock: Unix time in seconds, for packets that are built here.
 
     Raises:
