@@ -9,6 +9,9 @@
         - SchemaMismatchError         built against another version of the cohort spec
         - PacketTooLargeError
         - PacketIdReusedError         the id was used before for other content
+        - LocalPrivacyError           the site's own local privacy does not let it out; nothing was sent
+            - PrivacyBudgetError      the budget does not pay for another packet
+            - PrivacyCoverageError    it says what local privacy does not cover, or lacks what it must say
     - EnvelopeError                   an envelope of packets cannot be decoded or is too large
         - DictionaryUnknownError
     - NotFoundError                   no such site, packet, dictionary
@@ -39,6 +42,7 @@
         - OutboxLockedError           its file is in use
         - OutboxCorruptError          its file is damaged, or is no outbox
         - OutboxUnavailableError      its file cannot be read or written now
+    - PrivacyAccountError             the file of local privacy's account cannot be used; nothing was sent
 
 Each carries its `reason`, a name from the contract's catalogue (`fmi.v1.ErrorReason`, one section each
 in docs/errors.md), all broken rules in `violations`, and says whether a retry can help. One table, in
@@ -74,6 +78,7 @@ __all__ = [
     "FMIError",
     "ForkedError",
     "InvalidFilterError",
+    "LocalPrivacyError",
     "NotFoundError",
     "OutboxCorruptError",
     "OutboxError",
@@ -85,6 +90,9 @@ __all__ = [
     "PacketPolicyError",
     "PacketRefusedError",
     "PacketTooLargeError",
+    "PrivacyAccountError",
+    "PrivacyBudgetError",
+    "PrivacyCoverageError",
     "ProtocolError",
     "SchemaMismatchError",
     "ServerDrainingError",
@@ -213,6 +221,28 @@ class PacketTooLargeError(PacketRefusedError):
 
 class PacketIdReusedError(PacketRefusedError):
     """The packet id was used before for other content."""
+
+
+class LocalPrivacyError(PacketRefusedError):
+    """The site's own local privacy does not let the packet out; nothing was sent."""
+
+
+class PrivacyBudgetError(LocalPrivacyError):
+    """The budget of local privacy does not pay for another packet."""
+
+    @property
+    def spent(self) -> float:
+        """The epsilon that was spent before, at the budget's delta."""
+        return float(self.metadata["spent"])
+
+    @property
+    def epsilon(self) -> float:
+        """The epsilon of the whole budget."""
+        return float(self.metadata["epsilon"])
+
+
+class PrivacyCoverageError(LocalPrivacyError):
+    """The packet says what local privacy does not cover, or lacks what it must say; see `violations`."""
 
 
 class EnvelopeError(FMIError):
@@ -351,3 +381,7 @@ class OutboxUnavailableError(OutboxError):
     """The outbox's file cannot be read or written now, for example because the disk is full."""
 
     retryable_by_nature = True
+
+
+class PrivacyAccountError(FMIError):
+    """The file of local privacy's account cannot be read or written, or is something else."""
