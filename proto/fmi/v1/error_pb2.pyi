@@ -84,6 +84,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """Something went wrong inside the server; the request id finds it in the log."""
     ERROR_REASON_SUPERSEDED: _ErrorReason.ValueType  # 27
     """The same subscriber opened a newer stream under the same instance id; this one is not needed any more."""
+    ERROR_REASON_PRIVACY_BUDGET_EXHAUSTED: _ErrorReason.ValueType  # 28
+    """The privacy budget of the cohort is spent: it releases nothing more, and its last release stays served."""
+    ERROR_REASON_RELEASE_SCHEDULED: _ErrorReason.ValueType  # 29
+    """The cohort is private: it releases at fixed times, and at no others."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why something was refused. The name is the `reason` of the `google.rpc.ErrorInfo` (domain `fmi`) that
@@ -148,6 +152,10 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 26
 """Something went wrong inside the server; the request id finds it in the log."""
 ERROR_REASON_SUPERSEDED: ErrorReason.ValueType  # 27
 """The same subscriber opened a newer stream under the same instance id; this one is not needed any more."""
+ERROR_REASON_PRIVACY_BUDGET_EXHAUSTED: ErrorReason.ValueType  # 28
+"""The privacy budget of the cohort is spent: it releases nothing more, and its last release stays served."""
+ERROR_REASON_RELEASE_SCHEDULED: ErrorReason.ValueType  # 29
+"""The cohort is private: it releases at fixed times, and at no others."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

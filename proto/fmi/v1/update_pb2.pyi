@@ -164,7 +164,7 @@ Global___Update: _TypeAlias = Update  # noqa: Y015
 
 @_typing.final
 class Lineage(_message.Message):
-    """What an aggregate was made from."""
+    """What an aggregate was made from. In a private cohort, `estimator` and `epsilon_spent` only."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -226,7 +226,9 @@ class Lineage(_message.Message):
     trimmed: _builtins.int
     """Output only. Values left out by trimming, over all signals."""
     epsilon_spent: _builtins.float
-    """Output only. Differential privacy spent by the cohort up to this release; 0 where privacy is off."""
+    """Output only. The epsilon that the cohort spent up to and with this release, at the delta of its spec;
+    0 where privacy is off.
+    """
     confidence_cap: _builtins.float
     """Output only. The median of the confidences that sites declared, in 0..1: none counted for more. The
     weight of a value is the smaller of its confidence and this, times the reputation of its site, times its
@@ -415,9 +417,11 @@ class SignalEstimate(_message.Message):
     upper: _builtins.float
     """Output only. Upper end of the 95 % confidence interval. Unset as `stderr`."""
     sites: _builtins.int
-    """Output only. Sites that sent the signal."""
+    """Output only. Sites that sent the signal. Always 0 in a private cohort, which does not tell."""
     effective_sites: _builtins.float
-    """Output only. Effective sites behind the value after trimming and weighting (Kish)."""
+    """Output only. Effective sites behind the value after trimming and weighting (Kish). In a private cohort the
+    noisy sum of the weights.
+    """
     trimmed: _builtins.int
     """Output only. Sites left out by trimming, both tails together."""
     confidence: _builtins.float
