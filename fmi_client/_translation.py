@@ -32,7 +32,9 @@ from fmi_client.errors import (
     PacketIdReusedError,
     PacketPolicyError,
     PacketTooLargeError,
+    PrivacyBudgetExhaustedError,
     ProtocolError,
+    ReleaseRefusedError,
     SchemaMismatchError,
     ServerDrainingError,
     ServerInternalError,
@@ -88,6 +90,8 @@ REASON_CLASSES: Final[Mapping[error_pb2.ErrorReason.ValueType, type[FMIError]]] 
         error_pb2.ERROR_REASON_NOT_FOUND: NotFoundError,
         error_pb2.ERROR_REASON_INTERNAL: ServerInternalError,
         error_pb2.ERROR_REASON_SUPERSEDED: SupersededError,
+        error_pb2.ERROR_REASON_PRIVACY_BUDGET_EXHAUSTED: PrivacyBudgetExhaustedError,
+        error_pb2.ERROR_REASON_RELEASE_SCHEDULED: ReleaseRefusedError,
     }
 )
 """The class of each reason of the contract's catalogue."""

@@ -24,6 +24,8 @@
     - SpecError                       a cohort spec is not valid, or a dictionary is none
         - SpecChangeUnsafeError       the change would break sites, and was not forced
     - SettingUnsupportedError
+    - ReleaseRefusedError             a private cohort releases at fixed times only
+        - PrivacyBudgetExhaustedError its budget is spent: it releases nothing more
     - TemporaryError                  the same call can succeed later; the SDK's own retries are used up
         - OverloadedError
         - StoreUnavailableError
@@ -92,8 +94,10 @@ __all__ = [
     "PacketTooLargeError",
     "PrivacyAccountError",
     "PrivacyBudgetError",
+    "PrivacyBudgetExhaustedError",
     "PrivacyCoverageError",
     "ProtocolError",
+    "ReleaseRefusedError",
     "SchemaMismatchError",
     "ServerDrainingError",
     "ServerInternalError",
@@ -297,6 +301,19 @@ class SpecChangeUnsafeError(SpecError):
 
 class SettingUnsupportedError(FMIError):
     """A setting asks for something that this version of the server does not have."""
+
+
+class ReleaseRefusedError(FMIError):
+    """The cohort is private: it releases at fixed times, and not when somebody asks for it."""
+
+    @property
+    def next_release_at(self) -> str | None:
+        """When it releases next, in RFC 3339, if the server said so."""
+        return self.metadata.get("next_release_at")
+
+
+class PrivacyBudgetExhaustedError(ReleaseRefusedError):
+    """The privacy budget of the cohort is spent: it releases nothing more; its last release stays served."""
 
 
 class TemporaryError(FMIError):

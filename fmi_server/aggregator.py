@@ -9,13 +9,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from fmi.plain import DEFAULT_PROFILE_CLASS
-from fmi.v1 import packet_pb2, update_pb2
+from fmi.v1 import cohort_pb2, packet_pb2, update_pb2
 from fmi_server.aggregation import SignalInUse, WarmStartRequest
 from fmi_server.cohort_state import CohortState
-from fmi_server.cohorts import CohortRegistry, CohortRules
+from fmi_server.cohorts import CohortRules, compile_spec
 from fmi_server.config import AggregationConfig
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.errors import PacketRefusedError
+from fmi_server.privacy.budget import BudgetPlan
+from fmi_server.private_messages import (
+    NO_HINT,
+    private_lineage,
+    private_prior_message,
+    private_warm_start,
+)
+from fmi_server.private_prior import private_prior
 from fmi_server.update_messages import (
     causes_message,
     hint_message,
@@ -75,22 +83,36 @@ class FMIAggregator:
         self._states: dict[str, CohortState] = {}
 
     def aggregate(
-        self, cohort: str, packets: Iterable[packet_pb2.Packet | Mapping[str, Any]]
+        self,
+        cohort: str,
+        packets: Iterable[packet_pb2.Packet | Mapping[str, Any]],
+        *,
+        spec: cohort_pb2.CohortSpec | None = None,
     ) -> AggregationResult:
-        """Aggregate packets as one cohort, with the default rules of a cohort.
+        """Aggregate packets as one cohort.
+
+        With privacy each call is a release of its own: it costs one of `dp_epochs`, and nobody keeps count
+        but the caller.
 
         Args:
             cohort: The name that the result carries.
             packets: Typed packets, or plain ones in any form that the registry takes. A site counts
                 once per signal, with its newest value.
+            spec: The rules of the cohort, whose name is not looked at; the defaults where it is not given.
+                Privacy needs one, because it needs the bounds of the signals.
 
         Returns:
             The aggregates, with revision 0: nothing is published.
 
         Raises:
             PacketRefusedError: A packet breaks the contract.
+            SpecInvalidError: The spec breaks rules, or privacy is asked for without one.
         """
-        rules = CohortRegistry(self._registry, defaults=self.config).rules(cohort)
+        named = cohort_pb2.CohortSpec()
+        if spec is not None:
+            named.CopyFrom(spec)
+        named.name = cohort
+        rules = compile_spec(named, self._registry, defaults=self.config, declared=spec is not None)
         state = CohortState(rules)
         newest = -math.inf
         for item in packets:
@@ -101,6 +123,9 @@ class FMIAggregator:
             emitted_at = packet.header.emitted_at
             newest = max(newest, emitted_at.seconds + emitted_at.nanos / 1e9)
             state.count(packet)
+        if rules.privacy is not None:
+            # The time must not be a site's to choose: it decides whose values are past theirs.
+            return self.result(state, now=self._clock(), epsilon_spent=rules.privacy.spent(1))
         # Packets that are given are all to count: time stands at the newest of them.
         return self.result(state, now=newest if math.isfinite(newest) else self._clock())
 
@@ -142,15 +167,22 @@ class FMIAggregator:
         profile.lineage.CopyFrom(signals_lineage(state.packets["msp"], sites, window, state.rules))
         return profile
 
-    def result(self, state: CohortState, *, now: float) -> AggregationResult:
+    def result(
+        self, state: CohortState, *, now: float, epsilon_spent: float = 0.0
+    ) -> AggregationResult:
         """Compute the aggregates of a resident state.
+
+        Of a private cohort each call draws noise, and so is a release: what it costs is to be paid before.
 
         Args:
             state: The state.
             now: Unix seconds.
+            epsilon_spent: By a private cohort, with this release; the lineage tells it.
         """
-        statistics = state.release(now)
         rules = state.rules
+        if rules.privacy is not None:
+            return self._private_result(state, rules.privacy, now, epsilon_spent)
+        statistics = state.release(now)
         profiles = {
             name: warm_start_message(found) for name, found in statistics.warm_starts.items()
         }
@@ -169,4 +201,29 @@ class FMIAggregator:
             ),
             policy_hint=hint_message(statistics, rules),
             causal_consensus=causes_message(statistics, rules),
+        )
+
+    def _private_result(
+        self, state: CohortState, plan: BudgetPlan, now: float, epsilon_spent: float
+    ) -> AggregationResult:
+        state.expire(now)
+        rules = state.rules
+        estimates = private_prior(
+            state.unit_cells(),
+            plan,
+            estimator=rules.aggregation.metrics_aggregation,
+            min_sites=state.min_sites,
+        )
+        prior = private_prior_message(estimates, rules, epsilon_spent)
+        warm_start = private_warm_start(prior)
+        return AggregationResult(
+            prior_update=prior,
+            warm_start=warm_start,
+            warm_starts=update_pb2.WarmStartSet(profiles=[warm_start]),
+            policy_hint=update_pb2.MetaPolicyHint(
+                reason=NO_HINT, lineage=private_lineage(rules, epsilon_spent)
+            ),
+            causal_consensus=update_pb2.CausalConsensus(
+                lineage=private_lineage(rules, epsilon_spent)
+            ),
         )

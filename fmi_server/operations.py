@@ -6,18 +6,25 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from fmi.plain import DEFAULT_PROFILE_CLASS
 from fmi.v1 import packet_pb2
 from fmi_server.applied import Applied
-from fmi_server.errors import CohortUnknownError
+from fmi_server.cohorts import CohortRules
+from fmi_server.errors import CohortUnknownError, Reason, RequestInvalidError, Violation
 from fmi_server.feed_requests import kind_name
+from fmi_server.privacy.advice import PlanReport, report_plan
+from fmi_server.privacy.budget import BudgetError, BudgetPlan, PrivacySettings, plan_budget
+from fmi_server.private_releases import Account
 from fmi_server.router import OpenSubscription
 from fmi_server.service import FMIService
 from fmi_server.storage.base import UnknownPacketError
-from fmi_server.storage.records import PacketKey, SiteRecord, StoredPacket
+from fmi_server.storage.records import PacketKey, SiteRecord, SpendRecord, StoredPacket
 
-__all__ = ["CohortOverview", "Operations", "SiteOverview"]
+__all__ = ["CohortOverview", "Operations", "PrivacyOverview", "SiteOverview"]
+
+_INVALID: Final = Reason.SPEC_INVALID
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +58,14 @@ class SiteOverview:
         """Packets stored, by type."""
         record = self.record
         return {"msp": record.msp_count, "pop": record.pop_count, "ccs": record.ccs_count}
+
+
+@dataclass(frozen=True, slots=True)
+class PrivacyOverview:
+    """The privacy of a cohort: its rules, and what it spent."""
+
+    rules: CohortRules
+    account: Account
 
 
 class Operations:
@@ -177,6 +192,48 @@ class Operations:
         log = self._service.releaser.publisher.log
         found = self._service.applied.list(cohort, after=after, limit=limit)
         return [(applied, log.newest_revision(applied.key)) for applied in found]
+
+    def plan_privacy(
+        self, settings: PrivacySettings, *, signals: int, sites: int, min_sites: int = 3
+    ) -> tuple[BudgetPlan, PlanReport]:
+        """Say what a privacy budget would mean; nothing is changed.
+
+        Raises:
+            RequestInvalidError: The settings contradict each other, or ask for no privacy.
+        """
+        try:
+            plan = plan_budget(settings, signals)
+        except BudgetError as error:
+            field = f"privacy.{error.setting}"
+            broken = Violation(field, "fmi.cohort_spec.privacy_budget", error.advice, _INVALID)
+            raise RequestInvalidError([broken], _INVALID) from None
+        return plan, report_plan(plan, sites, min_sites=min_sites)
+
+    def privacy_budgets(self, cohort: str = "") -> list[PrivacyOverview]:
+        """List the cohorts that are private, or were and have a ledger, in order of name.
+
+        Raises:
+            CohortUnknownError: There is no such cohort.
+        """
+        self._check_known(cohort)
+        private = self._service.releaser.private
+        return [
+            PrivacyOverview(rules, private.account(rules))
+            for rules in self._service.cohorts
+            if (not cohort or rules.name == cohort)
+            and (rules.privacy is not None or rules.name in private.totals)
+        ]
+
+    async def privacy_spends(
+        self, cohort: str, *, after: int = 0, limit: int = 100
+    ) -> list[SpendRecord]:
+        """List the privacy ledger of a cohort behind a number, oldest first.
+
+        Raises:
+            CohortUnknownError: There is no such cohort.
+        """
+        self._check_known(cohort)
+        return await self._service.store.spends(cohort, after_number=after, limit=limit)
 
     def _check_known(self, cohort: str) -> None:
         if cohort and cohort not in self._service.cohorts:

@@ -62,6 +62,7 @@ from fmi_server.errors import (
     reason_name,
 )
 from fmi_server.feed_requests import FeedRequest, kind_name
+from fmi_server.private_messages import private_warm_start
 from fmi_server.releases import Releaser
 from fmi_server.router import AGGREGATOR, FMIRouter
 from fmi_server.storage import MemoryStore, Store, StoreError
@@ -242,7 +243,7 @@ class FMIService:
                     self._intake.inspect(typed, received_at_us=int(self._clock() * 1e6))
                 )
                 outcome = await self._append(candidate)
-                answer = settle(candidate, outcome)
+                answer = self._settled(candidate, outcome)
                 if answer.error is not None:
                     raise answer.error  # noqa: TRY301 - counted below, like every other refusal
             except Exception:
@@ -288,7 +289,7 @@ class FMIService:
         answers = []
         counts: Counter[tuple[str, str]] = Counter()
         for item in items:
-            answer = settle(item, next(outcomes)) if isinstance(item, Candidate) else item
+            answer = self._settled(item, next(outcomes)) if isinstance(item, Candidate) else item
             counts[answer.kind, answer.status] += 1
             if answer.error is not None:
                 self.telemetry.refusal(reason_name(answer.error.reason))
@@ -359,6 +360,11 @@ class FMIService:
             if self._tasks is not None and not self.closing.is_set():
                 self._tasks.create_task(self._count_abandoned(candidate), name="abandoned")
             raise
+
+    def _settled(self, candidate: Candidate, outcome: AppendOutcome) -> Answer:
+        answer = settle(candidate, outcome)
+        # The places of two packets of one site tell how many came between them.
+        return replace(answer, sequence=0) if self.cohorts.any_private else answer
 
     async def _count(self, candidate: Candidate, answer: Answer) -> Answer:
         """Hand an accepted packet on to be counted; warn where it is overtaken already."""
@@ -504,9 +510,19 @@ class FMIService:
         request = WarmStartRequest(
             profile_class or DEFAULT_PROFILE_CLASS, regime_tag, concepts or {}
         )
+        if self.cohorts.rules(cohort).privacy is not None:
+            return self._released_warm_start(cohort, request.profile_class)
         found = await self.uninterrupted(self._find_warm_start(cohort, request))
         latest = self.releaser.publisher.log.latest.get((cohort, update_pb2.UPDATE_KIND_PRIOR))
         return found, latest.revision if latest else 0
+
+    def _released_warm_start(
+        self, cohort: str, profile_class: str
+    ) -> tuple[update_pb2.WarmStartProfile, int]:
+        """Read the warm start of a private cohort off its last release: what is held stays unseen."""
+        latest = self.releaser.publisher.log.latest.get((cohort, update_pb2.UPDATE_KIND_PRIOR))
+        update = update_pb2.Update.FromString(latest.payload) if latest else update_pb2.Update()
+        return private_warm_start(update.prior_update, profile_class), update.revision
 
     async def _find_warm_start(
         self, cohort: str, request: WarmStartRequest
@@ -520,6 +536,8 @@ class FMIService:
 
         Raises:
             CohortUnknownError: There is no such cohort.
+            ReleaseScheduledError: It is private, and releases at fixed times only.
+            PrivacyBudgetExhaustedError: It is private, and releases nothing more.
             StoreError: The updates could not be stored; nothing was published.
         """
         if cohort not in self.cohorts:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fmi.v1 import cohort_pb2
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.errors import Reason, Violation
+from fmi_server.private_specs import privacy_settings, private_spec_problems
 
 __all__ = ["spec_violations"]
 
@@ -70,7 +71,10 @@ def _cross_field_rules(spec: cohort_pb2.CohortSpec) -> Iterator[_Broken]:
         seen.add(signal.name)
         yield from _transform_rules(where, signal)
         yield from _direction_rules(where, signal)
-    yield from _release_rules(spec.release)
+    for problem in private_spec_problems(spec):
+        yield _broken(*problem)
+    if not privacy_settings(spec.privacy).private:
+        yield from _release_rules(spec.release)
 
 
 def _transform_rules(where: str, signal: cohort_pb2.SignalSpec) -> Iterator[_Broken]:
@@ -123,25 +127,12 @@ def _release_rules(release: cohort_pb2.ReleaseSpec) -> Iterator[_Broken]:
 
 def _broken(where: str, reads: tuple[str, ...], rule: str, description: str) -> _Broken:
     """Tell a rule of the first of the fields that it reads."""
-    violation = Violation(
-        f"{where}.{reads[0]}", f"fmi.cohort_spec.{rule}", description, Reason.SPEC_INVALID
-    )
-    return _Broken(violation, tuple(f"{where}.{name}" for name in reads))
+    paths = tuple(f"{where}.{name}" if where else name for name in reads)
+    violation = Violation(paths[0], f"fmi.cohort_spec.{rule}", description, Reason.SPEC_INVALID)
+    return _Broken(violation, paths)
 
 
 def _unsupported(spec: cohort_pb2.CohortSpec) -> Iterator[Violation]:
-    privacy = spec.privacy
-    for name in ("dp_epsilon", "dp_delta", "dp_noise_sigma", "dp_epochs"):
-        if getattr(privacy, name):
-            yield _lacking(
-                f"privacy.{name}",
-                "this version has no differential privacy; remove it and do not rely on noise, or use "
-                "a version that has it",
-            )
-    if privacy.HasField("dp_sensitivity"):
-        yield _lacking(
-            "privacy.dp_sensitivity", "this version has no differential privacy; remove it"
-        )
     for name in ("emit", "subscribe", "admin"):
         if getattr(spec.access, name):
             yield _lacking(

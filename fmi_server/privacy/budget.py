@@ -16,6 +16,9 @@ __all__ = ["BudgetError", "BudgetPlan", "PrivacySettings", "natural_sensitivity"
 
 _ROUNDING = 1e-9
 
+NOISE_OF_WEIGHT = 3.0
+"""A noisy weight below so many standard deviations of its noise may be no weight at all: it is no divisor."""
+
 
 class BudgetError(ValueError):
     """Settings of privacy contradict each other.
@@ -55,6 +58,23 @@ class PrivacySettings:
         """Return whether privacy is asked for at all."""
         return self.dp_epsilon > 0.0 or self.dp_noise_sigma > 0.0
 
+    def check(self) -> None:
+        """Check all that does not depend on the number of signals.
+
+        Raises:
+            BudgetError: The settings contradict each other, or say too little to promise anything.
+        """
+        if self.private:
+            plan_budget(self, 1)
+            return
+        for name in ("dp_delta", "dp_sensitivity"):
+            if getattr(self, name):
+                raise BudgetError(
+                    name,
+                    f"is {getattr(self, name):g}, but neither dp_epsilon nor dp_noise_sigma asks for "
+                    "privacy: set one, or leave it out",
+                )
+
 
 @dataclass(frozen=True, slots=True)
 class BudgetPlan:
@@ -64,7 +84,8 @@ class BudgetPlan:
         epsilon: of all epochs together.
         delta: the same.
         epochs: releases that it lasts for.
-        rho: of all epochs together, in zero-concentrated differential privacy.
+        rho: of all epochs together, in zero-concentrated differential privacy: what the mechanism itself
+            costs so many times, and the share of a rounding more, so that a sum of costs does not pass it.
         noise_multiplier: standard deviation of the noise by the natural sensitivity.
         sums: the mechanism with that noise.
     """
@@ -83,7 +104,20 @@ class BudgetPlan:
 
     def spent(self, releases: int) -> float:
         """Return the epsilon that so many releases spent, at the plan's delta."""
-        return zcdp_epsilon(releases * self.rho_per_release, self.delta)
+        return self.epsilon_of(releases * self.rho_per_release)
+
+    def epsilon_of(self, rho: float) -> float:
+        """Return the epsilon of a cost in zero-concentrated differential privacy, at the plan's delta."""
+        return zcdp_epsilon(rho, self.delta) if rho else 0.0
+
+    def least_weight(self, min_sites: int) -> float:
+        """Return the noisy weight, in sites, below which a signal has no value.
+
+        Args:
+            min_sites: fewer never have one.
+        """
+        noise = 2.0**self.sums.sigma_bits / self.sums.weight_bound
+        return max(float(min_sites), NOISE_OF_WEIGHT * noise)
 
     def noise_stderr(self, sites: float, value: float = 0.0) -> float:
         """Return the standard error that the noise alone gives a mean.
@@ -110,12 +144,17 @@ def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
     """Turn what is asked into a budget for each release.
 
     Args:
-        settings: what is asked; privacy at all.
+        settings: what is asked.
         signals: that are released together.
 
     Raises:
         BudgetError: The settings contradict each other, or say too little to promise anything.
     """
+    if not settings.private:
+        raise BudgetError(
+            "dp_epsilon",
+            "is not set, and neither is dp_noise_sigma, so that nothing is asked for: set one",
+        )
     if not 0.0 < settings.dp_delta < 1.0:
         raise BudgetError(
             "dp_delta",
@@ -135,7 +174,7 @@ def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
                 "(dp_noise_sigma)",
             )
         # A rounding more, so that the budget is kept to the last digit.
-        multiplier = math.sqrt(epochs / (2.0 * rho)) * stretch * (1.0 + _ROUNDING)
+        multiplier = math.sqrt(epochs / (2.0 * rho)) * stretch * (1.0 + 2.0 * _ROUNDING)
     elif rho:
         epochs = _checked_epochs(settings, rho, multiplier)
     elif not epochs:
@@ -149,7 +188,7 @@ def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
     except ValueError as error:
         field = "dp_noise_sigma" if settings.dp_noise_sigma else "dp_epsilon"
         raise BudgetError(field, f"cannot be kept: {error}") from None
-    rho = rho or epochs * float(sums.rho)
+    rho = epochs * float(sums.rho) * (1.0 + _ROUNDING)
     epsilon = settings.dp_epsilon or zcdp_epsilon(rho, settings.dp_delta)
     return BudgetPlan(epsilon, settings.dp_delta, epochs, rho, multiplier, sums)
 
@@ -170,7 +209,7 @@ def _stretch(declared: float | None, signals: int) -> float:
 
 def _checked_epochs(settings: PrivacySettings, rho: float, multiplier: float) -> int:
     """Return how many releases with this noise a budget lasts for, where it lasts for those asked for."""
-    lasts = math.floor(rho / zcdp_of_noise(1.0, multiplier))
+    lasts = math.floor(rho / zcdp_of_noise(1.0, multiplier) * (1.0 - 2.0 * _ROUNDING))
     epochs = settings.dp_epochs or lasts
     if epochs <= lasts and epochs:
         return epochs

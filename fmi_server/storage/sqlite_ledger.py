@@ -50,7 +50,7 @@ def spends(
 def ledger_totals(connection: sqlite3.Connection) -> dict[str, LedgerTotal]:
     """Return what each cohort spent, and its last entry."""
     rows = connection.execute(
-        "SELECT cohort, count(*), total(rho), max(number), period, history_epoch "
+        "SELECT cohort, sum(rho > 0), total(rho), max(number), period, history_epoch "
         "FROM privacy_ledger GROUP BY cohort"
     )
     # Of a single max() SQLite takes the other columns from the row that has it.

@@ -243,7 +243,7 @@ SIGNAL = "name: care\nsignals: [{{name: tau, section: metrics, {}}}]"
             "name: care\nsignals: [{name: loss, direction: higher_is_better}]",
             "signals[0].section: value is required",
         ),
-        ("name: care\nprivacy: {dp_epsilon: 1}", "privacy.dp_epsilon: this version has no diff"),
+        ("name: care\nprivacy: {dp_delta: 1e-6}", "privacy.dp_epsilon: is not set, and neither is"),
     ],
 )
 def test_a_wrong_file_is_told_in_one_line(tmp_path, text, said):
@@ -262,7 +262,7 @@ def test_everything_wrong_with_every_file_is_told_at_once(tmp_path):
         signals:
           - {name: tau, section: kitchen, direction: up, guardrail: true}
           - {name: rho, section: controller, lower: 2, upper: 1, colour: red}
-        release: {max_interval: 0.1}
+        release: {max_interval: 0.01}
         privacy: {dp_epsilon: 1, dp_delta: 0.1}
         """,
         "a.yaml",
@@ -278,9 +278,9 @@ def test_everything_wrong_with_every_file_is_told_at_once(tmp_path):
         ("a.yaml", "signals[1].colour"),
         ("a.yaml", "name"),
         ("a.yaml", "signals[1]"),
+        ("a.yaml", "signals[0].lower"),
         ("a.yaml", "release.max_interval"),
-        ("a.yaml", "privacy.dp_epsilon"),
-        ("a.yaml", "privacy.dp_delta"),
+        ("a.yaml", "privacy.dp_epochs"),
         ("b.yaml", "is not YAML"),
         ("d.yaml", "name"),
     ]
