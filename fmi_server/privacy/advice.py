@@ -48,7 +48,7 @@ def report_plan(plan: BudgetPlan, sites: int, *, min_sites: int = 3) -> PlanRepo
     advice = []
     if sites < least:
         advice.append(
-            f"{sites} sites have no value at all: a signal needs a noisy weight of {least:.4g} sites"
+            f"a signal has a value only from a noisy weight of {least:.4g} sites on, and there are {sites}"
         )
     if noise > USEFUL_STDERR:
         excess = noise / USEFUL_STDERR

@@ -16,6 +16,9 @@ __all__ = ["BudgetError", "BudgetPlan", "PrivacySettings", "natural_sensitivity"
 
 _ROUNDING = 1e-9
 
+MAX_EPSILON = 1e4
+MAX_EPOCHS = 2**32 - 1
+
 NOISE_OF_WEIGHT = 3.0
 """A noisy weight below so many standard deviations of its noise may be no weight at all: it is no divisor."""
 
@@ -161,7 +164,14 @@ def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
             f"is {settings.dp_delta:g}; Gaussian noise promises nothing without a delta above 0: choose one "
             "well below 1 / (number of sites), for example 1e-6",
         )
+    if settings.dp_epsilon > MAX_EPSILON:
+        raise BudgetError(
+            "dp_epsilon",
+            f"is {settings.dp_epsilon:g}, which promises nothing: choose one below 10, or leave privacy out",
+        )
     stretch = _stretch(settings.dp_sensitivity, signals)
+    if settings.dp_noise_sigma:
+        _mechanism(signals, settings.dp_noise_sigma * stretch, "dp_noise_sigma")
     rho = 0.0
     if settings.dp_epsilon > 0.0:
         rho = zcdp_rho(settings.dp_epsilon, settings.dp_delta)
@@ -183,14 +193,18 @@ def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
             "is not set; noise alone (dp_noise_sigma) promises nothing over releases without end: say how "
             "many there may be, or a dp_epsilon",
         )
-    try:
-        sums = PrivateSums(signals, multiplier)
-    except ValueError as error:
-        field = "dp_noise_sigma" if settings.dp_noise_sigma else "dp_epsilon"
-        raise BudgetError(field, f"cannot be kept: {error}") from None
+    field = "dp_noise_sigma" if settings.dp_noise_sigma else "dp_epsilon"
+    sums = _mechanism(signals, multiplier, field)
     rho = epochs * float(sums.rho) * (1.0 + _ROUNDING)
     epsilon = settings.dp_epsilon or zcdp_epsilon(rho, settings.dp_delta)
     return BudgetPlan(epsilon, settings.dp_delta, epochs, rho, multiplier, sums)
+
+
+def _mechanism(signals: int, multiplier: float, setting: str) -> PrivateSums:
+    try:
+        return PrivateSums(signals, multiplier)
+    except ValueError as error:
+        raise BudgetError(setting, f"cannot be kept: {error}") from None
 
 
 def _stretch(declared: float | None, signals: int) -> float:
@@ -210,6 +224,7 @@ def _stretch(declared: float | None, signals: int) -> float:
 def _checked_epochs(settings: PrivacySettings, rho: float, multiplier: float) -> int:
     """Return how many releases with this noise a budget lasts for, where it lasts for those asked for."""
     lasts = math.floor(rho / zcdp_of_noise(1.0, multiplier) * (1.0 - 2.0 * _ROUNDING))
+    lasts = min(lasts, MAX_EPOCHS)
     epochs = settings.dp_epochs or lasts
     if epochs <= lasts and epochs:
         return epochs
