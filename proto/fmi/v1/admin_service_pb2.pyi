@@ -820,15 +820,22 @@ class PlanPrivacyRequest(_message.Message):
     SIGNALS_FIELD_NUMBER: _builtins.int
     PRIVACY_FIELD_NUMBER: _builtins.int
     VOTE_MIN_SITES_FIELD_NUMBER: _builtins.int
+    SIGNAL_SPECS_FIELD_NUMBER: _builtins.int
     sites: _builtins.int
     """Required. Sites that are expected to send all signals, at full weight."""
     signals: _builtins.int
-    """Required. Signals that are released together."""
+    """Optional. Signals that are released together. Unset (0) means those of `signal_specs`."""
     vote_min_sites: _builtins.int
     """Optional. Sites needed before a signal has a value; see `AggregationSpec.vote_min_sites`. Unset means 3."""
     @_builtins.property
     def privacy(self) -> _cohort_pb2.PrivacySpec:
         """Required. The budget, as it would stand in the cohort spec."""
+
+    @_builtins.property
+    def signal_specs(self) -> _containers.RepeatedCompositeFieldContainer[_cohort_pb2.SignalSpec]:
+        """Optional. The signals themselves, with both bounds, as they would stand in the cohort spec: then the
+        expected error of each is told in its own unit. Unset means `signals` of them, in no unit.
+        """
 
     def __init__(
         self,
@@ -837,10 +844,11 @@ class PlanPrivacyRequest(_message.Message):
         signals: _builtins.int = ...,
         privacy: _cohort_pb2.PrivacySpec | None = ...,
         vote_min_sites: _builtins.int | None = ...,
+        signal_specs: _abc.Iterable[_cohort_pb2.SignalSpec] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_vote_min_sites", b"_vote_min_sites", "privacy", b"privacy", "vote_min_sites", b"vote_min_sites"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_vote_min_sites", b"_vote_min_sites", "privacy", b"privacy", "signals", b"signals", "sites", b"sites", "vote_min_sites", b"vote_min_sites"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_vote_min_sites", b"_vote_min_sites", "privacy", b"privacy", "signal_specs", b"signal_specs", "signals", b"signals", "sites", b"sites", "vote_min_sites", b"vote_min_sites"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__vote_min_sites: _TypeAlias = _typing.Literal["vote_min_sites"]  # noqa: Y015
     _WhichOneofArgType__vote_min_sites: _TypeAlias = _typing.Literal["_vote_min_sites", b"_vote_min_sites"]  # noqa: Y015
@@ -854,11 +862,32 @@ class PlanPrivacyResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class SignalStderrEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PLAN_FIELD_NUMBER: _builtins.int
     NOISE_STDERR_FIELD_NUMBER: _builtins.int
     NOISE_STDERR_AT_BOUND_FIELD_NUMBER: _builtins.int
     LEAST_WEIGHT_FIELD_NUMBER: _builtins.int
     ADVICE_FIELD_NUMBER: _builtins.int
+    SIGNAL_STDERR_FIELD_NUMBER: _builtins.int
     noise_stderr: _builtins.float
     """Output only. Standard error that the noise of one release gives a mean in the middle of its bounds, as a
     share of half the width between them; 1 and more means that it says nothing.
@@ -877,6 +906,12 @@ class PlanPrivacyResponse(_message.Message):
     def advice(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Output only. What to do about it, in sentences."""
 
+    @_builtins.property
+    def signal_stderr(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Output only. By signal of `signal_specs`, the standard error that the noise of one release gives a mean in
+        the middle of its bounds, on the scale of averaging, in the signal's own unit.
+        """
+
     def __init__(
         self,
         *,
@@ -885,10 +920,11 @@ class PlanPrivacyResponse(_message.Message):
         noise_stderr_at_bound: _builtins.float = ...,
         least_weight: _builtins.float = ...,
         advice: _abc.Iterable[_builtins.str] | None = ...,
+        signal_stderr: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "least_weight", b"least_weight", "noise_stderr", b"noise_stderr", "noise_stderr_at_bound", b"noise_stderr_at_bound", "plan", b"plan"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "least_weight", b"least_weight", "noise_stderr", b"noise_stderr", "noise_stderr_at_bound", b"noise_stderr_at_bound", "plan", b"plan", "signal_stderr", b"signal_stderr"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
