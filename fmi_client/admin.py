@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from fmi import specs
@@ -153,7 +153,7 @@ class AsyncAdmin:
         self,
         *,
         sites: int,
-        signals: int,
+        signals: int | Iterable[cohort_pb2.SignalSpec],
         privacy: cohort_pb2.PrivacySpec | Mapping[str, Any],
         vote_min_sites: int | None = None,
     ) -> admin_service_pb2.PlanPrivacyResponse:
@@ -161,20 +161,26 @@ class AsyncAdmin:
 
         Args:
             sites: Sites that are expected to send all signals, at full weight.
-            signals: Signals that are released together.
+            signals: How many signals are released together; or the signals themselves, with both bounds: then
+                the expected error of each is told in its own unit.
             privacy: The budget, typed or as it would stand in a cohort file, for example
                 ``{"dp_epsilon": 1.0, "dp_delta": 1e-6, "dp_epochs": 50}``.
             vote_min_sites: Sites needed before a signal has a value; the default where it is not given.
 
         Raises:
-            SpecError: The budget contradicts itself; the text says what to change.
+            SpecError: The budget contradicts itself, or signals lack bounds; the text says what to change.
         """
+        counted, declared = (signals, ()) if isinstance(signals, int) else (0, signals)
         if not isinstance(privacy, cohort_pb2.PrivacySpec):
             privacy = cohort_spec_from_plain({"privacy": privacy}).privacy
         return await self._caller.call(
             self._stub().PlanPrivacy,
             admin_service_pb2.PlanPrivacyRequest(
-                sites=sites, signals=signals, privacy=privacy, vote_min_sites=vote_min_sites
+                sites=sites,
+                signals=counted,
+                signal_specs=declared,
+                privacy=privacy,
+                vote_min_sites=vote_min_sites,
             ),
         )
 
@@ -257,7 +263,7 @@ class Admin:
         self,
         *,
         sites: int,
-        signals: int,
+        signals: int | Iterable[cohort_pb2.SignalSpec],
         privacy: cohort_pb2.PrivacySpec | Mapping[str, Any],
         vote_min_sites: int | None = None,
     ) -> admin_service_pb2.PlanPrivacyResponse:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+import numpy as np
+
 from fmi.plain import DEFAULT_PROFILE_CLASS
-from fmi.v1 import packet_pb2
+from fmi.v1 import cohort_pb2, packet_pb2
 from fmi_server.applied import Applied
+from fmi_server.cohort_state import CohortState
 from fmi_server.cohorts import CohortRules
 from fmi_server.errors import CohortUnknownError, Reason, RequestInvalidError, Violation
 from fmi_server.feed_requests import kind_name
@@ -198,9 +201,20 @@ class Operations:
     ) -> tuple[BudgetPlan, PlanReport]:
         """Say what a privacy budget would mean; nothing is changed.
 
+        Args:
+            settings: The budget.
+            signals: Signals that are released together.
+            sites: Sites that send all of them.
+            min_sites: Sites needed before a signal has a value.
+
         Raises:
-            RequestInvalidError: The settings contradict each other, or ask for no privacy.
+            RequestInvalidError: There is no signal, or the settings contradict each other, or ask for
+                nothing.
         """
+        if not signals:
+            raise RequestInvalidError(
+                [Violation("signals", "fmi.plan.signals", "say how many, or which (signal_specs)")]
+            )
         try:
             plan = plan_budget(settings, signals)
         except BudgetError as error:
@@ -208,6 +222,26 @@ class Operations:
             broken = Violation(field, "fmi.cohort_spec.privacy_budget", error.advice, _INVALID)
             raise RequestInvalidError([broken], _INVALID) from None
         return plan, report_plan(plan, sites, min_sites=min_sites)
+
+    def noise_per_signal(
+        self, signals: Sequence[cohort_pb2.SignalSpec], noise_stderr: float
+    ) -> dict[str, float]:
+        """Return what noise on a mean in the middle of its bounds is in the unit of each signal.
+
+        Args:
+            signals: The signals; each must have both bounds.
+            noise_stderr: The noise, in units of half the width between the bounds on the scale of averaging.
+
+        Raises:
+            SpecInvalidError: The signals break rules.
+        """
+        if not signals:
+            return {}
+        spec = cohort_pb2.CohortSpec(name="plan", signals=signals)
+        spec.privacy.dp_noise_sigma, spec.privacy.dp_delta, spec.privacy.dp_epochs = 1.0, 1e-6, 1
+        cells = CohortState(self._service.cohorts.compile(spec)).unit_cells()
+        slopes = cells.transforms.unit_slope(cells.rows, np.zeros(len(cells.rows)))
+        return dict(zip(cells.names, (slopes * noise_stderr).tolist(), strict=True))
 
     def privacy_budgets(self, cohort: str = "") -> list[PrivacyOverview]:
         """List the cohorts that are private, or were and have a ledger, in order of name.

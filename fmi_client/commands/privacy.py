@@ -13,6 +13,7 @@ from fmi_client.commands.options import Argument, FMIGroup, Settings, shared_opt
 from fmi_client.commands.output import (
     message_data,
     moment,
+    number,
     print_json,
     print_text,
     safe,
@@ -80,14 +81,17 @@ def _plan(
             min_sites = spec.aggregation.vote_min_sites
         found = client.admin.plan_privacy(
             sites=sites,
-            signals=len(spec.signals) if signals is None else signals,
+            signals=spec.signals if signals is None else signals,
             privacy=spec.privacy,
             vote_min_sites=min_sites,
         )
     if settings.json:
         print_json(message_data(found))
     else:
-        print_text(_plan_view(found, sites), *(_advice_view(line) for line in found.advice))
+        print_text(_plan_view(found, sites))
+        if found.signal_stderr:
+            print_text("", _errors_view(found, spec))
+        print_text(*(_advice_view(line) for line in found.advice))
     return ExitCode.OK
 
 
@@ -132,6 +136,20 @@ def _plan_view(found: admin_service_pb2.PlanPrivacyResponse, sites: int) -> Rend
         ("least weight", f"{found.least_weight:.3g}", "sites; below it a signal has no value"),
     ):
         listed.add_row(what, value, Text(unit, "dim"))
+    return listed
+
+
+def _errors_view(
+    found: admin_service_pb2.PlanPrivacyResponse, spec: cohort_pb2.CohortSpec
+) -> RenderableType:
+    listed = table("signal", "bounds", "error by noise", "unit", right=("error by noise",))
+    for signal in spec.signals:
+        listed.add_row(
+            text(signal.name),
+            f"{number(signal.lower)} .. {number(signal.upper)}",
+            number(found.signal_stderr[signal.name]),
+            text(signal.unit, "dim"),
+        )
     return listed
 
 

@@ -131,16 +131,18 @@ class AdminServicer:
         given = request.HasField("vote_min_sites")
         plan, report = self._operations.plan_privacy(
             privacy_settings(request.privacy),
-            signals=request.signals,
+            signals=request.signals or len(request.signal_specs),
             sites=request.sites,
             min_sites=request.vote_min_sites if given else DEFAULT_MIN_SITES,
         )
+        of_signals = self._operations.noise_per_signal(request.signal_specs, report.noise_stderr)
         return wire_pb2.PlanPrivacyResponse(
             plan=plan_message(plan),
             noise_stderr=report.noise_stderr,
             noise_stderr_at_bound=report.noise_stderr_at_bound,
             least_weight=report.least_weight,
             advice=report.advice,
+            signal_stderr=of_signals,
         )
 
     async def ListPrivacyBudgets(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import threading
 import time
@@ -151,3 +152,29 @@ def test_a_plan_that_is_none_says_why(ask, line, said):
     assert told.exit_code in (ExitCode.REFUSED, ExitCode.USAGE, ExitCode.NOT_FOUND)
     assert said in told.output
     assert "Traceback" not in told.output
+
+
+def test_a_plan_for_a_cohort_tells_the_error_of_each_signal_in_its_unit(ask, tmp_path):
+    file = tmp_path / "plant.yaml"
+    file.write_text(
+        """
+        name: plant
+        signals:
+          - {name: temperature, section: metrics, lower: 20, upper: 120, unit: K}
+          - {name: rate, section: controller, lower: 0.0001, upper: 1, transform: log}
+          - {name: share, section: controller, lower: 0.01, upper: 0.99, transform: logit}
+        """
+    )
+    assert ask("cohorts put", str(file)).exit_code == 0
+    line = "privacy plan --cohort plant --sites 100 --epsilon 4 --delta 1e-6 --epochs 10"
+    data = json.loads(ask(line, "--json").stdout)
+    noise = data["noise_stderr"]
+    assert data["signal_stderr"] == {
+        "temperature": pytest.approx(50.0 * noise),
+        # In the middle of its logarithms, by the half width of these.
+        "rate": pytest.approx(0.01 * math.log(1e4) / 2.0 * noise),
+        # Log odds end a millionth of the width before the bounds, so that they are wide.
+        "share": pytest.approx(0.25 * 0.98 * math.log(1e6 - 1.0) * noise, rel=1e-4),
+    }
+    shown = ask(line).stdout
+    assert re.search(r"temperature +20 \.\. 120 +[0-9.]+ +K", shown), shown
