@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -30,7 +30,7 @@ from fmi_server.errors import (
 from fmi_server.privacy.budget import BudgetPlan
 from fmi_server.publication import Publisher
 from fmi_server.storage import Store
-from fmi_server.storage.records import LedgerTotal, SpendRecord
+from fmi_server.storage.records import LedgerTotal, LostSpan, SpendRecord
 from fmi_server.threads import in_thread
 
 __all__ = ["Account", "PrivateReleases", "period_length_us"]
@@ -93,6 +93,7 @@ class PrivateReleases:
         self._publisher = publisher
         self._clock = clock
         self._totals: dict[str, LedgerTotal] = {}
+        self._lost: list[LostSpan] = []
         self._unsure: set[str] = set()
         self._drawn: dict[str, _Drawn] = {}
         self._said_exhausted: set[str] = set()
@@ -104,6 +105,7 @@ class PrivateReleases:
             StoreError: The ledger cannot be read.
         """
         self._totals = await self._store.ledger_totals()
+        self._lost = await self._store.lost_spans()
 
     @property
     def totals(self) -> Mapping[str, LedgerTotal]:
@@ -162,12 +164,8 @@ class PrivateReleases:
         await self._make_sure(name)
         period_us = _period_us(rules, now)
         total = self._totals.get(name)
-        if total is None:
-            # It says when the cohort became private, so that a restored backup can tell what it may lack.
-            await self._spend(rules, period_us, 0.0)
-            return []
-        if self._restored(total):
-            await self._charge_lost(rules, total, period_us)
+        if total is None or self._restored(total):
+            await self._open_ledger(rules, total, period_us)
             return []
         drawn = self._drawn.get(name)
         if drawn is None or drawn.period_us != period_us or drawn.rules is not rules:
@@ -179,7 +177,9 @@ class PrivateReleases:
             await self._spend(rules, period_us, plan.rho_per_release)
             drawn = _Drawn(period_us, rules, await self._draw(plan, state, now))
             self._drawn[name] = drawn
-        updates = await self._publisher.publish(rules, drawn.result)
+        # The time it took to compute would tell how many sites there are.
+        at = max(period_us / _MICROSECONDS, rules.first_release_at)
+        updates = await self._publisher.publish(rules, drawn.result, at=at)
         del self._drawn[name]
         return updates
 
@@ -222,23 +222,26 @@ class PrivateReleases:
         """Say whether the ledger comes from a backup and may lack what was spent after it."""
         return total.last_history_epoch != self._store.history_epoch
 
-    async def _charge_lost(self, rules: CohortRules, total: LedgerTotal, period_us: int) -> None:
-        """Charge every period that may have had a release which the backup knows nothing of."""
-        plan, length_us = _plan_of(rules), period_length_us(rules)
-        # With the present one, which may have had its release before the backup was restored.
-        periods = max(0, period_us - total.last_period) // length_us
-        if self._clock() < rules.first_release_at:
-            periods = 0
-        charged = min(periods, _left(plan, total))
-        _log.warning(
-            "cohort %s is restored from a backup: %d of its releases are charged, which it may have made "
-            "since then",
-            rules.name,
-            charged,
-        )
-        await self._spend(
-            rules, max(period_us, total.last_period + 1), charged * plan.rho_per_release
-        )
+    async def _open_ledger(
+        self, rules: CohortRules, total: LedgerTotal | None, period_us: int
+    ) -> None:
+        """Begin a ledger, or go on with a restored one.
+
+        The entry costs nothing but where a backup was restored: then it charges every period that may have
+        had a release of which the backup knows nothing.
+        """
+        plan = _plan_of(rules)
+        charged = min(_lost_periods(rules, total, self._lost), _left(plan, total))
+        if charged:
+            _log.warning(
+                "the ledger of cohort %s comes from a backup: %d releases are charged, which the cohort may "
+                "have made since it was taken",
+                rules.name,
+                charged,
+            )
+        if total is not None:
+            period_us = max(period_us, total.last_period + 1)
+        await self._spend(rules, period_us, charged * plan.rho_per_release)
 
 
 def period_length_us(rules: CohortRules) -> int:
@@ -257,6 +260,20 @@ def _next_period_s(rules: CohortRules, after_us: int) -> float:
     length_us = period_length_us(rules)
     starts_s = (after_us // length_us + 1) * length_us / _MICROSECONDS
     return max(starts_s, rules.first_release_at)
+
+
+def _lost_periods(rules: CohortRules, total: LedgerTotal | None, lost: Iterable[LostSpan]) -> int:
+    """Count the periods in which there may have been releases that the ledger does not have.
+
+    A span begins within a period whose release the backup may have just missed, and ends within one that may
+    have had its release already. Of the periods the ledger has, none counts.
+    """
+    length_us = period_length_us(rules)
+    known = -1 if total is None else total.last_period // length_us
+    return sum(
+        max(0, span.until_us // length_us - max(known + 1, span.from_us // length_us) + 1)
+        for span in lost
+    )
 
 
 def _plan_of(rules: CohortRules) -> BudgetPlan:

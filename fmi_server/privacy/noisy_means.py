@@ -28,7 +28,7 @@ __all__ = ["MAX_SITES", "PRIVATE_ESTIMATORS", "NoisyMeans", "NoisySums", "Privat
 PRIVATE_ESTIMATORS: Final = ("mean", "weighted_mean")
 """Estimators under which a site moves the sums by no more than its own vector."""
 
-MAX_SITES: Final = 1 << 20
+MAX_SITES: Final = 1 << 26
 """Sites whose sums are sure to fit into 64 bits."""
 
 WEIGHT_SHARE: Final = 0.5

@@ -46,6 +46,7 @@ from fmi_server.storage.records import (
     CohortRecord,
     DictionaryRecord,
     LedgerTotal,
+    LostSpan,
     PacketKey,
     PacketKind,
     PacketRecord,
@@ -499,6 +500,10 @@ class Store(ABC):
     @abstractmethod
     async def ledger_totals(self) -> dict[str, LedgerTotal]:
         """Return what each cohort with a ledger spent."""
+
+    async def lost_spans(self) -> list[LostSpan]:
+        """Return the spans of time of which this history may lack what was spent; a backup was restored."""
+        return []
 
     # Cohorts, sites, dictionaries
 

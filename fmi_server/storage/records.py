@@ -15,6 +15,7 @@ __all__ = [
     "CohortRecord",
     "DictionaryRecord",
     "LedgerTotal",
+    "LostSpan",
     "PacketKey",
     "PacketKind",
     "PacketRecord",
@@ -170,6 +171,19 @@ class SpendRecord:
     spent_at_us: int
     rho: float
     history_epoch: str
+
+
+@dataclass(frozen=True, slots=True)
+class LostSpan:
+    """A span of time of which a history may lack everything: from a backup until it was restored.
+
+    Attributes:
+        from_us: When the backup was taken, Unix microseconds.
+        until_us: When it was restored.
+    """
+
+    from_us: int
+    until_us: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -290,6 +290,38 @@ def test_everything_wrong_with_every_file_is_told_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("written_as", "seconds"),
+    [
+        ("2030-01-31T00:00:00Z", 1_896_048_000),
+        ("'2030-01-31T00:00:00Z'", 1_896_048_000),
+        ("2030-01-31", 1_896_048_000),
+        ("2030-01-31 01:00:00", 1_896_051_600),
+        ("2030-01-31T00:00:00+01:00", 1_896_044_400),
+        ("5", None),
+        ("soon", None),
+        ("{seconds: 5}", None),
+        ("[]", None),
+    ],
+)
+def test_a_time_is_written_as_people_write_it(tmp_path, written_as, seconds):
+    written(
+        tmp_path,
+        f"""
+        name: care
+        signals: [{{name: tau, section: controller, lower: 0, upper: 1}}]
+        privacy: {{dp_epsilon: 1, dp_delta: 1e-6, dp_epochs: 5, first_release_at: {written_as}}}
+        """,
+        "a.yaml",
+    )
+    if seconds is None:
+        (problem,) = problems(tmp_path)
+        assert "privacy.first_release_at: must be a time as in 2030-01-31T00:00:00Z" in problem
+    else:
+        (file,) = read_cohort_folder(tmp_path, CONTRACT)
+        assert file.spec.privacy.first_release_at.seconds == seconds
+
+
+@pytest.mark.parametrize(
     ("signal", "fields"),
     [
         ("{name: tau, transform: log}", ["section", "lower"]),

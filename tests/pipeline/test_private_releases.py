@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -22,10 +23,10 @@ from fmi_server.feed_requests import kind_name
 from fmi_server.privacy.noisy_means import NoisySums, PrivateSums
 from fmi_server.releases import RETRY_S, Releaser
 from fmi_server.router import FMIRouter
-from fmi_server.storage import MemoryStore, SqliteStore
+from fmi_server.storage import MemoryStore, SqliteStore, sqlite_backup
 from fmi_server.storage.base import LedgerConflictError, StoreUnavailableError
-from fmi_server.storage.sqlite_backup import restore_backup
 from fmi_server.telemetry import FMITelemetry
+from fmi_server.uplink import summary_packet
 from fmi_server.validator import FMIValidator
 
 CONTRACT = FMIContractRegistry()
@@ -243,7 +244,7 @@ async def test_it_tells_its_noisy_means_and_nothing_else(server):
     prior, warm = server.told
     told = json_format.MessageToDict(prior.prior_update)
     assert told.keys() == {"rev", "prior", "confidence", "cohorts", "estimates", "lineage"}
-    assert told["lineage"].keys() == {"estimator", "epsilonSpent"}
+    assert told["lineage"].keys() == {"estimator", "epsilonSpent", "delta"}
     assert prior.prior_update.lineage.epsilon_spent == pytest.approx(server.rules.privacy.spent(1))
     assert told["estimates"].keys() == {"tau", "gain"}
     assert {key for estimate in told["estimates"].values() for key in estimate} <= {
@@ -260,6 +261,31 @@ async def test_it_tells_its_noisy_means_and_nothing_else(server):
     assert not profile.lineage.packets
     assert not profile.lineage.sites
     assert server.releaser.publisher.log.latest.keys() == {("care", 1), ("care", 2)}
+
+
+async def test_it_tells_when_a_release_was_due_and_not_how_long_it_took(store):
+    """A server whose every look at the clock costs time, as computing for many sites does."""
+    clock = Clock(START)
+
+    def slow() -> float:
+        clock.advance(0.013)
+        return clock.now
+
+    server = await Server(store, slow).start()
+    clock.advance(DAY_S)
+    await server.run_due()
+    (update,) = [update for update in server.told if update.kind == PRIOR]
+    assert update.released_at.ToNanoseconds() == int((START - 3600.0 + DAY_S) * 1e9)
+
+
+async def test_a_parent_is_told_of_the_privacy_that_was_applied(server):
+    await server.pass_days(1)
+    (update,) = [update for update in server.told if update.kind == PRIOR]
+    packet = summary_packet(update, "region", now=server.clock())
+    applied = packet.header.provenance.applied_privacy
+    assert (applied.mechanism, applied.delta) == ("discrete_gaussian", 1e-6)
+    assert applied.epsilon == pytest.approx(server.rules.privacy.spent(1))
+    assert CONTRACT.violations(packet) == []
 
 
 async def test_a_site_is_told_that_its_outcomes_and_causes_are_not_released(server):
@@ -476,10 +502,30 @@ async def test_another_writer_of_the_ledger_costs_this_one_its_release(server, s
 # Backups
 
 
-@pytest.mark.parametrize(("days_lost", "charged"), [(0, 0), (1, 1), (3, 3), (20, 3)])
-async def test_a_restored_backup_is_charged_what_it_may_lack(tmp_path, clock, days_lost, charged):
-    path, backup = tmp_path / "fmi.sqlite3", tmp_path / "backup.sqlite3"
-    async with SqliteStore(path) as store:
+@pytest.fixture
+def restoring(monkeypatch, clock, tmp_path):
+    """Take and restore backups at the time of the test's clock."""
+    monkeypatch.setattr(sqlite_backup, "_now_us", lambda: int(clock() * 1e6))
+    backup = tmp_path / "backup.sqlite3"
+
+    async def restored(store) -> SqliteStore:
+        path = tmp_path / "restored.sqlite3"
+        sqlite_backup.restore_backup(backup, path)
+        return SqliteStore(path)
+
+    return SqliteStore(tmp_path / "fmi.sqlite3"), backup, restored
+
+
+@pytest.mark.parametrize(
+    ("days_lost", "days_down", "charged"),
+    # The day of the backup, and the day of the restore, are in the ledger, or are charged.
+    [(0, 0, 0), (1, 0, 1), (3, 0, 3), (20, 0, 3), (1, 7, 1), (0, 2, 0)],
+)
+async def test_a_restored_backup_is_charged_what_it_may_lack(
+    restoring, clock, days_lost, days_down, charged
+):
+    store, backup, restored = restoring
+    async with store:
         server = await Server(store, clock).start()
         await server.send(*taus(30))
         await server.pass_days(1)
@@ -487,9 +533,8 @@ async def test_a_restored_backup_is_charged_what_it_may_lack(tmp_path, clock, da
         await store.backup(backup)
         for _ in range(days_lost):
             await server.pass_days(1)
-    restored = tmp_path / "restored.sqlite3"
-    restore_backup(backup, restored)
-    async with SqliteStore(restored) as store:
+    async with await restored(store) as store:
+        clock.advance(days_down * DAY_S)
         server = await Server(store, clock).start()
         assert server.told == [], "the present period may have had its release"
         ledger = await server.ledger()
@@ -497,4 +542,51 @@ async def test_a_restored_backup_is_charged_what_it_may_lack(tmp_path, clock, da
         assert sum(cost for _, cost in ledger[3:]) == pytest.approx(charged)
         left = server.releaser.private.account(server.rules).releases_left
         assert left == 3 - charged
+        again = await Server(store, clock).start()
+        assert await again.ledger() == ledger, "it is charged once"
         assert (await server.pass_days(1) != []) == (left > 0)
+
+
+async def test_a_backup_that_just_missed_a_release_is_charged_for_it(restoring, clock):
+    store, backup, restored = restoring
+    async with store:
+        server = await Server(store, clock).start()
+        clock.advance(DAY_S)
+        await store.backup(backup)
+        await server.run_due()
+    async with await restored(store) as store:
+        server = await Server(store, clock).start()
+        assert sum(cost for _, cost in await server.ledger()) == 1.0
+
+
+@pytest.mark.parametrize("days_lost", [2, 20])
+async def test_a_backup_from_before_a_cohort_was_private_is_charged_too(
+    restoring, clock, days_lost
+):
+    store, backup, restored = restoring
+    async with store:
+        await store.backup(backup)
+        server = await Server(store, clock).start()
+        for _ in range(days_lost):
+            await server.pass_days(1)
+    async with await restored(store) as store:
+        clock.advance(30 * DAY_S)
+        server = await Server(store, clock).start()
+        account = server.releaser.private.account(server.rules)
+        assert account.releases_left == max(0, 5 - (days_lost + 1))
+        # Of a cohort that begins long after it, what was lost is charged all the same: nobody knows.
+        assert account.rho_spent > 0.0
+
+
+async def test_a_file_that_is_no_backup_is_as_new_as_the_newest_thing_in_it(
+    restoring, clock, tmp_path
+):
+    store, backup, restored = restoring
+    async with store:
+        server = await Server(store, clock).start()
+        await server.pass_days(1)
+    shutil.copy(tmp_path / "fmi.sqlite3", backup)
+    clock.advance(3 * DAY_S)
+    async with await restored(store) as store:
+        server = await Server(store, clock).start()
+        assert [cost for _, cost in await server.ledger()] == [0.0, 1.0, pytest.approx(3.0)]
