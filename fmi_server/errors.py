@@ -61,6 +61,7 @@ __all__ = [
     "UpdateNotFoundError",
     "Violation",
     "reason_name",
+    "utc",
 ]
 
 
