@@ -19,7 +19,7 @@ import contextlib
 import logging
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fmi_server.storage.base import StoreCorruptError, StoreUnavailableError
 from fmi_server.storage.jetstream_errors import (
@@ -29,18 +29,23 @@ from fmi_server.storage.jetstream_errors import (
     import_nats,
     is_refusal,
 )
-from fmi_server.storage.jetstream_view import LogEntry
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from nats.aio.client import Client
-    from nats.aio.msg import Msg
     from nats.js import JetStreamContext
 
     from fmi_server.storage.jetstream_names import BrokerAddress, LogNames
 
-__all__ = ["BrokerLog", "FenceError", "LogBehindError", "LogOptions", "LogState"]
+__all__ = [
+    "BrokerLog",
+    "FenceError",
+    "LogOptions",
+    "LogState",
+    "entry_identity",
+    "uncancelled",
+]
 
 T = TypeVar("T")
 
@@ -51,8 +56,6 @@ _PART_HEADER = "Fmi-Part"
 _MESSAGE_ID = "Nats-Msg-Id"
 _EXPECTED_LAST = "Nats-Expected-Last-Subject-Sequence"
 _HEADER_ROOM = 1024
-_BATCH_ENTRIES = 64
-_BATCH_BYTES = 2 * 2**20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
 
 
@@ -101,28 +104,23 @@ class FenceError(Exception):
     """The subject was written to since; nothing was written."""
 
 
-class LogBehindError(Exception):
-    """Entries that the view needs are no longer in the log, but in a snapshot."""
-
-    def __init__(self, *, wanted: int, first: int) -> None:
-        super().__init__(f"entry {wanted} is wanted, the log begins at {first}")
-
-
-class _FeedLostError(Exception):
-    """The consumer has to be made anew."""
-
-
 class BrokerLog:
     """Write to the log and follow it."""
 
     def __init__(self, address: BrokerAddress, names: LogNames, options: LogOptions) -> None:
         self._address = address
         self._names = names
-        self._options = options
+        self.options = options
         self.location = address.location
         self._client: Client | None = None
-        self._feed: asyncio.Queue[Msg | None] | None = None
+        self.on_reconnect: Callable[[], None] | None = None
         self._lost_at: float | None = None
+        self.epoch = ""
+
+    @property
+    def stream(self) -> str:
+        """The stream that it is."""
+        return self._names.stream
 
     # The connection
 
@@ -141,14 +139,14 @@ class BrokerLog:
 
         client = nats.NATS()
         try:
-            async with asyncio.timeout(self._options.connect_timeout_s):
+            async with asyncio.timeout(self.options.connect_timeout_s):
                 await client.connect(
                     list(self._address.servers),
                     name=f"fmi-server {self._names.federation}",
                     error_cb=note,
                     disconnected_cb=self._disconnected,
                     reconnected_cb=self._reconnected,
-                    connect_timeout=max(1, round(self._options.connect_timeout_s / 2)),
+                    connect_timeout=max(1, round(self.options.connect_timeout_s / 2)),
                     reconnect_time_wait=0.1,
                     max_reconnect_attempts=-1,
                     ping_interval=10,
@@ -183,8 +181,8 @@ class BrokerLog:
     async def _reconnected(self) -> None:
         self._lost_at = None
         _LOG.info("connected again to a broker of %s", self.location)
-        if self._feed is not None:
-            self._feed.put_nowait(None)
+        if self.on_reconnect is not None:
+            self.on_reconnect()
 
     @property
     def client(self) -> Client:
@@ -200,7 +198,7 @@ class BrokerLog:
     @property
     def jetstream(self) -> JetStreamContext:
         """The same, for what JetStream manages."""
-        return self.client.jetstream(timeout=self._options.ack_timeout_s)
+        return self.client.jetstream(timeout=self.options.ack_timeout_s)
 
     @property
     def largest_entry(self) -> int:
@@ -217,9 +215,9 @@ class BrokerLog:
             epoch: Of a history that would begin now.
         """
         nats = import_nats()
-        api, options = nats.js.api, self._options
+        api, options = nats.js.api, self.options
         config = api.StreamConfig(
-            name=self._names.stream,
+            name=self.stream,
             description="The log of an FMI federation. Only its servers write to it.",
             subjects=[self._names.all_subjects],
             storage=api.StorageType.FILE,
@@ -232,17 +230,19 @@ class BrokerLog:
             metadata={_EPOCH_KEY: epoch},
         )
         try:
-            await _uncancelled(self.jetstream.add_stream(config))
+            await uncancelled(self.jetstream.add_stream(config))
         except Exception as error:
             code = getattr(error, "err_code", None)
             if code != STREAM_EXISTS:
                 raise broker_error(error, self.location) from error
-        return await self.state()
+        state = await self.state()
+        self.epoch = state.epoch
+        return state
 
     async def state(self) -> LogState:
         """Return what the log holds, as the leader knows it."""
         try:
-            info = await _uncancelled(self.jetstream.stream_info(self._names.stream))
+            info = await uncancelled(self.jetstream.stream_info(self.stream))
         except Exception as error:
             raise broker_error(error, self.location) from error
         metadata: Mapping[str, str] = info.config.metadata or {}
@@ -253,31 +253,27 @@ class BrokerLog:
             )
         return LogState(epoch, info.state.first_seq, info.state.last_seq, info.state.bytes)
 
-    async def command_id_at(self, sequence: int) -> str | None:
-        """Return the id of the command of an entry, as the leader has it; None where there is none."""
-        return await self._lookup(seq=sequence)
-
     async def last_of(self, subject: str) -> int:
         """Return the last entry under a subject that is in the log, 0 for none, as the leader has it."""
         nats = import_nats()
         try:
-            found = await _uncancelled(self.jetstream.get_last_msg(self._names.stream, subject))
+            found = await uncancelled(self.jetstream.get_last_msg(self.stream, subject))
         except nats.js.errors.NotFoundError:
             return 0
         except Exception as error:
             raise broker_error(error, self.location) from error
         return int(found.seq or 0)
 
-    async def _lookup(self, *, seq: int) -> str | None:
+    async def command_id_at(self, sequence: int) -> str | None:
+        """Return the id of the command of an entry, as the leader has it; None where there is none."""
         nats = import_nats()
         try:
-            found = await _uncancelled(self.jetstream.get_msg(self._names.stream, seq=seq))
+            found = await uncancelled(self.jetstream.get_msg(self.stream, seq=sequence))
         except nats.js.errors.NotFoundError:
             return None
         except Exception as error:
             raise broker_error(error, self.location) from error
-        headers: Mapping[str, str] = found.headers or {}
-        return headers.get(_MESSAGE_ID, "")
+        return entry_identity(found.headers or {})[0]
 
     async def trim(self, *, below: int) -> None:
         """Drop the entries below one; they are in a snapshot."""
@@ -285,7 +281,7 @@ class BrokerLog:
         if below <= 1:
             return
         try:
-            await _uncancelled(self.jetstream.purge_stream(self._names.stream, seq=below))
+            await uncancelled(self.jetstream.purge_stream(self.stream, seq=below))
         except Exception as error:
             raise broker_error(error, self.location) from error
 
@@ -308,7 +304,7 @@ class BrokerLog:
         """
         size = self.largest_entry
         parts = max(1, -(-len(data) // size))
-        deadline = time.monotonic() + self._options.patience_s
+        deadline = time.monotonic() + self.options.patience_s
         for number in range(1, parts):
             headers = {_MESSAGE_ID: f"{command_id}-{number}", _PART_HEADER: f"{number}/{parts}"}
             piece = data[(number - 1) * size : number * size]
@@ -328,11 +324,11 @@ class BrokerLog:
         pause = _FIRST_PAUSE_S
         in_doubt: Exception | None = None
         while True:
-            timeout = min(self._options.ack_timeout_s, max(0.05, deadline - time.monotonic()))
+            timeout = min(self.options.ack_timeout_s, max(0.05, deadline - time.monotonic()))
             try:
-                ack = await _uncancelled(
+                ack = await uncancelled(
                     self.jetstream.publish(
-                        subject, data, timeout=timeout, stream=self._names.stream, headers=headers
+                        subject, data, timeout=timeout, stream=self.stream, headers=headers
                     )
                 )
                 return int(ack.seq)
@@ -348,162 +344,15 @@ class BrokerLog:
                     in_doubt = found
                 now = time.monotonic()
                 given_up = (
-                    self._lost_at is not None and now - self._lost_at > self._options.patience_s
+                    self._lost_at is not None and now - self._lost_at > self.options.patience_s
                 )
                 if now + pause >= deadline or given_up:
                     raise in_doubt or found from error
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
-    # Following
 
-    async def follow(self, position: int) -> AsyncGenerator[list[LogEntry], None]:
-        """Yield the entries behind a position, in order and without gaps, for ever.
-
-        What is yielded counts as taken when the next is asked for.
-
-        Raises:
-            LogBehindError: The next entry is no longer in the log.
-            StoreCorruptError: The log ends before the position, or an entry is missing in it.
-        """
-        pause = _FIRST_PAUSE_S
-        while True:
-            try:
-                async with contextlib.aclosing(self._consume(position)) as batches:
-                    async for batch in batches:
-                        yield batch
-                        position = batch[-1].sequence
-                        pause = _FIRST_PAUSE_S
-            except _FeedLostError as error:
-                _LOG.info("the log is read anew behind entry %d: %s", position, error)
-            except StoreUnavailableError as error:
-                if error.cause == "closed":
-                    raise
-                _LOG.info("the log cannot be read now: %s", error)
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_S)
-
-    async def _consume(self, position: int) -> AsyncGenerator[list[LogEntry], None]:
-        """Yield from one consumer until it is lost."""
-        state = await self.state()
-        if position + 1 < state.first:
-            raise LogBehindError(wanted=position + 1, first=state.first)
-        if state.last < position:
-            raise StoreCorruptError(
-                path=self.location,
-                detail=f"the log ends at entry {state.last}, this replica has seen {position}: "
-                "the brokers lost what they had acknowledged, or were set back",
-            )
-        feed: asyncio.Queue[Msg | None] = asyncio.Queue()
-        self._feed = feed
-
-        async def deliver(message: Msg) -> None:
-            feed.put_nowait(message)
-
-        client = self.client
-        inbox = client.new_inbox()
-        # Bounded by the flow control of the consumer, which waits for our answers.
-        subscription = await client.subscribe(
-            inbox, cb=deliver, pending_msgs_limit=-1, pending_bytes_limit=-1
-        )
-        name: str | None = None
-        start = position
-        try:
-            name = await self._add_consumer(inbox, position + 1)
-            async with contextlib.aclosing(self._batches(feed)) as batches:
-                async for batch in batches:
-                    self._check_order(batch, position, fresh=position == start)
-                    yield batch
-                    position = batch[-1].sequence
-        finally:
-            self._feed = None
-            with contextlib.suppress(Exception):
-                await subscription.unsubscribe()
-                if name is not None and client.is_connected:
-                    await self.jetstream.delete_consumer(self._names.stream, name)
-
-    def _check_order(self, batch: list[LogEntry], position: int, *, fresh: bool) -> None:
-        for expected, entry in enumerate(batch, position + 1):
-            if entry.sequence != expected:
-                if fresh and entry is batch[0]:
-                    detail = f"entry {expected} is missing in the log"
-                    raise StoreCorruptError(path=self.location, detail=detail)
-                raise _FeedLostError(f"entry {entry.sequence} came in place of {expected}")
-
-    async def _add_consumer(self, inbox: str, start: int) -> str:
-        api = import_nats().js.api
-        config = api.ConsumerConfig(
-            deliver_subject=inbox,
-            deliver_policy=api.DeliverPolicy.BY_START_SEQUENCE,
-            opt_start_seq=start,
-            ack_policy=api.AckPolicy.NONE,
-            max_deliver=1,
-            flow_control=True,
-            idle_heartbeat=self._options.heartbeat_s,
-            inactive_threshold=30.0,
-            mem_storage=True,
-            num_replicas=1,
-        )
-        try:
-            info = await _uncancelled(self.jetstream.add_consumer(self._names.stream, config))
-        except Exception as error:
-            raise broker_error(error, self.location) from error
-        return str(info.name)
-
-    async def _batches(
-        self, feed: asyncio.Queue[Msg | None]
-    ) -> AsyncGenerator[list[LogEntry], None]:
-        """Yield what has come, a batch at a time.
-
-        Raises:
-            _FeedLostError: The heartbeat failed, an entry is missing, or the connection was another.
-        """
-        delivered = 0
-        while True:
-            batch: list[LogEntry] = []
-            size = 0
-            message = await self._next(feed)
-            while True:
-                if message is None:
-                    raise _FeedLostError("the connection is another one")
-                headers: Mapping[str, str] = message.headers or {}
-                if headers.get("Status") is None:
-                    entry, number = _entry(message, headers)
-                    if number != delivered + 1:
-                        raise _FeedLostError(f"delivery {number} came behind {delivered}")
-                    delivered = number
-                    batch.append(entry)
-                    size += len(entry.data)
-                elif batch:
-                    # All that came before is taken first; what the broker asks is answered behind it.
-                    yield batch
-                    batch, size = [], 0
-                if headers.get("Status") is not None:
-                    await self._answer(message, headers, delivered)
-                if feed.empty() or len(batch) >= _BATCH_ENTRIES or size >= _BATCH_BYTES:
-                    break
-                message = feed.get_nowait()
-            if batch:
-                yield batch
-
-    async def _next(self, feed: asyncio.Queue[Msg | None]) -> Msg | None:
-        try:
-            async with asyncio.timeout(2 * self._options.heartbeat_s):
-                return await feed.get()
-        except TimeoutError:
-            raise _FeedLostError("the broker is silent") from None
-
-    async def _answer(self, message: Msg, headers: Mapping[str, str], delivered: int) -> None:
-        """Answer flow control; see in a heartbeat whether the last deliveries were lost."""
-        reply = message.reply or headers.get("Nats-Consumer-Stalled")
-        if reply:
-            with contextlib.suppress(Exception):  # then it stalls, and is made anew
-                await self.client.publish(reply)
-        if int(headers.get("Nats-Last-Consumer", delivered)) > delivered:
-            raise _FeedLostError("the last deliveries are missing")
-
-
-async def _uncancelled(request: Awaitable[T]) -> T:
+async def uncancelled(request: Awaitable[T]) -> T:
     """Wait for a request of the client, and be cancelled where the client has overheard it.
 
     It waits with `asyncio.wait_for`, which before Python 3.12 drops a cancellation that comes together with
@@ -518,15 +367,12 @@ async def _uncancelled(request: Awaitable[T]) -> T:
             raise asyncio.CancelledError
 
 
-# Any: what the client gives is not typed.
-def _entry(message: Any, headers: Mapping[str, str]) -> tuple[LogEntry, int]:
-    """Return an entry, and its number among the deliveries of the consumer."""
-    numbers = message.metadata.sequence
+def entry_identity(headers: Mapping[str, str]) -> tuple[str, int, int]:
+    """Return whose entry it is: the id of the command, the number of the part, and how many there are."""
     command_id = headers.get(_MESSAGE_ID, "")
     part, parts = 1, 1
     if _PART_HEADER in headers:
         part, parts = map(int, headers[_PART_HEADER].split("/"))
         if part < parts:
             command_id = command_id.rpartition("-")[0]
-    entry = LogEntry(numbers.stream, message.subject, command_id, part, parts, message.data)
-    return entry, numbers.consumer
+    return command_id, part, parts

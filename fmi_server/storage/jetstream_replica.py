@@ -27,7 +27,8 @@ from fmi_server.storage.base import (
     StoreUnavailableError,
 )
 from fmi_server.storage.jetstream_commands import Append, Command, encode_command
-from fmi_server.storage.jetstream_log import BrokerLog, FenceError, LogBehindError
+from fmi_server.storage.jetstream_feed import LogBehindError, LogFeed
+from fmi_server.storage.jetstream_log import BrokerLog, FenceError
 from fmi_server.storage.jetstream_view import LogEntry, ViewPosition, apply_entries
 from fmi_server.storage.records import AppendOutcome, PacketRecord, StoreStats, record_problem
 
@@ -389,7 +390,7 @@ class Replica:
     async def _follow(self) -> None:
         """Carry out what the log holds, and answer who waits for it."""
         try:
-            async with contextlib.aclosing(self._log.follow(self.position)) as batches:
+            async with contextlib.aclosing(LogFeed(self._log).follow(self._position)) as batches:
                 async for batch in batches:
                     await self._take(batch)
         except LogBehindError as error:

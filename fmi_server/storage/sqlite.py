@@ -148,6 +148,10 @@ class SqliteStore(Store):
         touch = "UPDATE meta SET value = value WHERE name = 'history_epoch'"
         await self._open_writer().run(lambda connection: connection.execute(touch).rowcount)
 
+    async def catch_up(self) -> None:
+        """Return at once: there is no other writer."""
+        _ = self._open_writer()
+
     async def open(self) -> None:
         """Lock, check and open the database, creating or migrating it as needed."""
         if self._writer is not None:

@@ -358,6 +358,13 @@ def test_any_history_equals_the_model(  # noqa: PLR0915 - one history, one model
 # Reading
 
 
+async def test_what_was_answered_is_seen_behind_catch_up(store: Store) -> None:
+    await store.catch_up()
+    await store.append([packet("p1")])
+    await store.catch_up()
+    assert [p.record.packet_id for p in await store.load()] == ["p1"]
+
+
 async def test_load_in_pages(store: Store) -> None:
     await store.append([packet(f"p{i}", cohort="ab"[i % 2]) for i in range(25)])
     for cohort, expected in ((None, range(25)), ("a", range(0, 25, 2)), ("c", range(0))):
