@@ -128,6 +128,7 @@ class JetStreamStore(Store):
             position = await self._view.transact(
                 partial(prepare_view, epoch=self._epoch, where=str(self._view_path))
             )
+            await log.check(position)
             replica = Replica(
                 log,
                 self._view,

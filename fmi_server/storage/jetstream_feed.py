@@ -25,20 +25,13 @@ if TYPE_CHECKING:
 
     from fmi_server.storage.jetstream_log import BrokerLog
 
-__all__ = ["LogBehindError", "LogFeed"]
+__all__ = ["LogFeed"]
 
 _LOG = logging.getLogger(__name__)
 
 _BATCH_ENTRIES = 64
 _BATCH_BYTES = 2 * 2**20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
-
-
-class LogBehindError(Exception):
-    """Entries that the view needs are no longer in the log, but in a snapshot."""
-
-    def __init__(self, *, wanted: int, first: int) -> None:
-        super().__init__(f"entry {wanted} is wanted, the log begins at {first}")
 
 
 class _FeedLostError(Exception):
@@ -85,7 +78,7 @@ class LogFeed:
 
     async def _consume(self, position: ViewPosition) -> AsyncGenerator[list[LogEntry], None]:
         """Yield from one consumer until it is lost."""
-        await self._check_log(position)
+        await self._log.check(position)
         feed: asyncio.Queue[Msg | None] = asyncio.Queue()
         self._messages = feed
 
@@ -113,22 +106,6 @@ class LogFeed:
                 await subscription.unsubscribe()
                 if name is not None and client.is_connected:
                     await self._log.jetstream.delete_consumer(self._log.stream, name)
-
-    async def _check_log(self, position: ViewPosition) -> None:
-        """See that the log is the one that the view was made of, and goes on behind it."""
-        state, sequence = await self._log.state(), position.sequence
-        if state.epoch != self._log.epoch:
-            raise StoreCorruptError(path=self._log.location, detail="it is another log than before")
-        if sequence + 1 < state.first:
-            raise LogBehindError(wanted=sequence + 1, first=state.first)
-        held = state.first <= sequence <= state.last
-        found = await self._log.command_id_at(sequence) if held and sequence else None
-        if sequence > state.last or (found is not None and found != position.command_id):
-            raise StoreCorruptError(
-                path=self._log.location,
-                detail=f"it has {state.last} entries and not the {sequence} that this replica has seen: "
-                "the brokers lost what they had acknowledged, or were set back",
-            )
 
     def _check_order(self, batch: list[LogEntry], position: int, *, fresh: bool) -> None:
         for expected, entry in enumerate(batch, position + 1):

@@ -37,10 +37,12 @@ if TYPE_CHECKING:
     from nats.js import JetStreamContext
 
     from fmi_server.storage.jetstream_names import BrokerAddress, LogNames
+    from fmi_server.storage.jetstream_view import ViewPosition
 
 __all__ = [
     "BrokerLog",
     "FenceError",
+    "LogBehindError",
     "LogOptions",
     "LogState",
     "entry_identity",
@@ -102,6 +104,13 @@ class LogState:
 
 class FenceError(Exception):
     """The subject was written to since; nothing was written."""
+
+
+class LogBehindError(Exception):
+    """Entries that the view needs are no longer in the log, but in a snapshot."""
+
+    def __init__(self, *, wanted: int, first: int) -> None:
+        super().__init__(f"entry {wanted} is wanted, the log begins at {first}")
 
 
 class BrokerLog:
@@ -241,10 +250,7 @@ class BrokerLog:
 
     async def state(self) -> LogState:
         """Return what the log holds, as the leader knows it."""
-        try:
-            info = await uncancelled(self.jetstream.stream_info(self.stream))
-        except Exception as error:
-            raise broker_error(error, self.location) from error
+        info = await self._ask(lambda: self.jetstream.stream_info(self.stream))
         metadata: Mapping[str, str] = info.config.metadata or {}
         epoch = metadata.get(_EPOCH_KEY)
         if epoch is None:
@@ -253,26 +259,43 @@ class BrokerLog:
             )
         return LogState(epoch, info.state.first_seq, info.state.last_seq, info.state.bytes)
 
+    async def check(self, position: ViewPosition) -> None:
+        """See that the log is the one that a view was made of, and goes on behind it.
+
+        Raises:
+            LogBehindError: The next entry is no longer in the log.
+            StoreCorruptError: It is another log, or has lost or changed what the view has.
+        """
+        state, sequence = await self.state(), position.sequence
+        if state.epoch != self.epoch:
+            raise StoreCorruptError(path=self.location, detail="it is another log than before")
+        if sequence + 1 < state.first:
+            raise LogBehindError(wanted=sequence + 1, first=state.first)
+        held = state.first <= sequence <= state.last
+        found = await self.command_id_at(sequence) if held and sequence else None
+        if sequence > state.last or (found is not None and found != position.command_id):
+            raise StoreCorruptError(
+                path=self.location,
+                detail=f"it has {state.last} entries and not the {sequence} that this replica has seen: "
+                "the brokers lost what they had acknowledged, or were set back",
+            )
+
     async def last_of(self, subject: str) -> int:
         """Return the last entry under a subject that is in the log, 0 for none, as the leader has it."""
         nats = import_nats()
         try:
-            found = await uncancelled(self.jetstream.get_last_msg(self.stream, subject))
+            found = await self._ask(lambda: self.jetstream.get_last_msg(self.stream, subject))
         except nats.js.errors.NotFoundError:
             return 0
-        except Exception as error:
-            raise broker_error(error, self.location) from error
         return int(found.seq or 0)
 
     async def command_id_at(self, sequence: int) -> str | None:
         """Return the id of the command of an entry, as the leader has it; None where there is none."""
         nats = import_nats()
         try:
-            found = await uncancelled(self.jetstream.get_msg(self.stream, seq=sequence))
+            found = await self._ask(lambda: self.jetstream.get_msg(self.stream, seq=sequence))
         except nats.js.errors.NotFoundError:
             return None
-        except Exception as error:
-            raise broker_error(error, self.location) from error
         return entry_identity(found.headers or {})[0]
 
     async def trim(self, *, below: int) -> None:
@@ -284,6 +307,37 @@ class BrokerLog:
             await uncancelled(self.jetstream.purge_stream(self.stream, seq=below))
         except Exception as error:
             raise broker_error(error, self.location) from error
+
+    async def _ask(self, question: Callable[[], Awaitable[T]]) -> T:
+        """Ask what changes nothing, until it is answered or the time is over.
+
+        Raises:
+            NotFoundError: The client's: what is asked for is not there, but its stream is.
+            StoreUnavailableError: It is not answered.
+        """
+        nats = import_nats()
+        deadline = time.monotonic() + self.options.patience_s
+        pause = _FIRST_PAUSE_S
+        while True:
+            try:
+                return await uncancelled(question())
+            except StoreUnavailableError:
+                raise
+            except Exception as error:
+                found = broker_error(error, self.location)
+                missing = isinstance(error, nats.js.errors.NotFoundError)
+                if missing and found.cause != "no_stream":
+                    raise
+                if is_refusal(error) or self._is_over(deadline, pause):
+                    raise found from error
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def _is_over(self, deadline: float, pause: float) -> bool:
+        """Tell whether to give up: the time is over, or the brokers have been away for as long already."""
+        now = time.monotonic()
+        away = self._lost_at is not None and now - self._lost_at > self.options.patience_s
+        return away or now + pause >= deadline
 
     # Writing
 
@@ -342,11 +396,7 @@ class BrokerLog:
                 found = broker_error(error, self.location)
                 if found.cause == "no_answer":
                     in_doubt = found
-                now = time.monotonic()
-                given_up = (
-                    self._lost_at is not None and now - self._lost_at > self.options.patience_s
-                )
-                if now + pause >= deadline or given_up:
+                if self._is_over(deadline, pause):
                     raise in_doubt or found from error
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)

@@ -27,8 +27,8 @@ from fmi_server.storage.base import (
     StoreUnavailableError,
 )
 from fmi_server.storage.jetstream_commands import Append, Command, encode_command
-from fmi_server.storage.jetstream_feed import LogBehindError, LogFeed
-from fmi_server.storage.jetstream_log import BrokerLog, FenceError
+from fmi_server.storage.jetstream_feed import LogFeed
+from fmi_server.storage.jetstream_log import BrokerLog, FenceError, LogBehindError
 from fmi_server.storage.jetstream_view import LogEntry, ViewPosition, apply_entries
 from fmi_server.storage.records import AppendOutcome, PacketRecord, StoreStats, record_problem
 
