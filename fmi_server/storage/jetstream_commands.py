@@ -216,11 +216,11 @@ def _take_apart(command: Command) -> tuple[list[Any], Sequence[bytes]]:  # noqa:
             entry = (s.cohort, s.number, s.period, s.spent_at_us, s.rho, s.history_epoch)
             return ["spend", *entry], ()
         case PutCohort(name, spec, revision):
-            return ["cohort", name, revision], [spec]
+            return ["cohort", name, revision, len(spec)], [spec]
         case PutReputations(cohort, reputations):
             return ["reputations", cohort, list(reputations)], ()
         case PutDictionary(dictionary_id, data, created_at_us):
-            return ["dictionary", dictionary_id, created_at_us], [data]
+            return ["dictionary", dictionary_id, created_at_us, len(data)], [data]
         case Probe():
             return ["probe"], ()
 
@@ -268,15 +268,21 @@ def _put_together(kind: str, head: list[Any], data: bytes, start: int) -> Comman
         case "spend":
             return Spend(SpendRecord(*head))
         case "cohort":
-            return PutCohort(head[0], data[start:], head[1])
+            return PutCohort(head[0], _blob(data, start, head[2]), head[1])
         case "reputations":
             return PutReputations(head[0], [(domain_id, value) for domain_id, value in head[1]])
         case "dictionary":
-            return PutDictionary(head[0], data[start:], head[1])
+            return PutDictionary(head[0], _blob(data, start, head[2]), head[1])
         case "probe":
             return Probe()
         case _:
             raise ValueError(f"kind {kind!r} is not known")
+
+
+def _blob(data: bytes, start: int, size: int) -> bytes:
+    if start + size != len(data):
+        raise ValueError("it is cut off")
+    return data[start:]
 
 
 # Any: as above.
