@@ -4,7 +4,7 @@ Every write is an entry of one log, and the log has one order. Each replica carr
 order in an SQLite database of its own, its view, and reads there. So all replicas have the same state, and
 what one of them is answered holds for all.
 
-Where things are: `jetstream_commands` says what a write is, `jetstream_log` talks to the brokers,
+Where things are: `jetstream_commands` says what a write is, `jetstream_log` is where it goes,
 `jetstream_view` carries writes out, `jetstream_replica` joins the three, `jetstream_snapshots` keeps the
 log short. This module is the contract on top of them. `jetstream_leases` says who may do what alone.
 
@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from fmi_server.storage.base import Store, StoreUnavailableError, check_spend
+from fmi_server.storage.jetstream_broker import BrokerConnection, BrokerOptions
 from fmi_server.storage.jetstream_commands import (
     Command,
     Forget,
@@ -48,7 +49,7 @@ from fmi_server.storage.jetstream_commands import (
     Spend,
     Trim,
 )
-from fmi_server.storage.jetstream_log import BrokerLog, LogOptions
+from fmi_server.storage.jetstream_log import BrokerLog
 from fmi_server.storage.jetstream_names import BrokerAddress, LogNames
 from fmi_server.storage.jetstream_replica import Replica
 from fmi_server.storage.jetstream_view import prepare_view
@@ -99,16 +100,16 @@ class JetStreamStore(Store):
         url: str,
         view: Path | str,
         *,
-        options: LogOptions | None = None,
+        options: BrokerOptions | None = None,
         limits: GroupLimits | None = None,
     ) -> None:
         self._address = BrokerAddress.parse(url)
         self._names = LogNames(self._address.federation)
-        self._options = options or LogOptions()
+        self._options = options or BrokerOptions()
         self._limits = limits or GroupLimits()
         self._view_path = Path(view).absolute()
         self._epoch = ""
-        self._log: BrokerLog | None = None
+        self._broker: BrokerConnection | None = None
         self._view = SqliteStore(self._view_path)
         self._replica: Replica | None = None
         self._running: asyncio.Task[None] | None = None
@@ -119,9 +120,10 @@ class JetStreamStore(Store):
         """Connect, make the log if there is none, and bring the view up to it."""
         if self._replica is not None:
             return
-        log = BrokerLog(self._address, self._names, self._options)
+        broker = BrokerConnection(self._address, self._options)
+        log = BrokerLog(broker, self._names)
         try:
-            await log.connect()
+            await broker.connect()
             self._epoch = (await log.create(secrets.token_hex(16))).epoch
             self._view = SqliteStore(self._view_path)
             await self._view.open()
@@ -140,27 +142,27 @@ class JetStreamStore(Store):
             self._running = asyncio.create_task(replica.run(), name="store replica")
             await replica.catch_up()
         except BaseException:
-            await self._end(log)
+            await self._end(broker)
             raise
-        self._log, self._replica = log, replica
+        self._broker, self._replica = broker, replica
 
     async def close(self) -> None:
         """Write and answer what was accepted, then close the view and the connection."""
-        replica, log = self._replica, self._log
-        if replica is None or log is None:
+        replica, broker = self._replica, self._broker
+        if replica is None or broker is None:
             return
-        self._replica = self._log = None
+        self._replica = self._broker = None
         await replica.drain()
-        await self._end(log)
+        await self._end(broker)
 
-    async def _end(self, log: BrokerLog) -> None:
+    async def _end(self, broker: BrokerConnection) -> None:
         running, self._running = self._running, None
         if running is not None:
             running.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await running
         await self._view.close()
-        await log.close()
+        await broker.close()
 
     @property
     def location(self) -> str:

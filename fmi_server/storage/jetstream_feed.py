@@ -14,8 +14,9 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from fmi_server.storage.base import StoreCorruptError, StoreUnavailableError
+from fmi_server.storage.jetstream_broker import uncancelled
 from fmi_server.storage.jetstream_errors import broker_error, import_nats
-from fmi_server.storage.jetstream_log import entry_identity, uncancelled
+from fmi_server.storage.jetstream_log import entry_identity
 from fmi_server.storage.jetstream_view import LogEntry, ViewPosition
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ class LogFeed:
 
     def __init__(self, log: BrokerLog) -> None:
         self._log = log
+        self._broker = log.broker
         self._messages: asyncio.Queue[Msg | None] | None = None
-        log.on_reconnect = self._reconnected
+        log.broker.on_reconnect = self._reconnected
 
     def _reconnected(self) -> None:
         if self._messages is not None:
@@ -85,7 +87,7 @@ class LogFeed:
         async def deliver(message: Msg) -> None:
             feed.put_nowait(message)
 
-        client = self._log.client
+        client = self._broker.client
         inbox = client.new_inbox()
         # Bounded by the flow control of the consumer, which waits for our answers.
         subscription = await client.subscribe(
@@ -105,7 +107,7 @@ class LogFeed:
             with contextlib.suppress(Exception):
                 await subscription.unsubscribe()
                 if name is not None and client.is_connected:
-                    await self._log.jetstream.delete_consumer(self._log.stream, name)
+                    await self._broker.jetstream.delete_consumer(self._log.names.stream, name)
 
     def _check_order(self, batch: list[LogEntry], position: int, *, fresh: bool) -> None:
         for expected, entry in enumerate(batch, position + 1):
@@ -124,13 +126,15 @@ class LogFeed:
             ack_policy=api.AckPolicy.NONE,
             max_deliver=1,
             flow_control=True,
-            idle_heartbeat=self._log.options.heartbeat_s,
+            idle_heartbeat=self._broker.options.heartbeat_s,
             inactive_threshold=30.0,
             mem_storage=True,
             num_replicas=1,
         )
         try:
-            info = await uncancelled(self._log.jetstream.add_consumer(self._log.stream, config))
+            info = await uncancelled(
+                self._broker.jetstream.add_consumer(self._log.names.stream, config)
+            )
         except Exception as error:
             raise broker_error(error, self._log.location) from error
         return str(info.name)
@@ -173,7 +177,7 @@ class LogFeed:
 
     async def _next(self, feed: asyncio.Queue[Msg | None]) -> Msg | None:
         try:
-            async with asyncio.timeout(2 * self._log.options.heartbeat_s):
+            async with asyncio.timeout(2 * self._broker.options.heartbeat_s):
                 return await feed.get()
         except TimeoutError:
             raise _FeedLostError("the broker is silent") from None
@@ -183,7 +187,7 @@ class LogFeed:
         reply = message.reply or headers.get("Nats-Consumer-Stalled")
         if reply:
             with contextlib.suppress(Exception):  # then it stalls, and is made anew
-                await self._log.client.publish(reply)
+                await self._broker.client.publish(reply)
         if int(headers.get("Nats-Last-Consumer", delivered)) > delivered:
             raise _FeedLostError("the last deliveries are missing")
 

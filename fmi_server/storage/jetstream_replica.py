@@ -26,9 +26,10 @@ from fmi_server.storage.base import (
     StoreError,
     StoreUnavailableError,
 )
+from fmi_server.storage.jetstream_broker import FenceError
 from fmi_server.storage.jetstream_commands import Append, Command, encode_command
 from fmi_server.storage.jetstream_feed import LogFeed
-from fmi_server.storage.jetstream_log import BrokerLog, FenceError, LogBehindError
+from fmi_server.storage.jetstream_log import BrokerLog, LogBehindError
 from fmi_server.storage.jetstream_view import LogEntry, ViewPosition, apply_entries
 from fmi_server.storage.records import AppendOutcome, PacketRecord, StoreStats, record_problem
 
@@ -187,13 +188,7 @@ class Replica:
             fence = self._fences.setdefault(subject, _Fence())
             # One after the other: of two from here the one that came first is first.
             async with fence.turn:
-                if fence.last is None:
-                    await self._look(fence, subject)
-                while True:
-                    try:
-                        return await self._write(command, data, subject, fence.last)
-                    except FenceError:
-                        await self._look(fence, subject)
+                return await self._write(command, data, subject, fence)
         finally:
             self._end()
 
@@ -207,19 +202,36 @@ class Replica:
         fence.last = last
 
     async def _write(
-        self, command: Command, data: bytes, subject: str, expected: int | None = None
+        self, command: Command, data: bytes, subject: str, fence: _Fence | None = None
     ) -> object:
         command_id = secrets.token_hex(16)
         future: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self._commands[command_id] = (command, future)
         try:
-            sequence = await self._log.write(subject, command_id, data, expected_last=expected)
+            if fence is None:
+                sequence = await self._log.write(subject, command_id, data)
+            else:
+                sequence = await self._write_behind(fence, subject, command_id, data)
             answer = await self._answer(future, sequence)
         finally:
             del self._commands[command_id]
         if isinstance(answer, BaseException):
             raise answer
         return answer
+
+    async def _write_behind(self, fence: _Fence, subject: str, command_id: str, data: bytes) -> int:
+        """Write behind the last entry of a subject, whichever that becomes; return the place."""
+        if fence.last is None:
+            await self._look(fence, subject)
+        future = self._commands[command_id][1]
+        while True:
+            try:
+                return await self._log.write(subject, command_id, data, expected_last=fence.last)
+            except FenceError:
+                await self._look(fence, subject)
+            # The entry that stands there may be this one, whose acknowledgement was lost.
+            if future.done():
+                return self.position
 
     async def _answer(self, future: asyncio.Future[object], sequence: int) -> object:
         """Wait until the view has carried out what the brokers have acknowledged."""

@@ -26,7 +26,7 @@ from fmi_server.storage.base import (
     StoreVersionError,
     UpdateRecord,
 )
-from fmi_server.storage.jetstream_log import LogOptions
+from fmi_server.storage.jetstream_broker import BrokerOptions
 from fmi_server.storage.records import content_hash
 from fmi_server.storage.sqlite_writer import GroupLimits
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-QUICK = LogOptions(
+QUICK = BrokerOptions(
     connect_timeout_s=1.0, ack_timeout_s=0.3, patience_s=1.5, heartbeat_s=0.3, duplicate_window_s=10
 )
 
@@ -87,7 +87,7 @@ async def ids(store: JetStreamStore) -> list[str]:
 
 
 async def test_a_repeat_is_known_beyond_the_brokers_window(broker: Broker, tmp_path: Path) -> None:
-    options = LogOptions(patience_s=0.4, duplicate_window_s=0.5)
+    options = BrokerOptions(patience_s=0.4, duplicate_window_s=0.5)
     async with JetStreamStore(broker.url(), tmp_path / "a.db", options=options) as store:
         (first,) = await store.append([packet("p1")])
         await asyncio.sleep(0.8)  # it is the passing of the window that is tested
