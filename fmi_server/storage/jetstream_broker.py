@@ -286,7 +286,10 @@ class BrokerConnection:
                 raise
             except Exception as error:
                 if getattr(error, "err_code", None) in WRONG_LAST_SEQUENCE:
-                    raise FenceError from error
+                    place = await self._place_of(stream, subject, message_id)
+                    if place is None:
+                        raise FenceError from error
+                    return place
                 found = broker_error(error, self.location)
                 if is_refusal(error):
                     raise in_doubt or found from error
@@ -296,6 +299,17 @@ class BrokerConnection:
                     raise in_doubt or found from error
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    async def _place_of(self, stream: str, subject: str, message_id: str) -> int | None:
+        """Return the place of the last message under a subject if it is this one; None otherwise.
+
+        The brokers compare what is expected before they look for a repeat: what is sent again because its
+        acknowledgement was lost is refused on account of itself.
+        """
+        found = await self.last_message(stream, subject)
+        if found is None or (found.headers or {}).get(_MESSAGE_ID) != message_id:
+            return None
+        return int(found.seq or 0)
 
 
 async def uncancelled(request: Awaitable[T]) -> T:
