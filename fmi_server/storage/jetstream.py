@@ -49,10 +49,12 @@ from fmi_server.storage.jetstream_commands import (
     Spend,
     Trim,
 )
-from fmi_server.storage.jetstream_log import BrokerLog
+from fmi_server.storage.jetstream_log import BrokerLog, LogBehindError
 from fmi_server.storage.jetstream_names import BrokerAddress, LogNames
 from fmi_server.storage.jetstream_replica import Replica
-from fmi_server.storage.jetstream_view import prepare_view
+from fmi_server.storage.jetstream_shortening import LogShortener, replace_view
+from fmi_server.storage.jetstream_snapshots import SnapshotStream
+from fmi_server.storage.jetstream_view import ViewPosition, prepare_view
 from fmi_server.storage.records import StoreStats
 from fmi_server.storage.sqlite import SqliteStore
 from fmi_server.storage.sqlite_live import forgettable_sequences, retired_sequences
@@ -79,6 +81,9 @@ if TYPE_CHECKING:
 __all__ = ["JetStreamStore"]
 
 _LOG = logging.getLogger(__name__)
+
+_SNAPSHOT_TRIES = 3
+"""How often a view begins with a snapshot, while others make newer ones."""
 
 
 class JetStreamStore(Store):
@@ -113,6 +118,8 @@ class JetStreamStore(Store):
         self._view = SqliteStore(self._view_path)
         self._replica: Replica | None = None
         self._running: asyncio.Task[None] | None = None
+        self._shortener: LogShortener | None = None
+        self._shortening: asyncio.Task[None] | None = None
 
     # Lifecycle
 
@@ -125,12 +132,9 @@ class JetStreamStore(Store):
         try:
             await broker.connect()
             self._epoch = (await log.create(secrets.token_hex(16))).epoch
-            self._view = SqliteStore(self._view_path)
-            await self._view.open()
-            position = await self._view.transact(
-                partial(prepare_view, epoch=self._epoch, where=str(self._view_path))
-            )
-            await log.check(position)
+            snapshots = SnapshotStream(log)
+            await snapshots.open()
+            position = await self._open_view_of(log, snapshots)
             replica = Replica(
                 log,
                 self._view,
@@ -145,6 +149,32 @@ class JetStreamStore(Store):
             await self._end(broker)
             raise
         self._broker, self._replica = broker, replica
+        self._shortener = LogShortener(log, snapshots, self._view)
+        self._shortening = asyncio.create_task(self._shortener.run(), name="store snapshots")
+
+    async def _open_view_of(self, log: BrokerLog, snapshots: SnapshotStream) -> ViewPosition:
+        """Open the view and see that the log goes on behind it; begin with a snapshot where it does not."""
+        for _ in range(_SNAPSHOT_TRIES):
+            position = await self._open_database()
+            try:
+                await log.check(position)
+            except LogBehindError as behind:
+                _LOG.info("%s: %s; it is made from a snapshot", self._view_path, behind)
+                await self._view.close()
+                await replace_view(self._view_path, snapshots)
+            else:
+                return position
+        raise StoreUnavailableError(
+            "no_stream",
+            detail="the log is shortened faster than a snapshot is read; keep more entries in it",
+            path=self.location,
+        )
+
+    async def _open_database(self) -> ViewPosition:
+        self._view = SqliteStore(self._view_path)
+        await self._view.open()
+        prepare = partial(prepare_view, epoch=self._epoch, where=str(self._view_path))
+        return await self._view.transact(prepare)
 
     async def close(self) -> None:
         """Write and answer what was accepted, then close the view and the connection."""
@@ -152,17 +182,22 @@ class JetStreamStore(Store):
         if replica is None or broker is None:
             return
         self._replica = self._broker = None
+        await self._cancel(self._shortening)
         await replica.drain()
         await self._end(broker)
 
     async def _end(self, broker: BrokerConnection) -> None:
-        running, self._running = self._running, None
-        if running is not None:
-            running.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await running
+        await self._cancel(self._running)
+        self._running = self._shortening = None
         await self._view.close()
         await broker.close()
+
+    @staticmethod
+    async def _cancel(task: asyncio.Task[None] | None) -> None:
+        if task is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
 
     @property
     def location(self) -> str:
@@ -195,6 +230,15 @@ class JetStreamStore(Store):
     async def catch_up(self) -> None:
         """Wait until this replica sees all that any was answered before now."""
         await self._open_replica().catch_up()
+
+    async def shorten_log(self) -> int:
+        """Save a snapshot of the view at the brokers and drop what is in it from the log.
+
+        It happens by itself where the log has become long. Returns the last entry that is in the snapshot.
+        """
+        _ = self._open_replica()
+        assert self._shortener is not None  # noqa: S101 - made where the replica is
+        return await self._shortener.shorten()
 
     async def _submit(self, command: Command) -> object:
         return await self._open_replica().submit(command, self._names.subject("state"))

@@ -57,6 +57,9 @@ class BrokerOptions:
         max_bytes: Refuse what would make it larger, with `StoreUnavailableError` (`disk_full`); None for no
             limit.
         duplicate_window_s: For how long the brokers know the id of a write; above `patience_s`.
+        snapshot_bytes: Of the log, above which a replica makes a snapshot and drops what is in it; also
+            above the size of the view, so that no more than twice the writes go there.
+        kept_entries: Entries that the log keeps all the same, for replicas that lag.
         connect_timeout_s: For how long to try to connect when the store is opened.
         ack_timeout_s: After so long without an acknowledgement a write is sent again.
         patience_s: After so long without one the writer is told `no_answer`.
@@ -66,6 +69,8 @@ class BrokerOptions:
     replicas: int = 1
     max_bytes: int | None = None
     duplicate_window_s: float = 120.0
+    snapshot_bytes: int = 256 * 1024 * 1024
+    kept_entries: int = 1000
     connect_timeout_s: float = 5.0
     ack_timeout_s: float = 2.0
     patience_s: float = 15.0

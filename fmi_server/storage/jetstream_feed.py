@@ -154,6 +154,8 @@ class LogFeed:
             message = await self._next(feed)
             while True:
                 if message is None:
+                    if batch:
+                        yield batch
                     raise _FeedLostError("the connection is another one")
                 headers: Mapping[str, str] = message.headers or {}
                 if headers.get("Status") is None:

@@ -100,7 +100,7 @@ class LogNames:
 
     @property
     def snapshots(self) -> str:
-        """The bucket of the snapshots."""
+        """The stream of the snapshots."""
         return f"FMI-{self.federation}-snapshots"
 
     @property
@@ -116,6 +116,10 @@ class LogNames:
     def subject(self, kind: str) -> str:
         """Return the subject of a kind of write."""
         return f"fmi.{self.federation}.log.{kind}"
+
+    def snapshot(self, part: str) -> str:
+        """Return the subject of a part of a snapshot."""
+        return f"fmi.{self.federation}.snapshot.{part}"
 
     def ledger(self, cohort: str) -> str:
         """Return the subject of a cohort's privacy ledger."""
