@@ -46,6 +46,10 @@ class Broker:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
+    @property
+    def runs(self) -> bool:
+        return self._process is not None
+
     def url(self, federation: str = "fmi") -> str:
         return f"nats://{self.address}/{federation}"
 

@@ -64,7 +64,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def stubborn(store: JetStreamStore, record: PacketRecord) -> AppendOutcome:
     """Send a packet until it is answered, as a site does."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(40):
         while True:
             try:
                 (outcome,) = await store.append([record])
