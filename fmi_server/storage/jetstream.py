@@ -115,7 +115,7 @@ class JetStreamStore(Store):
         self._view_path = Path(view).absolute()
         self._epoch = ""
         self._broker: BrokerConnection | None = None
-        self._view = SqliteStore(self._view_path)
+        self._view = SqliteStore(self._view_path, synced=False)
         self._replica: Replica | None = None
         self._running: asyncio.Task[None] | None = None
         self._shortener: LogShortener | None = None
@@ -171,7 +171,7 @@ class JetStreamStore(Store):
         )
 
     async def _open_database(self) -> ViewPosition:
-        self._view = SqliteStore(self._view_path)
+        self._view = SqliteStore(self._view_path, synced=False)
         await self._view.open()
         prepare = partial(prepare_view, epoch=self._epoch, where=str(self._view_path))
         return await self._view.transact(prepare)

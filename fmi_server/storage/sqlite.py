@@ -98,6 +98,8 @@ class SqliteStore(Store):
         limits: Bounds of the group commit.
         max_bytes: Refuse to grow beyond this size with `StoreUnavailableError` (`disk_full`);
             None for no limit of our own.
+        synced: Sync each commit, which DURABLE rests on. False is for a database that is a view of something
+            else: a power cut may take its last commits back, and leaves it whole.
     """
 
     def __init__(
@@ -106,8 +108,10 @@ class SqliteStore(Store):
         *,
         limits: GroupLimits | None = None,
         max_bytes: int | None = None,
+        synced: bool = True,
     ) -> None:
         self._path = Path(path).absolute()
+        self._synced = synced
         self._limits = limits or GroupLimits()
         self._max_bytes = max_bytes
         self._epoch = ""
@@ -167,6 +171,7 @@ class SqliteStore(Store):
             loop=loop,
             limits=self._limits,
             max_bytes=self._max_bytes,
+            synced=self._synced,
         )
 
     def _prepare(self) -> sqlite3.Connection:
@@ -176,7 +181,9 @@ class SqliteStore(Store):
             self._path = self._path.resolve()
             lock = DatabaseLock(self._path)
             lock.acquire()
-            connection, self._epoch = prepare_database(self._path, max_bytes=self._max_bytes)
+            connection, self._epoch = prepare_database(
+                self._path, max_bytes=self._max_bytes, synced=self._synced
+            )
         except (sqlite3.Error, OSError) as error:
             if lock is not None:
                 lock.release()
@@ -223,7 +230,7 @@ class SqliteStore(Store):
         await self._read(lambda connection: copy_database(connection, Path(target).absolute()))
 
     async def transact(self, change: Callable[[sqlite3.Connection], T]) -> T:
-        """Carry a change out in a transaction of the writer, DURABLE, and return what it returns.
+        """Carry a change out in a transaction of the writer and return what it returns.
 
         For who keeps this database as a view of something else. The change may run more than once, each
         time in a fresh transaction; what it raises undoes it.
