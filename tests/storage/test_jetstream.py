@@ -11,6 +11,9 @@ import nats
 import pytest
 from broker import Broker
 
+from fmi.plain import CURRENT_REVISION, new_packet_id
+from fmi.v1 import packet_pb2
+from fmi_server.service import FMIService
 from fmi_server.storage import JetStreamStore, SqliteStore
 from fmi_server.storage.base import (
     AppendOutcome,
@@ -475,3 +478,65 @@ async def test_a_lost_consumer_is_made_anew(broker: Broker, tmp_path: Path) -> N
         (outcome,) = await store.append([packet("last")])
         assert outcome.status == "stored"
         await client.close()
+
+
+# A whole service on it
+
+
+def msp(site: str, tau: float) -> packet_pb2.Packet:
+    made = packet_pb2.Packet()
+    made.header.packet_id = new_packet_id()
+    made.header.domain_id = site
+    made.header.cohort = "care"
+    made.header.rev = CURRENT_REVISION
+    made.header.emitted_at.GetCurrentTime()
+    made.msp.metrics["gain"] = 0.5
+    made.msp.controller["tau"] = tau
+    return made
+
+
+async def test_a_service_goes_on_where_another_replica_was(broker: Broker, tmp_path: Path) -> None:
+    sent = msp("s0", 0.5)
+    store = JetStreamStore(broker.url(), tmp_path / "one.db", options=QUICK)
+    async with FMIService(store=store) as service:
+        assert (await service.emit(sent)).status == "accepted"
+        for number in range(1, 5):
+            assert (await service.emit(msp(f"s{number}", 0.5))).status == "accepted"
+        first = await service.release("care")
+        assert first
+        epoch = store.history_epoch
+    store = JetStreamStore(broker.url(), tmp_path / "other.db", options=QUICK)
+    async with FMIService(store=store) as service:
+        assert store.history_epoch == epoch
+        assert (await service.emit(sent)).status == "duplicate"
+        for number in range(5):
+            await service.emit(msp(f"s{number}", 0.75))
+        second = await service.release("care")
+        revisions = {update.kind: update.revision for update in first}
+        for update in second:
+            assert update.revision == revisions.get(update.kind, 0) + 1
+        assert second
+
+
+async def test_the_release_of_a_late_replica_fails(
+    broker: Broker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two replicas release one cohort, as when a lease was lost unnoticed: whoever is second is refused."""
+    one = FMIService(store=JetStreamStore(broker.url(), tmp_path / "one.db", options=QUICK))
+    other = FMIService(store=JetStreamStore(broker.url(), tmp_path / "other.db", options=QUICK))
+    async with one, other:
+        for number in range(5):
+            await one.emit(msp(f"s{number}", 0.5))
+            await other.emit(msp(f"s{number}", 0.9))
+        found = await asyncio.gather(
+            one.release("care"), other.release("care"), return_exceptions=True
+        )
+        # They release by themselves, too: then it stands in the log that it will be tried again.
+        refused = [answer for answer in found if isinstance(answer, RevisionConflictError)]
+        assert refused or "revision 1 at sequence 1 refused" in caplog.text
+        await asyncio.gather(one.store.catch_up(), other.store.catch_up())
+        updates = await one.store.updates_since(0)
+        assert updates == await other.store.updates_since(0)
+        for kind in {update.kind for update in updates}:
+            revisions = [update.revision for update in updates if update.kind == kind]
+            assert revisions == list(range(1, len(revisions) + 1))
