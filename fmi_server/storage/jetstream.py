@@ -49,6 +49,7 @@ from fmi_server.storage.jetstream_commands import (
     Spend,
     Trim,
 )
+from fmi_server.storage.jetstream_leases import LeaseTable
 from fmi_server.storage.jetstream_log import BrokerLog, LogBehindError
 from fmi_server.storage.jetstream_names import BrokerAddress, LogNames
 from fmi_server.storage.jetstream_replica import Replica
@@ -239,6 +240,18 @@ class JetStreamStore(Store):
         _ = self._open_replica()
         assert self._shortener is not None  # noqa: S101 - made where the replica is
         return await self._shortener.shorten()
+
+    async def leases(self, *, ttl_s: float = 10.0) -> LeaseTable:
+        """Return the leases of the federation, by the connection of this store.
+
+        Args:
+            ttl_s: For how long a lease is good without renewal, where the bucket is not there yet.
+        """
+        _ = self._open_replica()
+        assert self._broker is not None  # noqa: S101 - it is there where the replica is
+        table = LeaseTable(self._broker, self._names, ttl_s=ttl_s)
+        await table.open()
+        return table
 
     async def _submit(self, command: Command) -> object:
         return await self._open_replica().submit(command, self._names.subject("state"))

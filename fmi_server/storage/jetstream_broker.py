@@ -99,6 +99,7 @@ class BrokerConnection:
         self.location = address.location
         self.on_reconnect: Callable[[], None] | None = None
         self._client: Client | None = None
+        self._jetstream: JetStreamContext | None = None
         self._lost_at: float | None = None
 
     async def connect(self) -> None:
@@ -143,10 +144,11 @@ class BrokerConnection:
                 )
             raise found from error
         self._client = client
+        self._jetstream = client.jetstream(timeout=self.options.ack_timeout_s)
 
     async def close(self) -> None:
         """Disconnect; closing twice is no error."""
-        client, self._client = self._client, None
+        client, self._client, self._jetstream = self._client, None, None
         if client is not None:
             await client.close()
 
@@ -169,13 +171,18 @@ class BrokerConnection:
             StoreUnavailableError: There is none.
         """
         if self._client is None:
-            raise StoreUnavailableError("closed", detail="open() it before use", path=self.location)
+            raise self._closed()
         return self._client
+
+    def _closed(self) -> StoreUnavailableError:
+        return StoreUnavailableError("closed", detail="open() it before use", path=self.location)
 
     @property
     def jetstream(self) -> JetStreamContext:
         """The same, for what JetStream manages."""
-        return self.client.jetstream(timeout=self.options.ack_timeout_s)
+        if self._jetstream is None:
+            raise self._closed()
+        return self._jetstream
 
     @property
     def largest_message(self) -> int:

@@ -406,11 +406,13 @@ class Replica:
                 async for batch in batches:
                     await self._take(batch)
         except LogBehindError as error:
-            raise StoreUnavailableError(
-                "no_stream",
-                detail=f"{error}: start this replica again, and it begins with a snapshot",
-                path=self._log.location,
+            detail = f"{error}: start this replica again, and it begins with a snapshot"
+            raise self._break(
+                StoreUnavailableError("no_stream", detail=detail, path=self._log.location)
             ) from error
+        except StoreError as error:
+            self._break(error)
+            raise
 
     async def _take(self, batch: list[LogEntry]) -> None:
         answers = await self._carry_out([self._with_command(entry) for entry in batch])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,9 +54,12 @@ class LogShortener:
 
     async def shorten(self) -> int:
         """Save a snapshot and shorten the log; return the last entry that is in it."""
-        with tempfile.TemporaryDirectory(
-            prefix=f".{self._view.path.name}-snapshot-", dir=self._view.path.parent
-        ) as folder:
+        view = self._view.path
+        prefix = f".{view.name}-snapshot-"
+        # What a process left that was killed here before.
+        for left in view.parent.glob(f"{prefix}*"):
+            await asyncio.to_thread(shutil.rmtree, left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=view.parent) as folder:
             copy = Path(folder) / "view.db"
             # The copy is of one moment; it has gone at least as far as the view had before.
             before = await self._view.query(view_position)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from broker import Broker
 
+from fmi_server.storage import JetStreamStore
 from fmi_server.storage.base import StoreUnavailableError
 from fmi_server.storage.jetstream_broker import BrokerConnection, BrokerOptions
 from fmi_server.storage.jetstream_leases import Lease, LeaseHolder, LeaseLostError, LeaseTable
@@ -133,3 +134,15 @@ async def test_the_time_is_that_of_the_bucket(connection: BrokerConnection) -> N
     assert second.ttl_s == 5.0
     with pytest.raises(ValueError, match="ttl_s"):
         LeaseTable(connection, NAMES, ttl_s=0.5)
+
+
+async def test_two_stores_share_the_leases(broker: Broker, tmp_path: Path) -> None:
+    one = JetStreamStore(broker.url(), tmp_path / "one.db")
+    other = JetStreamStore(broker.url(), tmp_path / "other.db")
+    async with one, other:
+        mine, theirs = await one.leases(ttl_s=5.0), await other.leases()
+        assert theirs.ttl_s == 5.0
+        lease = await mine.acquire("partition-7", "one")
+        assert lease is not None
+        assert await theirs.acquire("partition-7", "other") is None
+        assert await theirs.holder("partition-7") == LeaseHolder("one", lease.token)
