@@ -25,6 +25,7 @@ from fmi_server.storage.jetstream_errors import (
 )
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Awaitable, Callable, Mapping
 
     from nats.aio.client import Client
@@ -64,6 +65,8 @@ class BrokerOptions:
         ack_timeout_s: After so long without an acknowledgement a write is sent again.
         patience_s: After so long without one the writer is told `no_answer`.
         heartbeat_s: How often a broker says that the log is quiet; twice as long without is a lost consumer.
+        tls: How to tell that a broker is the right one, and who this is; None for the system's certificates
+            where the URL says `tls://`.
     """
 
     replicas: int = 1
@@ -75,6 +78,7 @@ class BrokerOptions:
     ack_timeout_s: float = 2.0
     patience_s: float = 15.0
     heartbeat_s: float = 2.0
+    tls: ssl.SSLContext | None = None
 
     def __post_init__(self) -> None:
         if self.patience_s >= self.duplicate_window_s:
@@ -130,6 +134,7 @@ class BrokerConnection:
                     ping_interval=10,
                     max_outstanding_pings=2,
                     pending_size=0,
+                    tls=self.options.tls,
                 )
         except BaseException as error:
             with contextlib.suppress(Exception):

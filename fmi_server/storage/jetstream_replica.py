@@ -57,6 +57,7 @@ _RECORD_BYTES = 200
 """What a record needs beside its payload, roughly."""
 
 _RETRY_PAUSE_S = 0.5
+_FENCE_PAUSE_S = 0.01
 
 
 @dataclass(slots=True)
@@ -224,14 +225,25 @@ class Replica:
         if fence.last is None:
             await self._look(fence, subject)
         future = self._commands[command_id][1]
+        deadline = time.monotonic() + self._patience_s
         while True:
+            refused = fence.last
             try:
-                return await self._log.write(subject, command_id, data, expected_last=fence.last)
+                return await self._log.write(subject, command_id, data, expected_last=refused)
             except FenceError:
                 await self._look(fence, subject)
             # The entry that stands there may be this one, whose acknowledgement was lost.
             if future.done():
                 return self.position
+            if time.monotonic() > deadline:
+                raise StoreUnavailableError(
+                    "no_answer",
+                    detail=f"others write under {subject} all the time, or the brokers do not agree",
+                    path=self._log.location,
+                )
+            if fence.last == refused:
+                # A cluster refuses what follows an entry that is still on its way to the others.
+                await asyncio.sleep(_FENCE_PAUSE_S)
 
     async def _answer(self, future: asyncio.Future[object], sequence: int) -> object:
         """Wait until the view has carried out what the brokers have acknowledged."""

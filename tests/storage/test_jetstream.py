@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import nats
 import pytest
+import trustme
 from broker import Broker
 
 from fmi.plain import CURRENT_REVISION, new_packet_id
@@ -339,6 +341,24 @@ async def test_credentials_are_checked_and_never_shown(tmp_path: Path) -> None:
         store = JetStreamStore(f"nats://fmi:secret@{address}", tmp_path / "a.db", options=QUICK)
         assert store.location == f"nats://{address}/fmi"
         async with store:
+            await store.append([packet("p1")])
+
+
+async def test_brokers_that_speak_tls_alone(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    own = authority.issue_cert("127.0.0.1")
+    own.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    own.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+    extra = f'tls {{ cert_file: "{tmp_path}/cert.pem", key_file: "{tmp_path}/key.pem" }}'
+    async with Broker(tmp_path / "broker", extra=extra) as broker:
+        url = f"tls://{broker.address}"
+        with pytest.raises(StoreUnavailableError) as caught:
+            await JetStreamStore(url, tmp_path / "a.db", options=QUICK).open()
+        assert caught.value.cause == "no_broker"
+        known = ssl.create_default_context()
+        authority.configure_trust(known)
+        options = replace(QUICK, tls=known)
+        async with JetStreamStore(url, tmp_path / "a.db", options=options) as store:
             await store.append([packet("p1")])
 
 
