@@ -191,6 +191,21 @@ async def test_the_leader_of_three_brokers_is_killed(
     assert await one.updates_since(0) == await other.updates_since(0)
 
 
+async def test_of_many_who_publish_to_a_cluster_one_is_heard(
+    two: tuple[JetStreamStore, ...],
+) -> None:
+    for revision in range(1, 11):
+        found = await asyncio.gather(
+            *(store.publish([update(revision, revision)]) for store in two * 3),
+            return_exceptions=True,
+        )
+        assert [answer for answer in found if isinstance(answer, list)] == [[revision]], found
+        assert sum(isinstance(answer, RevisionConflictError) for answer in found) == 5, found
+    for store in two:
+        await store.catch_up()
+        assert [u.revision for u in await store.updates_since(0)] == list(range(1, 11))
+
+
 async def test_without_a_majority_nothing_is_acknowledged(
     cluster: list[Broker], two: tuple[JetStreamStore, ...]
 ) -> None:
