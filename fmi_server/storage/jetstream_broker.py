@@ -113,10 +113,11 @@ class BrokerConnection:
             StoreUnavailableError: None of them answers, or it refuses us.
         """
         nats = import_nats()
-        last: list[Exception] = []
+        told: dict[bool, Exception] = {}
 
         async def note(error: Exception) -> None:
-            last[:] = [error]
+            # A refusal counts for more than the end of the connection that comes with it.
+            told[broker_error(error, self.location).cause == "denied"] = error
             _LOG.debug("the broker's client: %r", error)
 
         client = nats.NATS()
@@ -141,8 +142,7 @@ class BrokerConnection:
                 await client.close()
             if not isinstance(error, Exception):
                 raise
-            cause = last[0] if last else error
-            found = broker_error(cause, self.location)
+            found = broker_error(told.get(True) or told.get(False) or error, self.location)
             if found.cause == "no_answer":
                 found = StoreUnavailableError(
                     "no_broker", detail="none of them answers", path=self.location
