@@ -60,7 +60,7 @@ _RETRY_PAUSE_S = 0.5
 _FENCE_PAUSE_S = 0.01
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiting:
     """A call of `append` that waits: what can be kept of it, and what is wrong with the rest."""
 
@@ -113,6 +113,7 @@ class Replica:
         self._commands: dict[str, tuple[Command, asyncio.Future[object]]] = {}
         self._fences: dict[str, _Fence] = {}
         self._queue: deque[_Waiting] = deque()
+        self._unanswered: set[_Waiting] = set()
         self._pending_records = 0
         self._pending_bytes = 0
         self._wakened = asyncio.Event()
@@ -127,12 +128,18 @@ class Replica:
 
     def stats(self) -> StoreStats:
         """Return the counters with what waits now."""
-        damage = self._broken
+        broken, fault = self._broken, self._stats.fault
+        damage = None
+        if isinstance(broken, StoreUnavailableError):
+            fault = broken.cause
+        elif broken is not None:
+            damage = str(broken)
         return replace(
             self._stats,
             pending_records=self._pending_records,
             pending_bytes=self._pending_bytes,
-            damage=str(damage) if isinstance(damage, StoreCorruptError) else None,
+            fault=fault,
+            damage=damage,
         )
 
     # Writing
@@ -158,7 +165,9 @@ class Replica:
         self._pending_bytes += size
         future: asyncio.Future[list[AppendOutcome]] = asyncio.get_running_loop().create_future()
         self._begin()
-        self._queue.append(_Waiting(sound, problems, records, size, future))
+        waiting = _Waiting(sound, problems, records, size, future)
+        self._unanswered.add(waiting)
+        self._queue.append(waiting)
         self._wakened.set()
         return await future
 
@@ -300,9 +309,10 @@ class Replica:
                 )
             )
         finally:
-            for waiting in self._queue:
-                self._resolve(waiting, self._broken or self._closed())
             self._queue.clear()
+            # Also those whose group was cancelled before it began.
+            for waiting in tuple(self._unanswered):
+                self._resolve(waiting, self._broken or self._closed())
 
     async def drain(self) -> None:
         """Take nothing more, and wait until what was taken is answered."""
@@ -401,6 +411,7 @@ class Replica:
         )
 
     def _resolve(self, waiting: _Waiting, answer: list[AppendOutcome] | StoreError) -> None:
+        self._unanswered.discard(waiting)
         self._pending_records -= len(waiting.records)
         self._pending_bytes -= waiting.payload_bytes
         self._end()

@@ -26,6 +26,7 @@ from fmi_server.storage.base import (
     SpendRecord,
     StoreBusyError,
     StoreCorruptError,
+    StoreError,
     StoreLockedError,
     StoreUnavailableError,
     StoreVersionError,
@@ -470,7 +471,7 @@ async def test_a_newer_format_stops_the_replica(broker: Broker, tmp_path: Path) 
         client = await raw(broker)
         await client.jetstream().publish("fmi.fmi.log.state", b"\x02\x00\x00\x00\x00")
         await client.close()
-        await until(lambda: store._replica is not None and store._replica._broken is not None)
+        await until(lambda: store.stats().damage is not None)
         with pytest.raises(StoreVersionError, match="upgrade the server"):
             await store.probe()
 
@@ -560,3 +561,22 @@ async def test_the_release_of_a_late_replica_fails(
         for kind in {update.kind for update in updates}:
             revisions = [update.revision for update in updates if update.kind == kind]
             assert revisions == list(range(1, len(revisions) + 1))
+
+
+async def test_who_waits_when_a_replica_stops_is_told(broker: Broker, tmp_path: Path) -> None:
+    """Calls of all sizes are on their way or wait for their turn; none of them waits for ever."""
+    async with JetStreamStore(broker.url(), tmp_path / "a.db", options=QUICK) as store:
+        await store._view.set_max_bytes(1)  # the view cannot follow, so nothing is answered
+        client = await raw(broker)
+        await client.jetstream().publish("fmi.fmi.log.state", b"\x02\x00\x00\x00\x00")
+        calls = [
+            asyncio.create_task(store.append([packet(f"{n}-{i}") for i in range(size)]))
+            for n, size in enumerate([1, 2000, 1, 700, 1500, 1, 3000, 5])
+        ]
+        await asyncio.sleep(0)
+        await store._view.set_max_bytes(None)
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(answer, StoreError) for answer in answers)
+        assert any(isinstance(answer, StoreVersionError) for answer in answers)
+        assert (store.stats().pending_records, store.stats().pending_bytes) == (0, 0)
+        await client.close()
