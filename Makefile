@@ -10,7 +10,7 @@ RELEASED_IMAGE := proto/released.binpb
 FMI_TORTURE_MINUTES ?= 60
 FMI_SOAK_MINUTES ?= 30
 
-.PHONY: help demo test test-lowest torture soak check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-peers bench-privacy bench-start bench-warm-start privacy-error wheel clean
+.PHONY: help demo test test-lowest torture soak check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-jetstream bench-peers bench-privacy bench-start bench-warm-start privacy-error wheel clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -70,6 +70,9 @@ bench-peers: .venv-bench-peers/ready ## The same beside Flower; and ByzFL, where
 
 bench-confidence: $(VENV)/ready ## Simulate what a stated confidence holds, and draw it
 	$(BIN)/python benchmarks/confidence.py
+
+bench-jetstream: $(VENV)/ready ## Measure the store at NATS JetStream brokers beside bare publishing, in one run
+	$(BIN)/python -m benchmarks.jetstream
 
 bench-privacy: $(VENV)/ready ## Attack the private mechanism, and three broken ones
 	$(BIN)/python -m benchmarks.privacy

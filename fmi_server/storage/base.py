@@ -13,13 +13,19 @@ Promises every store makes (`tests/storage/test_store_contract.py` holds all of 
 * Fenced: an update is written only as the direct successor of the last one, or not at all.
 * Bounded: what waits to be written is bounded; past the bound `StoreBusyError` is raised at once.
 
-A store belongs to the event loop that opened it, and one process is the only writer. Cancelling a
-write gives up the answer, not the write: it may still be carried out.
+A store belongs to the event loop that opened it. Cancelling a write gives up the answer, not the write: it
+may still be carried out. So may a write that failed with the cause `no_answer`, which only a store at brokers
+knows: it was sent, and nothing came back. A packet of it counts once when it is sent again; who published or
+spent reads what is there before it goes on.
+
+An embedded store has one process as its only writer. A store at brokers has several, its replicas: each sees
+what it wrote itself at once, and what others wrote a little later, or behind `catch_up`. The fences hold
+among all of them.
 
 Errors::
 
     StoreError
-    ├── StoreUnavailableError     nothing was written; the same call may succeed later
+    ├── StoreUnavailableError     nothing was written (but see `no_answer`); it may succeed later
     │   ├── StoreBusyError        too much is waiting to be written; try again shortly
     │   └── StoreLockedError      another process has this store open
     ├── StoreCorruptError         the file is not a database of ours, or is damaged
@@ -106,7 +112,10 @@ class StoreError(FMIError):
 
 
 class StoreUnavailableError(StoreError):
-    """Nothing was written; the store works again once the cause is gone."""
+    """Nothing was written; the store works again once the cause is gone.
+
+    With the cause `no_answer` it is not known whether something was written; see the module.
+    """
 
     reason = Reason.STORE_UNAVAILABLE
     retry_after_s = 2.0
@@ -325,6 +334,13 @@ class Store(ABC):
     @abstractmethod
     async def probe(self) -> None:
         """Write something that changes nothing, DURABLE, to find out whether the store takes writes."""
+
+    @abstractmethod
+    async def catch_up(self) -> None:
+        """Wait until reads here see every write that anyone was answered before now.
+
+        A store with a single writer sees its own writes at once, and returns at once.
+        """
 
     # Packets
 

@@ -106,6 +106,10 @@ class MemoryStore(Store):
         """Do nothing: memory takes writes."""
         _ = self._data
 
+    async def catch_up(self) -> None:
+        """Return at once: there is nobody else."""
+        _ = self._data
+
     # Packets
 
     async def append(self, records: Sequence[PacketRecord]) -> list[AppendOutcome]:

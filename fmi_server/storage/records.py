@@ -34,13 +34,19 @@ AppendStatus = Literal["stored", "duplicate", "reused", "rejected"]
 UnavailableReason = Literal[
     "busy",
     "closed",
+    "denied",
     "disk_full",
     "io_error",
     "locked",
+    "no_answer",
+    "no_broker",
     "no_directory",
+    "no_quorum",
+    "no_stream",
     "read_only",
     "unsupported",
 ]
+"""Why a store cannot do something now. `no_answer` alone leaves open whether it was done: see `base`."""
 
 PACKET_KINDS: tuple[PacketKind, ...] = ("msp", "pop", "ccs")
 """The kinds of packet, in the order of their numbers on disk. Only ever appended to."""

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fmi_server.storage.base import (
-    DictionaryConflictError,
-    RevisionConflictError,
     Store,
     StoreCorruptError,
     StoreUnavailableError,
@@ -43,10 +41,8 @@ from fmi_server.storage.records import (
 )
 from fmi_server.storage.sqlite_append import (
     PACKET_COLUMNS,
-    chunk_sizes,
     find_packet,
     last_packet_sequence,
-    placeholders,
     stored_packet,
 )
 from fmi_server.storage.sqlite_backup import copy_database
@@ -55,10 +51,12 @@ from fmi_server.storage.sqlite_live import (
     LIVE,
     count_packets,
     forget_packets,
+    forgettable_sequences,
     retired_sequences,
     set_packet_quarantine,
     set_retired,
 )
+from fmi_server.storage.sqlite_registers import put_cohort, put_dictionary, put_reputations
 from fmi_server.storage.sqlite_schema import (
     DatabaseLock,
     connect_reader,
@@ -66,6 +64,13 @@ from fmi_server.storage.sqlite_schema import (
     prepare_database,
     set_size_limit,
     translate_error,
+)
+from fmi_server.storage.sqlite_updates import (
+    PART_ROWS,
+    UPDATE_COLUMNS,
+    next_update_sequence,
+    publish_updates,
+    trim_oldest,
 )
 from fmi_server.storage.sqlite_writer import GroupLimits, GroupWriter
 
@@ -77,15 +82,12 @@ __all__ = ["SqliteStore"]
 
 T = TypeVar("T")
 
-_UPDATE_COLUMNS = "sequence, cohort, kind, revision, published_at_us, content_hash, payload"
 _SITE_COLUMNS = (
     "cohort, domain_id, first_seen_us, last_seen_us, msp_count, pop_count, ccs_count, "
     "quarantined_count, duplicate_count, reused_count, reputation"
 )
 _READERS = 2
 _NO_LIMIT = -1
-_PART_ROWS = 100
-"""Packets that one transaction revives, or updates that it trims: group commits do not wait long for it."""
 
 
 class SqliteStore(Store):
@@ -97,6 +99,8 @@ class SqliteStore(Store):
         limits: Bounds of the group commit.
         max_bytes: Refuse to grow beyond this size with `StoreUnavailableError` (`disk_full`);
             None for no limit of our own.
+        synced: Sync each commit, which DURABLE rests on. False is for a database that is a view of something
+            else: a power cut may take its last commits back, and leaves it whole.
     """
 
     def __init__(
@@ -105,8 +109,10 @@ class SqliteStore(Store):
         *,
         limits: GroupLimits | None = None,
         max_bytes: int | None = None,
+        synced: bool = True,
     ) -> None:
         self._path = Path(path).absolute()
+        self._synced = synced
         self._limits = limits or GroupLimits()
         self._max_bytes = max_bytes
         self._epoch = ""
@@ -147,6 +153,10 @@ class SqliteStore(Store):
         touch = "UPDATE meta SET value = value WHERE name = 'history_epoch'"
         await self._open_writer().run(lambda connection: connection.execute(touch).rowcount)
 
+    async def catch_up(self) -> None:
+        """Return at once: there is no other writer."""
+        _ = self._open_writer()
+
     async def open(self) -> None:
         """Lock, check and open the database, creating or migrating it as needed."""
         if self._writer is not None:
@@ -162,6 +172,7 @@ class SqliteStore(Store):
             loop=loop,
             limits=self._limits,
             max_bytes=self._max_bytes,
+            synced=self._synced,
         )
 
     def _prepare(self) -> sqlite3.Connection:
@@ -171,7 +182,9 @@ class SqliteStore(Store):
             self._path = self._path.resolve()
             lock = DatabaseLock(self._path)
             lock.acquire()
-            connection, self._epoch = prepare_database(self._path, max_bytes=self._max_bytes)
+            connection, self._epoch = prepare_database(
+                self._path, max_bytes=self._max_bytes, synced=self._synced
+            )
         except (sqlite3.Error, OSError) as error:
             if lock is not None:
                 lock.release()
@@ -216,6 +229,18 @@ class SqliteStore(Store):
             FileExistsError: `target` exists.
         """
         await self._read(lambda connection: copy_database(connection, Path(target).absolute()))
+
+    async def transact(self, change: Callable[[sqlite3.Connection], T]) -> T:
+        """Carry a change out in a transaction of the writer and return what it returns.
+
+        For who keeps this database as a view of something else. The change may run more than once, each
+        time in a fresh transaction; what it raises undoes it.
+        """
+        return await self._open_writer().run(change)
+
+    async def query(self, query: Callable[[sqlite3.Connection], T]) -> T:
+        """Carry a query out on a connection that only reads, and return what it returns."""
+        return await self._read(query)
 
     def _closed(self) -> StoreUnavailableError:
         return StoreUnavailableError("closed", detail="open() it before use", path=str(self._path))
@@ -293,8 +318,8 @@ class SqliteStore(Store):
         writer = self._open_writer()
         found = await self._read(lambda reader: retired_sequences(reader, cohort, domain_id))
         revived = 0
-        for start in range(0, len(found), _PART_ROWS):
-            change = partial(set_retired, sequences=found[start : start + _PART_ROWS])
+        for start in range(0, len(found), PART_ROWS):
+            change = partial(set_retired, sequences=found[start : start + PART_ROWS])
             revived += await writer.run(partial(change, retired=False))
         return revived
 
@@ -302,15 +327,20 @@ class SqliteStore(Store):
         self, cohort: str, *, received_before_us: int, emitted_before_us: int, limit: int = 500
     ) -> int:
         """Delete packets that are not live."""
-        return await self._open_writer().run(
-            lambda connection: forget_packets(
+
+        def change(connection: sqlite3.Connection) -> int:
+            sequences = forgettable_sequences(
                 connection,
                 cohort,
                 received_before_us=received_before_us,
                 emitted_before_us=emitted_before_us,
                 limit=limit,
             )
-        )
+            return forget_packets(
+                connection, cohort, sequences, emitted_before_us=emitted_before_us
+            )
+
+        return await self._open_writer().run(change)
 
     async def forgotten(self) -> dict[str, int]:
         """Return by cohort the highest time of `forget`."""
@@ -356,14 +386,16 @@ class SqliteStore(Store):
 
     async def publish(self, updates: Sequence[UpdateRecord]) -> list[int]:
         """Keep updates, all or none, behind the fence."""
-        return await self._open_writer().run(lambda connection: _publish(connection, updates))
+        return await self._open_writer().run(
+            lambda connection: publish_updates(connection, updates)
+        )
 
     async def next_update_sequence(self) -> int:
         """Return the sequence that the next update must carry."""
-        return await self._read(_next_update_sequence)
+        return await self._read(next_update_sequence)
 
     async def _updates(self, where: str, parameters: Sequence[object]) -> list[UpdateRecord]:
-        sql = f"SELECT {_UPDATE_COLUMNS} FROM updates WHERE {where}"  # noqa: S608 - constants only
+        sql = f"SELECT {UPDATE_COLUMNS} FROM updates WHERE {where}"  # noqa: S608 - constants only
         rows = await self._read(lambda connection: connection.execute(sql, parameters).fetchall())
         return [UpdateRecord(*row) for row in rows]
 
@@ -414,9 +446,9 @@ class SqliteStore(Store):
         writer = self._open_writer()
         trimmed = 0
         while True:
-            part = await writer.run(partial(_trim_updates, cohort=cohort, kind=kind, keep=keep))
+            part = await writer.run(partial(trim_oldest, cohort=cohort, kind=kind, keep=keep))
             trimmed += part
-            if part < _PART_ROWS:
+            if part < PART_ROWS:
                 return trimmed
 
     # Privacy
@@ -443,15 +475,7 @@ class SqliteStore(Store):
 
     async def put_cohort(self, name: str, spec: bytes, revision: int) -> None:
         """Keep a cohort spec in place of the one before."""
-
-        def put(connection: sqlite3.Connection) -> None:
-            connection.execute(
-                "INSERT INTO cohorts (name, spec, revision) VALUES (?, ?, ?) ON CONFLICT (name) "
-                "DO UPDATE SET spec = excluded.spec, revision = excluded.revision",
-                (name, spec, revision),
-            )
-
-        await self._open_writer().run(put)
+        await self._open_writer().run(partial(put_cohort, name=name, spec=spec, revision=revision))
 
     async def cohorts(self) -> list[CohortRecord]:
         """Return all cohort specs, by name."""
@@ -490,27 +514,18 @@ class SqliteStore(Store):
         for domain_id, value in pairs:
             if not math.isfinite(value):
                 raise ValueError(f"the reputation of {domain_id!r} is not finite")
-        await self._open_writer().run(
-            lambda connection: _put_reputations(connection, cohort, pairs)
-        )
+        await self._open_writer().run(lambda connection: put_reputations(connection, cohort, pairs))
 
     async def put_dictionary(self, dictionary_id: int, data: bytes, created_at_us: int) -> None:
         """Keep an encoder dictionary."""
-
-        def put(connection: sqlite3.Connection) -> None:
-            inserted = connection.execute(
-                "INSERT INTO dictionaries (dictionary_id, data, created_at_us) VALUES (?, ?, ?) "
-                "ON CONFLICT DO NOTHING",
-                (dictionary_id, data, created_at_us),
-            ).rowcount
-            if not inserted:
-                (held,) = connection.execute(
-                    "SELECT data FROM dictionaries WHERE dictionary_id = ?", (dictionary_id,)
-                ).fetchone()
-                if held != data:
-                    raise DictionaryConflictError(dictionary_id=dictionary_id)
-
-        await self._open_writer().run(put)
+        await self._open_writer().run(
+            partial(
+                put_dictionary,
+                dictionary_id=dictionary_id,
+                data=data,
+                created_at_us=created_at_us,
+            )
+        )
 
     async def dictionaries(self) -> list[DictionaryRecord]:
         """Return all dictionaries, by id."""
@@ -520,65 +535,3 @@ class SqliteStore(Store):
             ).fetchall()
         )
         return [DictionaryRecord(*row) for row in rows]
-
-
-def _next_update_sequence(connection: sqlite3.Connection) -> int:
-    return int(connection.execute("SELECT max(sequence) FROM updates").fetchone()[0] or 0) + 1
-
-
-def _publish(connection: sqlite3.Connection, updates: Sequence[UpdateRecord]) -> list[int]:
-    sequence = _next_update_sequence(connection)
-    for update in updates:
-        last = connection.execute(
-            "SELECT max(revision) FROM updates WHERE cohort = ? AND kind = ?",
-            (update.cohort, update.kind),
-        ).fetchone()[0]
-        expected = (last or 0) + 1
-        if update.revision != expected or update.sequence != sequence:
-            raise RevisionConflictError(
-                cohort=update.cohort,
-                kind=update.kind,
-                revision=update.revision,
-                expected_revision=expected,
-                sequence=update.sequence,
-                expected_sequence=sequence,
-            )
-        connection.execute(
-            f"INSERT INTO updates ({_UPDATE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 - constants only
-            (
-                update.sequence,
-                update.cohort,
-                update.kind,
-                update.revision,
-                update.published_at_us,
-                update.content_hash,
-                update.payload,
-            ),
-        )
-        sequence += 1
-    return [update.sequence for update in updates]
-
-
-def _trim_updates(connection: sqlite3.Connection, *, cohort: str, kind: int, keep: int) -> int:
-    """Delete the oldest updates that are not to be kept, a part of them; return how many."""
-    return connection.execute(
-        "DELETE FROM updates WHERE sequence IN (SELECT sequence FROM updates WHERE cohort = ?1 AND kind = ?2 "
-        "AND revision <= (SELECT max(revision) FROM updates WHERE cohort = ?1 AND kind = ?2) - ?3 "
-        "ORDER BY revision LIMIT ?4)",
-        (cohort, kind, keep, _PART_ROWS),
-    ).rowcount
-
-
-def _put_reputations(
-    connection: sqlite3.Connection, cohort: str, pairs: Sequence[tuple[str, float]]
-) -> None:
-    start = 0
-    for size in chunk_sizes(len(pairs)):
-        values = [value for pair in pairs[start : start + size] for value in pair]
-        connection.execute(
-            f"WITH given (domain_id, reputation) AS (VALUES {placeholders(2, size)}) "  # noqa: S608 - constants only
-            "UPDATE sites SET reputation = given.reputation FROM given "
-            "WHERE sites.cohort = ? AND sites.domain_id = given.domain_id",
-            (*values, cohort),
-        )
-        start += size

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "count_packets",
     "forget_packets",
+    "forgettable_sequences",
     "retired_sequences",
     "set_packet_quarantine",
     "set_retired",
@@ -54,49 +55,70 @@ def retired_sequences(
     return sorted(sequence for (sequence,) in rows)
 
 
-def forget_packets(
+def forgettable_sequences(
     connection: sqlite3.Connection,
     cohort: str,
     *,
     received_before_us: int,
     emitted_before_us: int,
     limit: int,
-) -> int:
-    """Delete packets as `Store.forget` says, inside the open transaction; return how many."""
+) -> list[int]:
+    """Return the sequences of up to `limit` packets that `Store.forget` may delete."""
     # The last packet stays: the next sequence is counted from it.
     old = (
-        "SELECT sequence, domain_id, kind, quarantined FROM packets "
+        "SELECT sequence FROM packets "
         "WHERE cohort = ?1 AND received_at_us < ?2 AND emitted_at_us < ?3 "
         "AND sequence < (SELECT max(sequence) FROM packets)"
     )
     rows = connection.execute(
         f"{old} AND retired = 1 UNION ALL {old} AND quarantined = 1 LIMIT ?4",
         (cohort, received_before_us, emitted_before_us, limit),
-    ).fetchall()
-    if not rows:
-        return 0
-    never_counted = Counter((domain_id, kind) for _, domain_id, kind, held in rows if held)
-    for (domain_id, kind), count in never_counted.items():
+    )
+    return [sequence for (sequence,) in rows]
+
+
+def forget_packets(
+    connection: sqlite3.Connection,
+    cohort: str,
+    sequences: Sequence[int],
+    *,
+    emitted_before_us: int,
+) -> int:
+    """Delete those of a cohort's packets that are not live, inside the open transaction; return how many."""
+    gone = 0
+    start = 0
+    for size in chunk_sizes(len(sequences)):
+        gone += _forget_part(connection, cohort, sequences[start : start + size])
+        start += size
+    if gone:
+        connection.execute(
+            "INSERT INTO forgotten (cohort, emitted_before_us) VALUES (?, ?) ON CONFLICT (cohort) "
+            "DO UPDATE SET emitted_before_us = max(emitted_before_us, excluded.emitted_before_us)",
+            (cohort, emitted_before_us),
+        )
+    return gone
+
+
+def _forget_part(connection: sqlite3.Connection, cohort: str, sequences: Sequence[int]) -> int:
+    chosen = (
+        f"sequence IN ({', '.join('?' * len(sequences))}) AND cohort = ? "  # noqa: S608 - constants only
+        "AND (retired = 1 OR quarantined = 1) AND sequence < (SELECT max(sequence) FROM packets)"
+    )
+    held = connection.execute(
+        f"SELECT domain_id, kind FROM packets WHERE {chosen} AND quarantined = 1",  # noqa: S608 - constants only
+        (*sequences, cohort),
+    )
+    for (domain_id, kind), count in Counter(held.fetchall()).items():
         column = f"{PACKET_KINDS[kind]}_count"
         connection.execute(
             f"UPDATE sites SET {column} = {column} - ?1, quarantined_count = quarantined_count - ?1 "  # noqa: S608 - constants only
             "WHERE cohort = ?2 AND domain_id = ?3",
             (count, cohort, domain_id),
         )
-    start = 0
-    for size in chunk_sizes(len(rows)):
-        chosen = [row[0] for row in rows[start : start + size]]
-        connection.execute(
-            f"DELETE FROM packets WHERE sequence IN ({', '.join('?' * size)})",  # noqa: S608 - constants only
-            chosen,
-        )
-        start += size
-    connection.execute(
-        "INSERT INTO forgotten (cohort, emitted_before_us) VALUES (?, ?) ON CONFLICT (cohort) "
-        "DO UPDATE SET emitted_before_us = max(emitted_before_us, excluded.emitted_before_us)",
-        (cohort, emitted_before_us),
-    )
-    return len(rows)
+    return connection.execute(
+        f"DELETE FROM packets WHERE {chosen}",  # noqa: S608 - constants only
+        (*sequences, cohort),
+    ).rowcount
 
 
 def count_packets(connection: sqlite3.Connection, cohort: str | None) -> dict[str, Counter[str]]:

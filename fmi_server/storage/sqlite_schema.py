@@ -276,14 +276,17 @@ def _limit_cache(connection: sqlite3.Connection, size: int) -> None:
     connection.execute(f"PRAGMA cache_size = -{size // 1024}")
 
 
-def connect_writer(path: Path, *, max_bytes: int | None) -> sqlite3.Connection:
-    """Connect for writing: write-ahead log, each commit synced, `max_bytes` as the size limit."""
+def connect_writer(path: Path, *, max_bytes: int | None, synced: bool = True) -> sqlite3.Connection:
+    """Connect for writing: write-ahead log, each commit synced, `max_bytes` as the size limit.
+
+    Where it is not synced, a power cut may take the last commits back. It leaves the database whole.
+    """
     connection = _connect(path)
     try:
         connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
         _enable_wal(connection, path)
         _limit_cache(connection, _WRITER_CACHE_BYTES)
-        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
         connection.execute("PRAGMA wal_autocheckpoint = 2000")
         connection.execute("PRAGMA journal_size_limit = 67108864")
         set_size_limit(connection, max_bytes)
@@ -316,7 +319,9 @@ def connect_reader(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def prepare_database(path: Path, *, max_bytes: int | None) -> tuple[sqlite3.Connection, str]:
+def prepare_database(
+    path: Path, *, max_bytes: int | None, synced: bool = True
+) -> tuple[sqlite3.Connection, str]:
     """Create, migrate or check the database; return the writer's connection and the epoch.
 
     A file that is not ours is left as it is: its first bytes are read before SQLite sees it.
@@ -334,7 +339,7 @@ def prepare_database(path: Path, *, max_bytes: int | None) -> tuple[sqlite3.Conn
         )
     check_identity(path)
     with keeping_log(path) as accept:
-        connection = connect_writer(path, max_bytes=max_bytes)
+        connection = connect_writer(path, max_bytes=max_bytes, synced=synced)
         try:
             _migrate(connection)
             _check_schema(connection, path)

@@ -146,11 +146,13 @@ class GroupWriter:
         loop: asyncio.AbstractEventLoop,
         limits: GroupLimits,
         max_bytes: int | None,
+        synced: bool,
     ) -> None:
         self._path = path
         self._loop = loop
         self._limits = limits
         self.max_bytes = max_bytes
+        self._synced = synced
         self.stats = StoreStats()
         self._pending_records = 0
         self._pending_bytes = 0
@@ -297,7 +299,9 @@ class GroupWriter:
     def _transaction(self, group: list[_Work], *, screen: bool) -> list[object]:
         connection = self._connection
         if connection is None:
-            connection = self._connection = connect_writer(self._path, max_bytes=self.max_bytes)
+            connection = self._connection = connect_writer(
+                self._path, max_bytes=self.max_bytes, synced=self._synced
+            )
         next_sequence = self._next_sequence
         if next_sequence is None:
             next_sequence = last_packet_sequence(connection) + 1

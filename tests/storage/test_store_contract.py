@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from broker import Broker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fmi_server import storage
-from fmi_server.storage import MemoryStore, SqliteStore, Store
+from fmi_server.storage import JetStreamStore, MemoryStore, SqliteStore, Store
 from fmi_server.storage.base import (
     DictionaryConflictError,
     DictionaryRecord,
@@ -31,17 +32,34 @@ from fmi_server.storage.base import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
 _COUNTER = itertools.count()
 
 
-@pytest.fixture(params=["sqlite", "memory"])
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """One broker for all tests here; each store has a federation of its own."""
+    started = Broker(tmp_path_factory.mktemp("broker"), sync="2m")
+    asyncio.run(started.start())
+    yield started
+    started.kill()
+
+
+@pytest.fixture(params=["sqlite", "memory", "jetstream"])
 def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Store]:
     if request.param == "memory":
         return MemoryStore
-    return lambda: SqliteStore(tmp_path / f"{next(_COUNTER)}.db")
+    if request.param == "sqlite":
+        return lambda: SqliteStore(tmp_path / f"{next(_COUNTER)}.db")
+    broker: Broker = request.getfixturevalue("broker")
+
+    def make() -> Store:
+        number = next(_COUNTER)
+        return JetStreamStore(broker.url(f"f{number}"), tmp_path / f"{number}.db")
+
+    return make
 
 
 @pytest.fixture
@@ -88,6 +106,7 @@ async def live_ids(store: Store, cohort: str = "health") -> list[str]:
 
 def test_public_names() -> None:
     assert storage.__all__ == [
+        "JetStreamStore",
         "MemoryStore",
         "SqliteStore",
         "Store",
@@ -337,6 +356,13 @@ def test_any_history_equals_the_model(  # noqa: PLR0915 - one history, one model
 
 
 # Reading
+
+
+async def test_what_was_answered_is_seen_behind_catch_up(store: Store) -> None:
+    await store.catch_up()
+    await store.append([packet("p1")])
+    await store.catch_up()
+    assert [p.record.packet_id for p in await store.load()] == ["p1"]
 
 
 async def test_load_in_pages(store: Store) -> None:

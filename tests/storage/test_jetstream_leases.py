@@ -1,0 +1,148 @@
+"""Leases at real brokers: one holder at a time, by tokens that rise, for a while."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from broker import Broker
+
+from fmi_server.storage import JetStreamStore
+from fmi_server.storage.base import StoreUnavailableError
+from fmi_server.storage.jetstream_broker import BrokerConnection, BrokerOptions
+from fmi_server.storage.jetstream_leases import Lease, LeaseHolder, LeaseLostError, LeaseTable
+from fmi_server.storage.jetstream_names import BrokerAddress, LogNames
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+NAMES = LogNames("fmi")
+
+
+@pytest.fixture
+async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
+    async with Broker(tmp_path / "broker") as started:
+        yield started
+
+
+@pytest.fixture
+async def connection(broker: Broker) -> AsyncIterator[BrokerConnection]:
+    options = BrokerOptions(ack_timeout_s=0.3, patience_s=2.0, duplicate_window_s=10.0)
+    opened = BrokerConnection(BrokerAddress.parse(broker.url()), options)
+    await opened.connect()
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def leases(connection: BrokerConnection) -> LeaseTable:
+    table = LeaseTable(connection, NAMES, ttl_s=1.0)
+    await table.open()
+    return table
+
+
+async def taken(leases: LeaseTable, name: str, holder: str) -> Lease:
+    async with asyncio.timeout(20):
+        while True:
+            lease = await leases.acquire(name, holder)
+            if lease is not None:
+                return lease
+            await asyncio.sleep(0.02)
+
+
+async def test_one_of_many_has_it(leases: LeaseTable) -> None:
+    found = await asyncio.gather(*(leases.acquire("retail/eu", f"r{n}") for n in range(10)))
+    (lease,) = [lease for lease in found if lease is not None]
+    assert leases.is_good(lease)
+    assert await leases.holder("retail/eu") == LeaseHolder(lease.holder, lease.token)
+    assert await leases.holder("retail.eu") is None
+    assert await leases.acquire("retail.eu", "other") is not None
+
+
+async def test_who_gives_it_back_lets_another_have_it_at_once(leases: LeaseTable) -> None:
+    first = await leases.acquire("a", "one")
+    assert first is not None
+    assert await leases.release(first)
+    assert await leases.holder("a") is None
+    second = await leases.acquire("a", "two")
+    assert second is not None
+    assert second.token > first.token
+    assert not await leases.release(first), "what was given back is not given back again"
+    with pytest.raises(LeaseLostError):
+        await leases.renew(first)
+    assert await leases.holder("a") == LeaseHolder("two", second.token)
+
+
+async def test_who_renews_keeps_it_and_its_token(leases: LeaseTable) -> None:
+    lease = await leases.acquire("a", "one")
+    assert lease is not None
+    token, begun = lease.token, time.monotonic()
+    while time.monotonic() < begun + 2 * leases.ttl_s:
+        lease = await leases.renew(lease)
+        assert leases.is_good(lease)
+        assert lease.token == token
+        assert await leases.acquire("a", "two") is None
+        assert await leases.holder("a") == LeaseHolder("one", token)
+        await asyncio.sleep(leases.ttl_s / 5)  # it is the passing of the time that is tested
+
+
+async def test_who_does_not_renew_loses_it_and_knows_before(leases: LeaseTable) -> None:
+    lease = await leases.acquire("a", "one")
+    assert lease is not None
+    second = await taken(leases, "a", "two")
+    assert not leases.is_good(lease), "no two believe that they hold it"
+    assert second.token > lease.token
+    with pytest.raises(LeaseLostError) as caught:
+        await leases.renew(lease)
+    assert caught.value.lease == lease
+
+
+async def test_a_broker_that_comes_back_still_knows_the_holder(
+    broker: Broker, leases: LeaseTable, connection: BrokerConnection
+) -> None:
+    slow = LeaseTable(connection, LogNames("slow"), ttl_s=30.0)
+    await slow.open()
+    lease = await slow.acquire("a", "one")
+    assert lease is not None
+    broker.kill()
+    with pytest.raises(StoreUnavailableError):
+        await leases.acquire("b", "one")
+    await broker.start()
+    renewed = await slow.renew(lease)
+    assert renewed.token == lease.token
+    assert await slow.acquire("a", "two") is None
+
+
+async def test_a_repeat_of_what_was_stored_is_no_loss(leases: LeaseTable) -> None:
+    """What is sent again because its acknowledgement was lost is answered like the first time."""
+    broker, subject = leases._broker, leases._subject("a")
+    places = [
+        await broker.send(leases._stream, subject, b"{}", message_id="same", expected_last=0)
+        for _ in range(2)
+    ]
+    assert places[0] == places[1]
+
+
+async def test_the_time_is_that_of_the_bucket(connection: BrokerConnection) -> None:
+    first = LeaseTable(connection, NAMES, ttl_s=5.0)
+    await first.open()
+    second = LeaseTable(connection, NAMES, ttl_s=60.0)
+    await second.open()
+    assert second.ttl_s == 5.0
+    with pytest.raises(ValueError, match="ttl_s"):
+        LeaseTable(connection, NAMES, ttl_s=0.5)
+
+
+async def test_two_stores_share_the_leases(broker: Broker, tmp_path: Path) -> None:
+    one = JetStreamStore(broker.url(), tmp_path / "one.db")
+    other = JetStreamStore(broker.url(), tmp_path / "other.db")
+    async with one, other:
+        mine, theirs = await one.leases(ttl_s=5.0), await other.leases()
+        assert theirs.ttl_s == 5.0
+        lease = await mine.acquire("partition-7", "one")
+        assert lease is not None
+        assert await theirs.acquire("partition-7", "other") is None
+        assert await theirs.holder("partition-7") == LeaseHolder("one", lease.token)
