@@ -84,6 +84,16 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """Something went wrong inside the server; the request id finds it in the log."""
     ERROR_REASON_SUPERSEDED: _ErrorReason.ValueType  # 27
     """The same subscriber opened a newer stream under the same instance id; this one is not needed any more."""
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 32
+    """The call has no credentials, or they are not valid: unknown, expired or revoked."""
+    ERROR_REASON_ACCESS_DENIED: _ErrorReason.ValueType  # 33
+    """The caller is known, and may not do this."""
+    ERROR_REASON_DOMAIN_ID_MISMATCH: _ErrorReason.ValueType  # 34
+    """The caller is known, and may not speak under this name of a site."""
+    ERROR_REASON_UNAUTHORIZED: _ErrorReason.ValueType  # 35
+    """The subscription ended because its credentials expired or were revoked, or because the caller may not
+    see one of its cohorts any more.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why something was refused. The name is the `reason` of the `google.rpc.ErrorInfo` (domain `fmi`) that
@@ -148,6 +158,16 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 26
 """Something went wrong inside the server; the request id finds it in the log."""
 ERROR_REASON_SUPERSEDED: ErrorReason.ValueType  # 27
 """The same subscriber opened a newer stream under the same instance id; this one is not needed any more."""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 32
+"""The call has no credentials, or they are not valid: unknown, expired or revoked."""
+ERROR_REASON_ACCESS_DENIED: ErrorReason.ValueType  # 33
+"""The caller is known, and may not do this."""
+ERROR_REASON_DOMAIN_ID_MISMATCH: ErrorReason.ValueType  # 34
+"""The caller is known, and may not speak under this name of a site."""
+ERROR_REASON_UNAUTHORIZED: ErrorReason.ValueType  # 35
+"""The subscription ended because its credentials expired or were revoked, or because the caller may not
+see one of its cohorts any more.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
