@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from fmi.plain import DEFAULT_PROFILE_CLASS
 from fmi.v1 import packet_pb2
+from fmi_server.access import TRUSTED, Action, Principal
 from fmi_server.applied import Applied
 from fmi_server.errors import CohortUnknownError
 from fmi_server.feed_requests import kind_name
@@ -56,6 +57,9 @@ class SiteOverview:
 class Operations:
     """The operator's view of a service, and the levers.
 
+    What is of one cohort is also for who may administer it. Each method refuses, with `AccessDeniedError`
+    or as a cohort that does not exist, what its caller may not do.
+
     Args:
         service: The service.
     """
@@ -63,12 +67,17 @@ class Operations:
     def __init__(self, service: FMIService) -> None:
         self._service = service
 
-    async def cohorts(self) -> list[CohortOverview]:
-        """List the cohorts, in order of name."""
+    async def cohorts(self, *, caller: Principal = TRUSTED) -> list[CohortOverview]:
+        """List the cohorts that the caller may administer, in order of name."""
         service = self._service
-        subscribers = await service.router.count_subscribers(
-            rules.name for rules in service.cohorts
-        )
+        administered = [
+            rules
+            for rules in service.cohorts
+            if caller.unrestricted or rules.access.allow(caller, Action.ADMIN)
+        ]
+        if not administered:
+            service.gate.require_operator(caller, "administer cohorts")
+        subscribers = await service.router.count_subscribers(rules.name for rules in administered)
         overviews = {
             rules.name: CohortOverview(
                 rules.name,
@@ -78,7 +87,7 @@ class Operations:
                 released_at=service.releaser.released_at(rules.name),
                 subscribers=subscribers.get(rules.name, 0),
             )
-            for rules in service.cohorts
+            for rules in administered
         }
         for (cohort, kind), update in service.releaser.publisher.log.latest.items():
             if cohort in overviews:
@@ -91,14 +100,14 @@ class Operations:
                 overview.quarantined += site.quarantined_count
         return list(overviews.values())
 
-    async def sites(self, cohort: str = "") -> list[SiteOverview]:
+    async def sites(self, cohort: str = "", *, caller: Principal = TRUSTED) -> list[SiteOverview]:
         """List the sites of a cohort, or of all, in order of cohort and domain id.
 
         Raises:
             CohortUnknownError: There is no such cohort.
         """
         service = self._service
-        self._check_known(cohort)
+        self._check(caller, cohort)
         by_cohort: defaultdict[str, list[SiteRecord]] = defaultdict(list)
         for record in await service.store.sites(cohort or None):
             by_cohort[record.cohort].append(record)
@@ -116,35 +125,43 @@ class Operations:
         return overviews
 
     async def quarantine(
-        self, cohort: str = "", *, after: int = 0, limit: int = 100
+        self, cohort: str = "", *, after: int = 0, limit: int = 100, caller: Principal = TRUSTED
     ) -> list[tuple[StoredPacket, packet_pb2.Packet]]:
         """List the packets in quarantine, oldest first, behind a sequence."""
+        self._authorise(caller, cohort)
         stored = await self._service.store.quarantined(cohort or None, after=after, limit=limit)
         return [(item, packet_pb2.Packet.FromString(item.record.payload)) for item in stored]
 
     async def set_quarantine(
-        self, domain_id: str, packet_id: str, *, quarantined: bool, reason: str = ""
+        self,
+        domain_id: str,
+        packet_id: str,
+        *,
+        quarantined: bool,
+        reason: str = "",
+        caller: Principal = TRUSTED,
     ) -> bool:
         """Put a packet into quarantine or take it out; return whether that changed anything.
 
         The cohort is counted anew, so that its aggregates follow with the next release.
 
         Raises:
-            UnknownPacketError: There is no such packet.
+            UnknownPacketError: There is no such packet in a cohort that the caller may administer.
         """
-        change = self._set_quarantine(domain_id, packet_id, quarantined=quarantined, reason=reason)
+        key = PacketKey(domain_id, packet_id)
+        stored = await self._service.store.packet(key)
+        cohort = "" if stored is None else stored.record.cohort
+        if stored is None or not self._service.gate.may(caller, Action.ADMIN, cohort):
+            raise UnknownPacketError(packet=key)
+        change = self._set_quarantine(key, cohort, quarantined=quarantined, reason=reason)
         return await self._service.uninterrupted(change)
 
     async def _set_quarantine(
-        self, domain_id: str, packet_id: str, *, quarantined: bool, reason: str
+        self, key: PacketKey, cohort: str, *, quarantined: bool, reason: str
     ) -> bool:
         service = self._service
         store = service.store
-        key = PacketKey(domain_id, packet_id)
-        stored = await store.packet(key)
-        if stored is None:
-            raise UnknownPacketError(packet=key)
-        cohort = stored.record.cohort
+        domain_id, packet_id = key.domain_id, key.packet_id
         async with service.compactor.suspended(cohort, domain_id=domain_id):
             changed = await store.set_quarantine(key, quarantined=quarantined, reason=reason)
             if changed:
@@ -155,29 +172,38 @@ class Operations:
         return changed
 
     async def subscribers(
-        self, cohort: str = "", *, after: int = 0, limit: int = 100
+        self, cohort: str = "", *, after: int = 0, limit: int = 100, caller: Principal = TRUSTED
     ) -> list[OpenSubscription]:
         """List the open subscriptions that want something of a cohort, or all, behind a number.
 
         Raises:
             CohortUnknownError: There is no such cohort.
         """
-        self._check_known(cohort)
+        # A filter names cohorts that others may not know of.
+        self._service.gate.require_operator(caller, "list the subscribers")
+        self._check(caller, cohort)
         return await self._service.router.open_subscriptions(cohort, after=after, limit=limit)
 
     def applied(
-        self, cohort: str = "", *, after: int = 0, limit: int = 100
+        self, cohort: str = "", *, after: int = 0, limit: int = 100, caller: Principal = TRUSTED
     ) -> list[tuple[Applied, int]]:
         """List what subscribers reported of a cohort, or of all, each with the newest revision.
 
         Raises:
             CohortUnknownError: There is no such cohort.
         """
-        self._check_known(cohort)
+        self._check(caller, cohort)
         log = self._service.releaser.publisher.log
         found = self._service.applied.list(cohort, after=after, limit=limit)
         return [(applied, log.newest_revision(applied.key)) for applied in found]
 
-    def _check_known(self, cohort: str) -> None:
+    def _authorise(self, caller: Principal, cohort: str) -> None:
+        if cohort:
+            self._service.gate.require(caller, Action.ADMIN, cohort)
+        else:
+            self._service.gate.require_operator(caller, "list this of all cohorts together")
+
+    def _check(self, caller: Principal, cohort: str) -> None:
+        self._authorise(caller, cohort)
         if cohort and cohort not in self._service.cohorts:
             raise CohortUnknownError(cohort)

@@ -55,6 +55,10 @@ STATUS_CODES: Final[Mapping[error_pb2.ErrorReason.ValueType, grpc.StatusCode]] =
     Reason.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Reason.INTERNAL: grpc.StatusCode.INTERNAL,
     Reason.SUPERSEDED: grpc.StatusCode.ABORTED,
+    Reason.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
+    Reason.ACCESS_DENIED: grpc.StatusCode.PERMISSION_DENIED,
+    Reason.DOMAIN_ID_MISMATCH: grpc.StatusCode.PERMISSION_DENIED,
+    Reason.UNAUTHORIZED: grpc.StatusCode.PERMISSION_DENIED,
 }
 
 
