@@ -144,6 +144,10 @@ async def running(
     check_settings(settings, own_store=store is None)
     warn_of_open_listening(settings)
     registry = FMIContractRegistry()
+    # A wrong file stops the start before anything is made or opened.
+    files = read_cohort_folder(settings.cohorts, registry) if settings.cohorts else []
+    check_access_rules(settings, files)
+    security = Security(settings)
     telemetry = FMITelemetry()
     cohorts = CohortRegistry(
         registry,
@@ -163,10 +167,6 @@ async def running(
         limits=EnvelopeLimits(settings.max_batch_bytes, settings.max_batch_packets),
         max_inflight=settings.max_inflight,
     )
-    # A wrong file stops the start before anything is opened.
-    files = read_cohort_folder(settings.cohorts, registry) if settings.cohorts else []
-    check_access_rules(settings, files)
-    security = Security(settings)
     server = grpc.aio.server(options=server_arguments(settings))
     health_servicer = health.aio.HealthServicer()
     _add_services(server, service, health_servicer, settings, security)
