@@ -7,6 +7,8 @@ one guard that asks who calls and knows what to do with an error.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -33,6 +35,9 @@ OPERATORS_SERVICE: Final = "fmi.v1.AdminService"
 """The service of which the audit log has every call."""
 
 REQUEST_ID_KEY: Final = "fmi-request-id"
+
+FIRST_REQUEST_S: Final = 1.0
+"""Seconds for which a stream that is refused at once waits for its first request."""
 
 UNKNOWN: Final = Principal("")
 """Stands for who calls where that could not be found out."""
@@ -113,6 +118,32 @@ def _serialise(response: Message | bytes) -> bytes:
     return response if isinstance(response, bytes) else response.SerializeToString()
 
 
+class _Requests:
+    """The requests of a stream, as they are received."""
+
+    def __init__(self, raw: AsyncIterator[_Request]) -> None:
+        self._raw = raw
+        self._begun = False
+
+    def __aiter__(self) -> _Requests:
+        return self
+
+    async def __anext__(self) -> _Request:
+        self._begun = True
+        return await anext(self._raw)
+
+    async def begun(self) -> None:
+        """Wait until the first one was received, but not for long.
+
+        A grpc.aio client that is refused while it writes its first message may report an error of its own
+        ("Internal error from Core") in place of the status.
+        """
+        if not self._begun:
+            with contextlib.suppress(TimeoutError, StopAsyncIteration):
+                async with asyncio.timeout(FIRST_REQUEST_S):
+                    await anext(self)
+
+
 class _Guard:
     """Asks who calls, and turns what a method raises into a status, with an id that finds it in the log."""
 
@@ -160,6 +191,8 @@ class _Guard:
                 return
             except Exception as error:
                 status = self._status(error, request, self._from(context, caller))
+            if isinstance(request, _Requests):
+                await request.begun()
             await context.abort_with_status(status)
 
         return handle
@@ -174,7 +207,15 @@ class _Guard:
                     self._authenticator.check(caller.principal)
                 yield _parsed(request)
 
-        return self.stream(lambda raw, caller: call(requests(raw, caller), caller))
+        answer = self.stream(lambda raw, caller: call(requests(raw, caller), caller))
+
+        async def handle(
+            raw: AsyncIterator[_Request], context: _Context
+        ) -> AsyncIterator[Message | bytes]:  # gRPC looks for an async generator
+            async for response in answer(_Requests(raw), context):
+                yield response
+
+        return handle
 
     def _caller(self, context: _Context) -> Caller:
         if self._authenticator is None and self._audit is None:

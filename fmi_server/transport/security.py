@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator
 from typing import Final
 
@@ -25,6 +26,9 @@ LOOK_S: Final = 1.0
 LOOKS_UNTIL_EXPIRY: Final = 5
 """Looks after which the callers of subscriptions are checked although no file changed: what they showed may
 have expired."""
+
+
+_log = logging.getLogger(__name__)
 
 
 class Security:
@@ -69,11 +73,14 @@ class Security:
         turn = 0
         while True:
             await asyncio.sleep(LOOK_S)
-            changed = await asyncio.to_thread(self._refresh)
             turn += 1
-            due = changed or turn % LOOKS_UNTIL_EXPIRY == 0
-            if due and self.authenticator is not None:
-                await router.check_callers(self.authenticator.refusal)
+            try:
+                changed = await asyncio.to_thread(self._refresh)
+                due = changed or turn % LOOKS_UNTIL_EXPIRY == 0
+                if due and self.authenticator is not None:
+                    await router.check_callers(self.authenticator.refusal)
+            except Exception:  # revocations must go on being looked for
+                _log.exception("credentials could not be looked at; the next look is in a second")
 
     def close(self) -> None:
         """Close the audit log."""
