@@ -175,22 +175,21 @@ async def test_a_first_deployment_works(tmp_path):
                 *("--cert", of / "client.crt", "--key", of / "client.key"),
             )
 
-        code, said = await fmi(*options("site_001"), "doctor")
-        assert code == 0, said
         packet = tmp_path / "packet.json"
         fields = {"type": "msp", "controller": {"tau": 0.5}}
         packet.write_text(json.dumps({**fields, "domain_id": "site_001"}))
-        code, said = await fmi(*options("site_001"), "emit", packet)
-        assert code == 0, said
-        code, said = await fmi(*options("site_002"), "emit", packet)
-        assert code == 1
-        assert "DOMAIN_ID_MISMATCH" in said
-        code, said = await fmi(*options("site_001"), "sites")
-        assert code == 1
-        assert "ACCESS_DENIED" in said
-        code, said = await fmi(*options("operator"), "sites")
-        assert code == 0, said
-        assert "site_001" in said
+        for name, words, expected, told in (
+            ("site_001", ("doctor",), 0, "all is well"),
+            ("site_001", ("emit", packet), 0, "accepted"),
+            ("site_002", ("emit", packet), 1, "DOMAIN_ID_MISMATCH"),
+            ("site_001", ("cohorts",), 0, "default"),
+            ("site_001", ("cohorts", "--json"), 0, '"cohort": "default"'),
+            ("operator", ("cohorts", "--json"), 0, '"sites": 1'),
+            ("site_001", ("sites",), 1, "ACCESS_DENIED"),
+            ("operator", ("sites",), 0, "site_001"),
+        ):
+            code, said = await fmi(*options(name), *words)
+            assert (code, told in said) == (expected, True), said
         code, said = await fmi(
             "--target", server.target, "--ca", folder / "ca" / "ca.crt", "doctor"
         )
