@@ -10,7 +10,7 @@ RELEASED_IMAGE := proto/released.binpb
 FMI_TORTURE_MINUTES ?= 60
 FMI_SOAK_MINUTES ?= 30
 
-.PHONY: help demo test test-lowest torture soak check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-peers bench-privacy bench-start bench-warm-start wheel clean
+.PHONY: help demo test test-lowest torture soak check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-peers bench-privacy bench-start bench-warm-start privacy-error wheel clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -73,6 +73,9 @@ bench-confidence: $(VENV)/ready ## Simulate what a stated confidence holds, and 
 
 bench-privacy: $(VENV)/ready ## Attack the private mechanism, and three broken ones
 	$(BIN)/python -m benchmarks.privacy
+
+privacy-error: $(VENV)/ready ## Simulate the error of private releases by sites and signals, and draw it
+	$(BIN)/python -m benchmarks.privacy.error --plot build/privacy-error.png
 
 bench-start: $(VENV)/ready ## Measure how long a server with many packets takes to be ready
 	$(BIN)/python -m benchmarks.start

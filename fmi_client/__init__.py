@@ -8,8 +8,8 @@
             print(update.prior_update.prior)
 
 `AsyncFMIClient` is the same for asyncio. `FMIEmitter` builds and checks packets without a network,
-`FMIEncoder` packs many of them into one envelope. `consensus_to_graphml` and `consensus_to_dot` write what a
-cohort knows about causes as a graph.
+`LocalPrivacy` adds a site's own noise to them, `FMIEncoder` packs many of them into one envelope.
+`consensus_to_graphml` and `consensus_to_dot` write what a cohort knows about causes as a graph.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from fmi_client.errors import (
     FMIError,
     ForkedError,
     InvalidFilterError,
+    LocalPrivacyError,
     NotFoundError,
     OutboxCorruptError,
     OutboxError,
@@ -48,7 +49,12 @@ from fmi_client.errors import (
     PacketPolicyError,
     PacketRefusedError,
     PacketTooLargeError,
+    PrivacyAccountError,
+    PrivacyBudgetError,
+    PrivacyBudgetExhaustedError,
+    PrivacyCoverageError,
     ProtocolError,
+    ReleaseRefusedError,
     SchemaMismatchError,
     ServerDrainingError,
     ServerInternalError,
@@ -64,6 +70,7 @@ from fmi_client.errors import (
     Violation,
 )
 from fmi_client.graphs import consensus_to_dot, consensus_to_graphml
+from fmi_client.local_privacy import LocalPrivacy, SignalBounds
 from fmi_client.outbox import FileOutbox, Outbox
 from fmi_client.receipts import Receipt
 from fmi_client.retry import RetryPolicy
@@ -90,6 +97,8 @@ __all__ = [
     "FileOutbox",
     "ForkedError",
     "InvalidFilterError",
+    "LocalPrivacy",
+    "LocalPrivacyError",
     "NotFoundError",
     "Outbox",
     "OutboxCorruptError",
@@ -103,13 +112,19 @@ __all__ = [
     "PacketRefusedError",
     "PacketTooLargeError",
     "PacketType",
+    "PrivacyAccountError",
+    "PrivacyBudgetError",
+    "PrivacyBudgetExhaustedError",
+    "PrivacyCoverageError",
     "ProtocolError",
     "Receipt",
+    "ReleaseRefusedError",
     "RetryPolicy",
     "SchemaMismatchError",
     "ServerDrainingError",
     "ServerInternalError",
     "SettingUnsupportedError",
+    "SignalBounds",
     "SpecChangeUnsafeError",
     "SpecError",
     "StoreCorruptError",

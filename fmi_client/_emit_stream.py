@@ -19,8 +19,8 @@ from fmi_client._translation import error_from_refusal, error_from_rpc, reason_n
 from fmi_client.encoder import FMIEncoder
 from fmi_client.errors import (
     ConnectionFailedError,
-    ContractError,
     FMIError,
+    PacketRefusedError,
     PacketTooLargeError,
     ProtocolError,
 )
@@ -41,7 +41,7 @@ _EmitStreamCall: TypeAlias = grpc.aio.StreamStreamCall[
 ]
 
 
-_Source: TypeAlias = AsyncIterator[packet_pb2.Packet | ContractError]
+_Source: TypeAlias = AsyncIterator[packet_pb2.Packet | PacketRefusedError]
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +180,8 @@ class BatchSender:
                 break
             except FMIError as error:
                 raise _FinalError(error) from error  # the source's own: it cannot be asked again
-            if isinstance(packet, ContractError):
-                self._receipts.append(Receipt("", EmitStatus.REFUSED, error=packet))
+            if isinstance(packet, PacketRefusedError):
+                self._receipts.append(Receipt(packet.packet_id, EmitStatus.REFUSED, error=packet))
                 continue
             place = len(self._receipts)
             item = _Item(place, packet.header.packet_id, packet.SerializeToString())

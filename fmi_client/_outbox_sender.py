@@ -28,7 +28,6 @@ from fmi_client.encoder import FMIEncoder
 from fmi_client.errors import (
     ClientClosedError,
     CohortUnknownError,
-    ContractError,
     DeadlineError,
     EnvelopeError,
     FMIError,
@@ -47,7 +46,7 @@ __all__ = ["FLUSH_S", "OutboxSender"]
 FLUSH_S: Final = 5.0
 """Seconds that closing a client waits for what is in its outbox."""
 
-PacketSource: TypeAlias = AsyncIterator[packet_pb2.Packet | ContractError]
+PacketSource: TypeAlias = AsyncIterator[packet_pb2.Packet | PacketRefusedError]
 """Packets; in the place of what is no packet the error that says why."""
 
 _REQUEST_BYTES: Final = 16  # what a request adds to its one packet, at most
@@ -129,8 +128,8 @@ class OutboxSender:
         packets: dict[int, packet_pb2.Packet] = {}
         try:
             async for packet in source:
-                if isinstance(packet, ContractError):
-                    receipts.append(Receipt("", EmitStatus.REFUSED, error=packet))
+                if isinstance(packet, PacketRefusedError):
+                    receipts.append(Receipt(packet.packet_id, EmitStatus.REFUSED, error=packet))
                     continue
                 packets[len(receipts)] = packet
                 receipts.append(None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from fmi import specs
@@ -149,6 +149,60 @@ class AsyncAdmin:
             if not request.page_token:
                 return list(found.values())
 
+    async def plan_privacy(
+        self,
+        *,
+        sites: int,
+        signals: int | Iterable[cohort_pb2.SignalSpec],
+        privacy: cohort_pb2.PrivacySpec | Mapping[str, Any],
+        vote_min_sites: int | None = None,
+    ) -> admin_service_pb2.PlanPrivacyResponse:
+        """Say what a privacy budget would mean; nothing is changed.
+
+        Args:
+            sites: Sites that are expected to send all signals, at full weight.
+            signals: How many signals are released together; or the signals themselves, with both bounds: then
+                the expected error of each is told in its own unit.
+            privacy: The budget, typed or as it would stand in a cohort file, for example
+                ``{"dp_epsilon": 1.0, "dp_delta": 1e-6, "dp_epochs": 50}``.
+            vote_min_sites: Sites needed before a signal has a value; the default where it is not given.
+
+        Raises:
+            SpecError: The budget contradicts itself, or signals lack bounds; the text says what to change.
+        """
+        counted, declared = (signals, ()) if isinstance(signals, int) else (0, signals)
+        if not isinstance(privacy, cohort_pb2.PrivacySpec):
+            privacy = cohort_spec_from_plain({"privacy": privacy}).privacy
+        return await self._caller.call(
+            self._stub().PlanPrivacy,
+            admin_service_pb2.PlanPrivacyRequest(
+                sites=sites,
+                signals=counted,
+                signal_specs=declared,
+                privacy=privacy,
+                vote_min_sites=vote_min_sites,
+            ),
+        )
+
+    async def list_privacy_budgets(self, cohort: str = "") -> list[admin_service_pb2.PrivacyBudget]:
+        """List the private cohorts, or one, with what they spent and what is left."""
+        response = await self._caller.call(
+            self._stub().ListPrivacyBudgets,
+            admin_service_pb2.ListPrivacyBudgetsRequest(cohort=cohort),
+        )
+        return list(response.budgets)
+
+    async def list_privacy_spends(self, cohort: str) -> list[admin_service_pb2.PrivacySpend]:
+        """List the privacy ledger of a cohort, oldest entry first."""
+        found: list[admin_service_pb2.PrivacySpend] = []
+        request = admin_service_pb2.ListPrivacySpendsRequest(cohort=cohort, page_size=_PAGE)
+        while True:
+            response = await self._caller.call(self._stub().ListPrivacySpends, request)
+            found.extend(response.spends)
+            request.page_token = response.next_page_token
+            if not request.page_token:
+                return found
+
 
 class Admin:
     """What an operator sees and can do; see `AsyncAdmin`. Made by `FMIClient`."""
@@ -204,6 +258,29 @@ class Admin:
     def list_applied(self, cohort: str = "") -> list[admin_service_pb2.AppliedStatus]:
         """List which revisions subscribers applied or failed. See `AsyncAdmin.list_applied`."""
         return self._thread.run(self._admin.list_applied(cohort))
+
+    def plan_privacy(
+        self,
+        *,
+        sites: int,
+        signals: int | Iterable[cohort_pb2.SignalSpec],
+        privacy: cohort_pb2.PrivacySpec | Mapping[str, Any],
+        vote_min_sites: int | None = None,
+    ) -> admin_service_pb2.PlanPrivacyResponse:
+        """Say what a privacy budget would mean. See `AsyncAdmin.plan_privacy`."""
+        return self._thread.run(
+            self._admin.plan_privacy(
+                sites=sites, signals=signals, privacy=privacy, vote_min_sites=vote_min_sites
+            )
+        )
+
+    def list_privacy_budgets(self, cohort: str = "") -> list[admin_service_pb2.PrivacyBudget]:
+        """List the private cohorts, or one, with what they spent and what is left."""
+        return self._thread.run(self._admin.list_privacy_budgets(cohort))
+
+    def list_privacy_spends(self, cohort: str) -> list[admin_service_pb2.PrivacySpend]:
+        """List the privacy ledger of a cohort, oldest entry first."""
+        return self._thread.run(self._admin.list_privacy_spends(cohort))
 
 
 def cohort_spec_from_plain(data: Mapping[str, Any]) -> cohort_pb2.CohortSpec:

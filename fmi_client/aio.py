@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import time
 import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeAlias
+from typing import Any, Final, Literal, Self, TypeAlias, TypeVar
 
 from fmi.plain import DEFAULT_COHORT
 from fmi.v1 import (
@@ -22,6 +24,7 @@ from fmi_client._calls import Caller
 from fmi_client._channel import TLSConfig
 from fmi_client._emit_stream import BATCH_BYTES, BATCH_PACKETS, BatchSender
 from fmi_client._outbox_sender import FLUSH_S, OutboxSender
+from fmi_client._privacy_gate import check_dry_run, check_question
 from fmi_client.admin import AsyncAdmin
 from fmi_client.applied import UNKNOWN, apply_failure, send_report
 from fmi_client.emitter import (
@@ -32,8 +35,14 @@ from fmi_client.emitter import (
     provenance_from_plain,
 )
 from fmi_client.encoder import FMIEncoder
-from fmi_client.errors import ConfigurationError, ContractError, FMIError, ProtocolError
+from fmi_client.errors import (
+    ConfigurationError,
+    FMIError,
+    PacketRefusedError,
+    ProtocolError,
+)
 from fmi_client.kinds import KindLike, update_kind
+from fmi_client.local_privacy import LocalPrivacy
 from fmi_client.outages import OnState
 from fmi_client.outbox import Outbox
 from fmi_client.receipts import Receipt, ValidationReport
@@ -57,6 +66,7 @@ _MODES: Final[dict[str, interchange_service_pb2.DeliveryMode.ValueType]] = {
     "every": interchange_service_pb2.DELIVERY_MODE_EVERY,
 }
 _DEFAULT_RETRY: Final = RetryPolicy()
+_T = TypeVar("_T")
 
 
 class AsyncFMIClient:
@@ -84,6 +94,9 @@ class AsyncFMIClient:
             packet is in it, with a receipt that says ``spooled``; it is sent in the background, in
             order. None means that they return when the server has answered. It is the client's own
             from then on, and closed with it.
+        privacy: Adds noise to every packet that does not declare privacy already, before anything else is
+            done with it, and declares it. What is sent again is what was sent before; what waits in the
+            outbox from an earlier process is sent as it was put there.
         clock: Unix time in seconds, for packets that are built here.
 
     Raises:
@@ -106,6 +119,7 @@ class AsyncFMIClient:
         timeout_s: float = 10.0,
         encoder: FMIEncoder | None = None,
         outbox: Outbox | None = None,
+        privacy: LocalPrivacy | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._caller = Caller(
@@ -117,6 +131,7 @@ class AsyncFMIClient:
             profile_class=profile_class,
             schema_hash=schema_hash,
             provenance=provenance_from_plain(provenance),
+            privacy=privacy,
             clock=clock,
         )
         self._encoder = encoder or FMIEncoder()
@@ -153,6 +168,7 @@ class AsyncFMIClient:
             profile_class=defaults.profile_class,
             schema_hash=defaults.schema_hash,
             provenance=defaults.provenance,
+            privacy=defaults.privacy,
             clock=defaults.clock,
         )
 
@@ -178,10 +194,11 @@ class AsyncFMIClient:
         Raises:
             PacketRefusedError: The packet breaks rules; nothing was stored. With an outbox only the
                 contract's rules are known by then; what the server refuses, the outbox tells.
+            LocalPrivacyError: The client's `privacy` does not let it out; nothing was sent.
             OutboxError: The outbox is full, or its file cannot take the packet.
             FMIError: The server could not be reached, or refuses for another reason.
         """
-        typed = self._typed(packet)
+        typed = await self._prepared(lambda: self._typed(packet))
         try:
             if self._sender is not None:
                 return (await self._sender.put([typed]))[0]
@@ -212,8 +229,13 @@ class AsyncFMIClient:
         window_span: packet_pb2.WindowSpan | Sequence[int] | Mapping[str, int] | None = None,
     ) -> Receipt:
         """Build a Meta Signal Pack as `FMIEmitter.emit_msp` does, and send it as `emit` does."""
+        emitter = self.emitter
         return await self.emit(
-            self.emitter.emit_msp(metrics, controller, evaluator, operators, evidence, window_span)
+            await self._prepared(
+                lambda: emitter.emit_msp(
+                    metrics, controller, evaluator, operators, evidence, window_span
+                )
+            )
         )
 
     async def emit_pop(
@@ -226,8 +248,11 @@ class AsyncFMIClient:
         control_delta: Numbers | None = None,
     ) -> Receipt:
         """Build a Policy Outcome Pack as `FMIEmitter.emit_pop` does, and send it as `emit` does."""
+        emitter = self.emitter
         return await self.emit(
-            self.emitter.emit_pop(bundle, before, after, windows, confidence, control_delta)
+            await self._prepared(
+                lambda: emitter.emit_pop(bundle, before, after, windows, confidence, control_delta)
+            )
         )
 
     async def emit_ccs(
@@ -239,8 +264,13 @@ class AsyncFMIClient:
         trust: float | None = None,
     ) -> Receipt:
         """Build a Concept Causal Summary as `FMIEmitter.emit_ccs` does, and send it as `emit` does."""
+        emitter = self.emitter
         return await self.emit(
-            self.emitter.emit_ccs(causal_pairs, concepts, tested_nodes, stability_delta, trust)
+            await self._prepared(
+                lambda: emitter.emit_ccs(
+                    causal_pairs, concepts, tested_nodes, stability_delta, trust
+                )
+            )
         )
 
     async def emit_many(
@@ -267,7 +297,8 @@ class AsyncFMIClient:
         Returns:
             One receipt per packet, in their order. A refused packet does not harm the others: its
             receipt has the error; `Receipt.raise_for_refused` raises it. So it is with plain data that
-            is no packet (its receipt has no id) and with a packet that does not fit into a message.
+            is no packet (its receipt has no id), with what the client's `privacy` does not let out, and
+            with a packet that does not fit into a message.
 
         Raises:
             FMIError: A whole batch was refused, or the server could not be reached any more. Its
@@ -284,7 +315,13 @@ class AsyncFMIClient:
         return await sender.send(self._typed_all(packets))
 
     async def validate(self, packet: PacketLike) -> ValidationReport:
-        """Let the server check a packet as `emit` would, and store nothing."""
+        """Let the server check a packet as `emit` would, and store nothing.
+
+        Raises:
+            PrivacyCoverageError: The client has `privacy`, and the packet declares none: the server would
+                see it as it is. Check what ``client.emitter`` built; emitting that spends nothing more.
+        """
+        check_dry_run(self._defaults.privacy, packet)
         response = await self._caller.call(
             self._caller.stubs().registry.ValidatePacket,
             registry_service_pb2.ValidatePacketRequest(packet=self._typed(packet)),
@@ -389,7 +426,12 @@ class AsyncFMIClient:
         Returns:
             ``profile.init`` has the initial parameters, ``profile.context_selector`` says how they
             were found, ``prior_revision`` the prior that they go with.
+
+        Raises:
+            PrivacyCoverageError: The client has `privacy`, and `concepts`, or a `regime` that is not
+                public, would tell the server of the site's data; nothing was sent.
         """
+        check_question(self._defaults.privacy, regime, concepts)
         return await self._caller.call(
             self._caller.stubs().interchange.GetWarmStart,
             interchange_service_pb2.GetWarmStartRequest(
@@ -498,22 +540,30 @@ class AsyncFMIClient:
         return self._sender
 
     def _typed(self, packet: PacketLike) -> packet_pb2.Packet:
-        return packet if isinstance(packet, packet_pb2.Packet) else self._defaults.packet(packet)
+        if isinstance(packet, packet_pb2.Packet):
+            return self._defaults.private(packet)
+        return self._defaults.packet(packet)
+
+    async def _prepared(self, work: Callable[[], _T]) -> _T:
+        """Do work on packets; in a thread where noise is drawn for it, and an account synced."""
+        return work() if self._defaults.privacy is None else await asyncio.to_thread(work)
 
     async def _typed_all(
         self, packets: Iterable[PacketLike] | AsyncIterable[PacketLike]
-    ) -> AsyncIterator[packet_pb2.Packet | ContractError]:
+    ) -> AsyncIterator[packet_pb2.Packet | PacketRefusedError]:
         if isinstance(packets, AsyncIterable):
             async for packet in packets:
-                yield self._typed_or_error(packet)
+                yield await self._prepared(functools.partial(self._typed_or_error, packet))
         else:
             for packet in packets:
-                yield self._typed_or_error(packet)
+                yield await self._prepared(functools.partial(self._typed_or_error, packet))
 
-    def _typed_or_error(self, packet: PacketLike) -> packet_pb2.Packet | ContractError:
+    def _typed_or_error(self, packet: PacketLike) -> packet_pb2.Packet | PacketRefusedError:
         try:
             return self._typed(packet)
-        except ContractError as error:
+        except PacketRefusedError as error:
+            if isinstance(packet, packet_pb2.Packet):
+                error.packet = packet
             return error
 
     async def report_applied(self, update: update_pb2.Update) -> bool:

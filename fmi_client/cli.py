@@ -33,6 +33,7 @@ _COMMANDS: Final = {
     "cohorts": "List cohorts, show or change their specs, release now.",
     "sites": "List sites and what is in quarantine.",
     "subscribers": "List who subscribes, and who applied which revision.",
+    "privacy": "Plan a privacy budget; see what private cohorts spent.",
     "dictionaries": "Train, register and fetch compression dictionaries.",
     "contract": "Compare this site's contract with the server's.",
     "doctor": "Find out why a server cannot be reached or used.",

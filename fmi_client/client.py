@@ -41,6 +41,7 @@ from fmi_client.emitter import FMIEmitter, Numbers, ProvenanceLike
 from fmi_client.encoder import FMIEncoder
 from fmi_client.errors import ClientClosedError
 from fmi_client.kinds import KindLike
+from fmi_client.local_privacy import LocalPrivacy
 from fmi_client.outages import OnState
 from fmi_client.outbox import Outbox
 from fmi_client.receipts import Receipt, ValidationReport
@@ -81,6 +82,7 @@ class FMIClient:
         timeout_s: float = 10.0,
         encoder: FMIEncoder | None = None,
         outbox: Outbox | None = None,
+        privacy: LocalPrivacy | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._aio = AsyncFMIClient(
@@ -97,6 +99,7 @@ class FMIClient:
             timeout_s=timeout_s,
             encoder=encoder,
             outbox=outbox,
+            privacy=privacy,
             clock=clock,
         )
         self._thread = LoopThread(f"FMIClient to {target}", self._aio.aclose)
@@ -200,7 +203,7 @@ class FMIClient:
         )
 
     def validate(self, packet: PacketLike) -> ValidationReport:
-        """Let the server check a packet as `emit` would, and store nothing."""
+        """Let the server check a packet as `emit` would. See `AsyncFMIClient.validate`."""
         return self._thread.run(self._aio.validate(packet))
 
     def subscribe(

@@ -18,6 +18,8 @@ from fmi.plain import (
 from fmi.v1 import packet_pb2
 from fmi_client._contract import check_packet, plain_packet_error
 from fmi_client._translation import error_from_plain_data
+from fmi_client.errors import ConfigurationError
+from fmi_client.local_privacy import LocalPrivacy
 
 __all__ = [
     "FMIEmitter",
@@ -44,7 +46,12 @@ class HeaderDefaults:
         profile_class: The class of learner or site; empty means the class ``default``.
         schema_hash: Hash of the cohort spec that the site was built against; empty means unsaid.
         provenance: Where packets come from.
+        privacy: Makes packets private that do not declare privacy already; None lets them say what they
+            say.
         clock: Unix time in seconds.
+
+    Raises:
+        ConfigurationError: `provenance` declares for every packet what `privacy` is to see to.
     """
 
     domain_id: str | None = None
@@ -52,15 +59,39 @@ class HeaderDefaults:
     profile_class: str = ""
     schema_hash: str = ""
     provenance: packet_pb2.Provenance | None = None
+    privacy: LocalPrivacy | None = None
     clock: Callable[[], float] = time.time
 
+    def __post_init__(self) -> None:
+        if (
+            self.privacy is not None
+            and self.provenance is not None
+            and self.provenance.HasField("applied_privacy")
+        ):
+            raise ConfigurationError(
+                "give privacy, or a provenance that declares applied_privacy, not both: packets that declare "
+                "it are sent as they are"
+            )
+
     def packet(self, data: Mapping[str, Any]) -> packet_pb2.Packet:
-        """Translate plain data to a packet, and fill in what its header does not have.
+        """Translate plain data to a packet, fill in what its header does not have, and make it private.
 
         Raises:
             ContractError: A field cannot be translated; it tells the rules too that the rest breaks. Of
-                data that can be translated the contract's rules are not checked.
+                data that can be translated the contract's rules are checked only where privacy is applied.
+            FMIError: As `LocalPrivacy.apply`.
         """
+        return self.private(self._translated(data))
+
+    def private(self, packet: packet_pb2.Packet) -> packet_pb2.Packet:
+        """Return what may leave the site of a packet.
+
+        Raises:
+            FMIError: As `LocalPrivacy.apply`.
+        """
+        return packet if self.privacy is None else self.privacy.apply(packet)
+
+    def _translated(self, data: Mapping[str, Any]) -> packet_pb2.Packet:
         try:
             return self._filled(packet_from_plain(data))
         except PlainDataError as error:
@@ -109,7 +140,13 @@ class FMIEmitter:
         profile_class: The class of learner or site; empty means the class ``default``.
         schema_hash: Hash of the cohort spec that the site was built against; empty means unsaid.
         provenance: Where the packets come from, typed or as a mapping.
+        privacy: Adds noise to every packet and declares it; each packet that is built spends of its budget,
+            whether it is sent or not. Building raises what `LocalPrivacy.apply` does, too.
         clock: Unix time in seconds.
+
+    Raises:
+        ContractError: The provenance cannot be translated.
+        ConfigurationError: The provenance declares privacy, and there is `privacy` too.
     """
 
     def __init__(
@@ -120,6 +157,7 @@ class FMIEmitter:
         profile_class: str = "",
         schema_hash: str = "",
         provenance: ProvenanceLike | None = None,
+        privacy: LocalPrivacy | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.defaults = HeaderDefaults(
@@ -128,6 +166,7 @@ class FMIEmitter:
             profile_class=profile_class,
             schema_hash=schema_hash,
             provenance=provenance_from_plain(provenance),
+            privacy=privacy,
             clock=clock,
         )
 

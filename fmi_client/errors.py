@@ -9,6 +9,9 @@
         - SchemaMismatchError         built against another version of the cohort spec
         - PacketTooLargeError
         - PacketIdReusedError         the id was used before for other content
+        - LocalPrivacyError           the site's own local privacy does not let it out; nothing was sent
+            - PrivacyBudgetError      the budget does not pay for another packet
+            - PrivacyCoverageError    it says what local privacy does not cover, or lacks what it must say
     - EnvelopeError                   an envelope of packets cannot be decoded or is too large
         - DictionaryUnknownError
     - NotFoundError                   no such site, packet, dictionary
@@ -21,6 +24,8 @@
     - SpecError                       a cohort spec is not valid, or a dictionary is none
         - SpecChangeUnsafeError       the change would break sites, and was not forced
     - SettingUnsupportedError
+    - ReleaseRefusedError             a private cohort releases at fixed times only
+        - PrivacyBudgetExhaustedError its budget is spent: it releases nothing more
     - TemporaryError                  the same call can succeed later; the SDK's own retries are used up
         - OverloadedError
         - StoreUnavailableError
@@ -39,6 +44,7 @@
         - OutboxLockedError           its file is in use
         - OutboxCorruptError          its file is damaged, or is no outbox
         - OutboxUnavailableError      its file cannot be read or written now
+    - PrivacyAccountError             the file of local privacy's account cannot be used; nothing was sent
 
 Each carries its `reason`, a name from the contract's catalogue (`fmi.v1.ErrorReason`, one section each
 in docs/errors.md), all broken rules in `violations`, and says whether a retry can help. One table, in
@@ -74,6 +80,7 @@ __all__ = [
     "FMIError",
     "ForkedError",
     "InvalidFilterError",
+    "LocalPrivacyError",
     "NotFoundError",
     "OutboxCorruptError",
     "OutboxError",
@@ -85,7 +92,12 @@ __all__ = [
     "PacketPolicyError",
     "PacketRefusedError",
     "PacketTooLargeError",
+    "PrivacyAccountError",
+    "PrivacyBudgetError",
+    "PrivacyBudgetExhaustedError",
+    "PrivacyCoverageError",
     "ProtocolError",
+    "ReleaseRefusedError",
     "SchemaMismatchError",
     "ServerDrainingError",
     "ServerInternalError",
@@ -215,6 +227,28 @@ class PacketIdReusedError(PacketRefusedError):
     """The packet id was used before for other content."""
 
 
+class LocalPrivacyError(PacketRefusedError):
+    """The site's own local privacy does not let the packet out; nothing was sent."""
+
+
+class PrivacyBudgetError(LocalPrivacyError):
+    """The budget of local privacy does not pay for another packet."""
+
+    @property
+    def spent(self) -> float:
+        """The epsilon that was spent before, at the budget's delta."""
+        return float(self.metadata["spent"])
+
+    @property
+    def epsilon(self) -> float:
+        """The epsilon of the whole budget."""
+        return float(self.metadata["epsilon"])
+
+
+class PrivacyCoverageError(LocalPrivacyError):
+    """The packet says what local privacy does not cover, or lacks what it must say; see `violations`."""
+
+
 class EnvelopeError(FMIError):
     """An envelope of packets cannot be decoded, or is too large."""
 
@@ -267,6 +301,19 @@ class SpecChangeUnsafeError(SpecError):
 
 class SettingUnsupportedError(FMIError):
     """A setting asks for something that this version of the server does not have."""
+
+
+class ReleaseRefusedError(FMIError):
+    """The cohort is private: it releases at fixed times, and not when somebody asks for it."""
+
+    @property
+    def next_release_at(self) -> str | None:
+        """When it releases next, in RFC 3339, if the server said so."""
+        return self.metadata.get("next_release_at")
+
+
+class PrivacyBudgetExhaustedError(ReleaseRefusedError):
+    """The privacy budget of the cohort is spent: it releases nothing more; its last release stays served."""
 
 
 class TemporaryError(FMIError):
@@ -351,3 +398,7 @@ class OutboxUnavailableError(OutboxError):
     """The outbox's file cannot be read or written now, for example because the disk is full."""
 
     retryable_by_nature = True
+
+
+class PrivacyAccountError(FMIError):
+    """The file of local privacy's account cannot be read or written, or is something else."""

@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from fmi.plain import DEFAULT_PROFILE_CLASS
-from fmi.v1 import packet_pb2, update_pb2
-from fmi_server.aggregation import Estimate, ParamValue, SignalInUse, WarmStart, WarmStartRequest
-from fmi_server.cohort_state import CohortState, ReleasedStatistics
-from fmi_server.cohorts import CohortRegistry, CohortRules
+from fmi.v1 import cohort_pb2, packet_pb2, update_pb2
+from fmi_server.aggregation import SignalInUse, WarmStartRequest
+from fmi_server.cohort_state import CohortState
+from fmi_server.cohorts import CohortRules, compile_spec
 from fmi_server.config import AggregationConfig
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.errors import PacketRefusedError
+from fmi_server.privacy.budget import BudgetPlan
+from fmi_server.private_messages import (
+    NO_HINT,
+    private_lineage,
+    private_prior_message,
+    private_warm_start,
+)
+from fmi_server.private_prior import private_prior
+from fmi_server.update_messages import (
+    causes_message,
+    hint_message,
+    prior_lineage,
+    prior_message,
+    signals_lineage,
+    warm_start_message,
+    within_budget,
+)
 
 __all__ = ["AggregationResult", "FMIAggregator"]
-
-SETTINGS_SECTIONS: Final = frozenset({"controller", "evaluator", "operators"})
-"""The sections whose signals are settings, which a consumer can apply. Metrics can only be watched."""
-
-MAX_REPUTATIONS_TOLD: Final = 1000
-"""Sites up to which a prior tells the reputation of each."""
-
-MAX_EDGES_TOLD: Final = 2000
-"""Causal edges that a consensus tells, strongest support first; the others are counted."""
-
-MAX_VALUES_TOLD: Final = 32_768
-"""Values that all warm starts of an update hold together, and all regimes of another. Those of most sites
-are told first. A value and its origin take up to 0.4 kB, so that an update stays below the 16 MiB that a
-client takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,22 +83,36 @@ class FMIAggregator:
         self._states: dict[str, CohortState] = {}
 
     def aggregate(
-        self, cohort: str, packets: Iterable[packet_pb2.Packet | Mapping[str, Any]]
+        self,
+        cohort: str,
+        packets: Iterable[packet_pb2.Packet | Mapping[str, Any]],
+        *,
+        spec: cohort_pb2.CohortSpec | None = None,
     ) -> AggregationResult:
-        """Aggregate packets as one cohort, with the default rules of a cohort.
+        """Aggregate packets as one cohort.
+
+        With privacy each call is a release of its own: it costs one of `dp_epochs`, and nobody keeps count
+        but the caller.
 
         Args:
             cohort: The name that the result carries.
             packets: Typed packets, or plain ones in any form that the registry takes. A site counts
                 once per signal, with its newest value.
+            spec: The rules of the cohort, whose name is not looked at; the defaults where it is not given.
+                Privacy needs one, because it needs the bounds of the signals.
 
         Returns:
             The aggregates, with revision 0: nothing is published.
 
         Raises:
             PacketRefusedError: A packet breaks the contract.
+            SpecInvalidError: The spec breaks rules, or privacy is asked for without one.
         """
-        rules = CohortRegistry(self._registry, defaults=self.config).rules(cohort)
+        named = cohort_pb2.CohortSpec()
+        if spec is not None:
+            named.CopyFrom(spec)
+        named.name = cohort
+        rules = compile_spec(named, self._registry, defaults=self.config, declared=spec is not None)
         state = CohortState(rules)
         newest = -math.inf
         for item in packets:
@@ -106,6 +123,9 @@ class FMIAggregator:
             emitted_at = packet.header.emitted_at
             newest = max(newest, emitted_at.seconds + emitted_at.nanos / 1e9)
             state.count(packet)
+        if rules.privacy is not None:
+            # The time must not be a site's to choose: it decides whose values are past theirs.
+            return self.result(state, now=self._clock(), epsilon_spent=rules.privacy.spent(1))
         # Packets that are given are all to count: time stands at the newest of them.
         return self.result(state, now=newest if math.isfinite(newest) else self._clock())
 
@@ -142,264 +162,68 @@ class FMIAggregator:
         self, state: CohortState, request: WarmStartRequest
     ) -> update_pb2.WarmStartProfile:
         """Find the warm start for a site in a resident state."""
-        profile = _warm_start_message(state.warm_start(request))
+        profile = warm_start_message(state.warm_start(request))
         sites, window = state.signals_held()
-        profile.lineage.CopyFrom(_signals_lineage(state.packets["msp"], sites, window, state.rules))
+        profile.lineage.CopyFrom(signals_lineage(state.packets["msp"], sites, window, state.rules))
         return profile
 
-    def result(self, state: CohortState, *, now: float) -> AggregationResult:
+    def result(
+        self, state: CohortState, *, now: float, epsilon_spent: float = 0.0
+    ) -> AggregationResult:
         """Compute the aggregates of a resident state.
+
+        Of a private cohort each call draws noise, and so is a release: what it costs is to be paid before.
 
         Args:
             state: The state.
             now: Unix seconds.
+            epsilon_spent: By a private cohort, with this release; the lineage tells it.
         """
-        statistics = state.release(now)
         rules = state.rules
+        if rules.privacy is not None:
+            return self._private_result(state, rules.privacy, now, epsilon_spent)
+        statistics = state.release(now)
         profiles = {
-            name: _warm_start_message(found) for name, found in statistics.warm_starts.items()
+            name: warm_start_message(found) for name, found in statistics.warm_starts.items()
         }
         for profile in profiles.values():
-            profile.lineage.CopyFrom(_prior_lineage(statistics, rules))
-        told = _within_budget(
+            profile.lineage.CopyFrom(prior_lineage(statistics, rules))
+        told = within_budget(
             {statistics.main_class, DEFAULT_PROFILE_CLASS},
             {name: len(profile.init) for name, profile in profiles.items()},
             statistics.class_sites,
         )
         return AggregationResult(
-            prior_update=_prior_message(statistics, rules),
+            prior_update=prior_message(statistics, rules),
             warm_start=profiles[statistics.main_class],
             warm_starts=update_pb2.WarmStartSet(
                 profiles=[profile for name, profile in profiles.items() if name in told]
             ),
-            policy_hint=_hint_message(statistics, rules),
-            causal_consensus=_causes_message(statistics, rules),
+            policy_hint=hint_message(statistics, rules),
+            causal_consensus=causes_message(statistics, rules),
         )
 
-
-def _warm_start_message(found: WarmStart) -> update_pb2.WarmStartProfile:
-    profile = update_pb2.WarmStartProfile(
-        profile_class=found.profile_class,
-        context_selector=update_pb2.ContextSelector(
-            source=_SOURCES[found.source],
-            regime=found.regime or "",
-            distance=found.regime_distance,
-            shared_concepts=found.shared_concepts,
-        ),
-    )
-    for name, value in found.init.items():
-        profile.init[name] = value.value
-        profile.origins[name].CopyFrom(
-            update_pb2.InitOrigin(
-                source=_SOURCES[value.source],
-                sites=value.sites,
-                lower=value.lower,
-                upper=value.upper,
-                confidence=value.confidence,
-            )
-        )
-    if found.init:
-        profile.confidence = math.fsum(v.confidence for v in found.init.values()) / len(found.init)
-    return profile
-
-
-def _prior_lineage(statistics: ReleasedStatistics, rules: CohortRules) -> update_pb2.Lineage:
-    prior = statistics.prior
-    window = (prior.oldest, prior.newest)
-    lineage = _signals_lineage(statistics.packets["msp"], prior.sites, window, rules)
-    lineage.trimmed = int(prior.table.trimmed.sum())
-    return lineage
-
-
-def _signals_lineage(
-    packets: int, sites: int, window: tuple[float | None, float | None], rules: CohortRules
-) -> update_pb2.Lineage:
-    lineage = update_pb2.Lineage(
-        packets=packets, sites=sites, estimator=rules.aggregation.metrics_aggregation
-    )
-    oldest, newest = window
-    if oldest is not None and newest is not None:
-        lineage.window.FromNanoseconds(round((newest - oldest) * 1e9))
-    return lineage
-
-
-def _prior_message(
-    statistics: ReleasedStatistics, rules: CohortRules
-) -> update_pb2.MetaPriorUpdate:
-    release = statistics.prior
-    update = update_pb2.MetaPriorUpdate(
-        cohorts=[rules.name],
-        lineage=_prior_lineage(statistics, rules),
-        untagged_sites=statistics.contexts.untagged_sites,
-    )
-    update.lineage.confidence_cap = release.confidence_cap
-    if len(statistics.reputations) <= MAX_REPUTATIONS_TOLD:
-        update.lineage.reputations.update(statistics.reputations)
-        update.lineage.relative_sizes.update(statistics.relative_sizes)
-    confidences = []
-    for (name, found), section in zip(release.estimates().items(), release.sections, strict=True):
-        update.estimates[name].CopyFrom(_estimate_message(found, section))
-        if found.value is not None and section in SETTINGS_SECTIONS:
-            update.prior[name] = found.value
-            confidences.append(found.confidence)
-    if confidences:
-        update.confidence = math.fsum(confidences) / len(confidences)
-    # A regime below the quorum is not named: its name may be the doing of a single site.
-    regimes = {
-        regime.name: regime for regime in statistics.contexts.regimes if regime.withheld is None
-    }
-    told = _within_budget(
-        (),
-        {name: len(r.settings) + len(r.concepts) for name, r in regimes.items()},
-        {name: regime.sites for name, regime in regimes.items()},
-    )
-    for regime in regimes.values():
-        if regime.name not in told:
-            continue
-        update.contexts.add(
-            regime=regime.name,
-            sites=regime.sites,
-            concepts=regime.concepts,
-            settings={
-                name: value
-                for name, value in regime.settings.items()
-                if update.estimates[name].section in SETTINGS_SECTIONS
-            },
-        )
-    return update
-
-
-def _within_budget(
-    first: Collection[str], values: Mapping[str, int], sites: Mapping[str, int]
-) -> set[str]:
-    """Choose what is told: `first`, then by number of sites while the values fit together."""
-    told: set[str] = set()
-    left = MAX_VALUES_TOLD
-    for name in sorted(values, key=lambda name: (name not in first, -sites.get(name, 0), name)):
-        if values[name] <= left:
-            left -= values[name]
-            told.add(name)
-    return told
-
-
-def _estimate_message(found: Estimate, section: str) -> update_pb2.SignalEstimate:
-    return update_pb2.SignalEstimate(
-        section=section,
-        value=found.value,
-        stderr=found.stderr,
-        lower=found.lower,
-        upper=found.upper,
-        sites=found.sites,
-        effective_sites=found.effective_sites,
-        trimmed=found.trimmed,
-        confidence=found.confidence,
-        estimator=found.used or "",
-        reason=found.reason or "",
-        tolerated=found.tolerated,
-        tolerance=found.tolerance,
-    )
-
-
-def _hint_message(statistics: ReleasedStatistics, rules: CohortRules) -> update_pb2.MetaPolicyHint:
-    decision = statistics.policy
-    message = update_pb2.MetaPolicyHint(
-        reason=_NO_HINT.get(decision.reason, decision.reason),
-        lineage=update_pb2.Lineage(
-            packets=statistics.packets["pop"],
-            sites=statistics.outcome_sites,
+    def _private_result(
+        self, state: CohortState, plan: BudgetPlan, now: float, epsilon_spent: float
+    ) -> AggregationResult:
+        state.expire(now)
+        rules = state.rules
+        estimates = private_prior(
+            state.unit_cells(),
+            plan,
             estimator=rules.aggregation.metrics_aggregation,
-        ),
-    )
-    hint = decision.hint
-    if hint is None:
-        return message
-    message.hint_id = hint.hint_id
-    message.reason = hint.reason
-    message.confidence = hint.confidence
-    message.effect = hint.effect
-    message.effect_lower = hint.lower_bound
-    message.sites = hint.sites
-    for name, value in hint.bundle.items():
-        message.bundle[name].CopyFrom(_param_message(value))
-    for name, (lower, upper) in hint.bounds.items():
-        message.bounds[name].CopyFrom(update_pb2.ParamBounds(lower=lower, upper=upper))
-    return message
-
-
-def _param_message(value: ParamValue) -> packet_pb2.ParamValue:
-    if isinstance(value, bool):
-        return packet_pb2.ParamValue(flag=value)
-    if isinstance(value, str):
-        return packet_pb2.ParamValue(text=value)
-    return packet_pb2.ParamValue(number=value)
-
-
-def _causes_message(
-    statistics: ReleasedStatistics, rules: CohortRules
-) -> update_pb2.CausalConsensus:
-    causes = statistics.causes
-    message = update_pb2.CausalConsensus(
-        unpooled=causes.left_out,
-        lineage=update_pb2.Lineage(
-            packets=statistics.packets["ccs"],
-            sites=causes.sites,
-            estimator=rules.aggregation.metrics_aggregation,
-        ),
-    )
-    if len(causes.edges) > MAX_EDGES_TOLD:
-        message.unpooled["not_told"] = len(causes.edges) - MAX_EDGES_TOLD
-    strongest = sorted(causes.edges, key=lambda edge: (-edge.support, edge.key))
-    for edge in strongest[:MAX_EDGES_TOLD]:
-        message.edges.add(
-            source=edge.source,
-            target=edge.target,
-            type=edge.type,
-            weight=edge.weight,
-            stderr=edge.stderr,
-            lower=edge.lower,
-            upper=edge.upper,
-            sites=edge.sites,
-            testing_sites=edge.testable,
-            support=edge.support,
-            positive_sites=edge.positive,
-            negative_sites=edge.negative,
-            estimator=edge.method,
-            pooled_sites=edge.pooled_sites,
-            i_squared=edge.i_squared,
-            tau_squared=edge.tau_squared,
-            sign_conflict=edge.sign_conflict,
-            direction_conflict=edge.direction_conflict,
-            in_cycle=edge.in_cycle,
+            min_sites=state.min_sites,
         )
-    for cycle in causes.cycles:
-        source, target, kind = cycle.weakest
-        message.cycles.add(
-            nodes=cycle.nodes, weakest_source=source, weakest_target=target, weakest_type=kind
+        prior = private_prior_message(estimates, rules, epsilon_spent)
+        warm_start = private_warm_start(prior)
+        return AggregationResult(
+            prior_update=prior,
+            warm_start=warm_start,
+            warm_starts=update_pb2.WarmStartSet(profiles=[warm_start]),
+            policy_hint=update_pb2.MetaPolicyHint(
+                reason=NO_HINT, lineage=private_lineage(rules, epsilon_spent)
+            ),
+            causal_consensus=update_pb2.CausalConsensus(
+                lineage=private_lineage(rules, epsilon_spent)
+            ),
         )
-    return message
-
-
-_SOURCES: Final[Mapping[str, update_pb2.WarmStartSource.ValueType]] = {
-    "profile_and_regime": update_pb2.WARM_START_SOURCE_PROFILE_AND_REGIME,
-    "regime": update_pb2.WARM_START_SOURCE_REGIME,
-    "profile_class": update_pb2.WARM_START_SOURCE_PROFILE_CLASS,
-    "cohort": update_pb2.WARM_START_SOURCE_COHORT,
-    "none": update_pb2.WARM_START_SOURCE_NONE,
-}
-
-_NO_HINT: Final = {
-    "no_outcome": "no hint: no site has sent a policy outcome",
-    "no_scored_outcome": (
-        "no hint: none of the outcomes has a metric before and after for which the cohort spec gives a "
-        "direction"
-    ),
-    "below_quorum": "no hint: no bundle was tried by enough sites",
-    "no_agreement": "no hint: of every bundle with enough sites, too few found that it helps",
-    "guardrail_harmed": "no hint: every bundle that helps harms a guardrail metric",
-    "guardrail_unobserved": "no hint: too few sites observed the guardrail metrics",
-    "certainty_unknown": (
-        "no hint: the sites that tried the best bundle are too few, or too alike, to say how certain its "
-        "effect is"
-    ),
-    "not_better_than_nothing": "no hint: no bundle is better than no change with enough certainty",
-}

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
@@ -31,6 +31,10 @@ from fmi_server.errors import (
     SpecInvalidError,
     Violation,
 )
+from fmi_server.privacy.accounting import zcdp_epsilon
+from fmi_server.privacy.budget import BudgetPlan, PrivacySettings, plan_budget
+from fmi_server.privacy.noisy_means import PRIVATE_ESTIMATORS
+from fmi_server.private_specs import PRIVATE_INTERVAL_S, privacy_settings
 from fmi_server.spec_checks import spec_violations
 
 __all__ = [
@@ -70,7 +74,12 @@ class IngestRules:
 
 @dataclass(frozen=True, slots=True)
 class CohortRules:
-    """The compiled rules of one cohort; see `CohortSpec` for the meaning of each."""
+    """The compiled rules of one cohort; see `CohortSpec` for the meaning of each.
+
+    Attributes:
+        privacy: The budget of a private cohort; None where it is not private.
+        first_release_at: Unix seconds before which a private cohort releases nothing.
+    """
 
     name: str
     declared: bool
@@ -89,6 +98,8 @@ class CohortRules:
     updates_kept: int
     packets_kept_s: float
     access: AccessRules
+    privacy: BudgetPlan | None = None
+    first_release_at: float = 0.0
 
 
 def compile_spec(
@@ -108,16 +119,13 @@ def compile_spec(
 
     Raises:
         SpecInvalidError: The spec breaks rules; all of them are told.
-        SettingUnsupportedError: It asks for privacy, which this version does not have.
     """
-    found = spec_violations(spec, registry)
-    broken = [violation for violation in found if violation.reason != Reason.SETTING_UNSUPPORTED]
-    if broken:
+    spec = _with_default_privacy(spec, defaults)
+    if broken := spec_violations(spec, registry):
         raise SpecInvalidError(broken)
-    for lacking in found:
-        raise SettingUnsupportedError(lacking.field, lacking.description)
     filled = _fill(spec, defaults)
     aggregation = filled.aggregation
+    asked = privacy_settings(filled.privacy)
     return CohortRules(
         name=filled.name,
         declared=declared,
@@ -135,6 +143,7 @@ def compile_spec(
                 aggregation.max_byzantine if aggregation.HasField("max_byzantine") else None
             ),
             weight_cap=aggregation.weight_cap,
+            **_privacy_fields(asked),
         ),
         ingest=IngestRules(
             max_packet_bytes=filled.ingest.max_packet_bytes,
@@ -157,7 +166,24 @@ def compile_spec(
         access=AccessRules.of(
             emit=filled.access.emit, subscribe=filled.access.subscribe, admin=filled.access.admin
         ),
+        privacy=plan_budget(asked, len(filled.signals)) if asked.private else None,
+        first_release_at=filled.privacy.first_release_at.ToNanoseconds() / 1e9,
     )
+
+
+def _with_default_privacy(
+    spec: cohort_pb2.CohortSpec, defaults: AggregationConfig
+) -> cohort_pb2.CohortSpec:
+    """Return a spec with the server's own privacy where it says nothing of its own."""
+    if not defaults.privacy.private or spec.privacy.ByteSize():
+        return spec
+    private = cohort_pb2.CohortSpec()
+    private.CopyFrom(spec)
+    for name in ("dp_epsilon", "dp_delta", "dp_noise_sigma", "dp_epochs"):
+        setattr(private.privacy, name, getattr(defaults.privacy, name))
+    if defaults.privacy.dp_sensitivity is not None:
+        private.privacy.dp_sensitivity = defaults.privacy.dp_sensitivity
+    return private
 
 
 class CohortRegistry:
@@ -194,10 +220,23 @@ class CohortRegistry:
         self._authenticated = authenticated
         self.signals_in_use: Callable[[str], Mapping[str, SignalInUse]] = lambda _: {}
         self._rules: dict[str, CohortRules] = {}
+        self._private: set[str] = set()
         self.forgotten_before: dict[str, float] = {}
         # Of cohorts that may be opened: a batch asks for the same one many times before it is.
         self._openable: dict[str, CohortRules] = {}
-        self._template = self.compile(cohort_pb2.CohortSpec(name="template"), declared=False)
+        if open_cohorts and self._defaults.privacy.private:
+            raise SettingUnsupportedError(
+                "open_cohorts",
+                "cannot go with privacy as the default of every cohort: it needs declared signals with "
+                "bounds, which a cohort that is opened on demand does not have; set open_cohorts=False",
+            )
+        template = cohort_pb2.CohortSpec(name="template")
+        self._template = compile_spec(
+            template,
+            registry,
+            defaults=AggregationConfig() if not open_cohorts else self._defaults,
+            declared=False,
+        )
 
     def __contains__(self, name: str) -> bool:
         return name in self._rules
@@ -207,6 +246,11 @@ class CohortRegistry:
 
     def __iter__(self) -> Iterator[CohortRules]:
         return iter([self._rules[name] for name in sorted(self._rules)])
+
+    @property
+    def any_private(self) -> bool:
+        """Whether a cohort is private; then nothing that counts packets may be told."""
+        return bool(self._private)
 
     def compile(self, spec: cohort_pb2.CohortSpec, *, declared: bool = True) -> CohortRules:
         """Check and compile a spec with this server's defaults, without declaring it.
@@ -278,6 +322,7 @@ class CohortRegistry:
         if changed:
             forced = self.unsafe_changes(rules)
             self._rules[rules.name] = rules
+            (self._private.discard if rules.privacy is None else self._private.add)(rules.name)
             for change in forced:
                 _log.warning("cohort %s was changed by force: %s", rules.name, change)
         return rules, changed
@@ -354,6 +399,14 @@ def _schema_hash(filled: cohort_pb2.CohortSpec) -> str:
     return hashlib.sha256(schema.SerializeToString(deterministic=True)).hexdigest()
 
 
+def _privacy_fields(asked: PrivacySettings) -> dict[str, Any]:
+    """Return the settings of `AggregationConfig` that ask for the same."""
+    if not asked.private:
+        return {}
+    given = {field.name: getattr(asked, field.name) for field in fields(asked)}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def _fill(spec: cohort_pb2.CohortSpec, defaults: AggregationConfig) -> cohort_pb2.CohortSpec:
     """Return a copy with every default written out, so that equal meaning gives an equal hash."""
     filled = cohort_pb2.CohortSpec()
@@ -362,6 +415,8 @@ def _fill(spec: cohort_pb2.CohortSpec, defaults: AggregationConfig) -> cohort_pb
         filled.free_signals = not filled.signals
     for signal in filled.signals:
         signal.transform = signal.transform or cohort_pb2.SIGNAL_TRANSFORM_LINEAR
+    if privacy_settings(filled.privacy).private:
+        _fill_private(filled, defaults)
     aggregation = filled.aggregation
     for name in ("metrics_trim_alpha", "vote_min_sites", "weight_cap"):
         if not aggregation.HasField(name):
@@ -391,6 +446,20 @@ def _fill(spec: cohort_pb2.CohortSpec, defaults: AggregationConfig) -> cohort_pb
     if not filled.access.ByteSize():
         filled.ClearField("access")
     return filled
+
+
+def _fill_private(filled: cohort_pb2.CohortSpec, defaults: AggregationConfig) -> None:
+    """Write out the defaults of a private cohort, in which nothing looks at what sites sent."""
+    aggregation, release = filled.aggregation, filled.release
+    aggregation.metrics_trim_alpha = 0.0
+    aggregation.weight_cap = 1.0
+    aggregation.max_byzantine = 0
+    usual = defaults.metrics_aggregation
+    aggregation.metrics_aggregation = aggregation.metrics_aggregation or (
+        usual if usual in PRIVATE_ESTIMATORS else PRIVATE_ESTIMATORS[0]
+    )
+    _default_duration(release, "max_interval", PRIVATE_INTERVAL_S)
+    release.min_interval.CopyFrom(release.max_interval)
 
 
 def _default_duration(
@@ -463,6 +532,27 @@ def _unsafe_changes(present: CohortRules, new: CohortRules) -> Iterator[Violatio
                 "vocabulary_closed",
                 "is closed, so undeclared signals are refused",
             )
+    yield from _weaker_privacy(present, new)
+
+
+def _weaker_privacy(present: CohortRules, new: CohortRules) -> Iterator[Violation]:
+    """Tell where a change lets more out than sites were promised when they sent what is held."""
+    old, plan = present.privacy, new.privacy
+    if old is None:
+        return
+    if plan is None:
+        yield _unsafe(
+            "privacy",
+            "privacy_weakened",
+            "is taken away, so that what sites sent under it is released without noise",
+        )
+    elif plan.delta > old.delta or zcdp_epsilon(plan.rho, old.delta) > old.epsilon * (1 + 1e-6):
+        yield _unsafe(
+            "privacy",
+            "privacy_weakened",
+            f"grows from epsilon {old.epsilon:g} at delta {old.delta:g} to epsilon {plan.epsilon:g} at delta "
+            f"{plan.delta:g}, more than sites were promised when they sent what is held",
+        )
 
 
 def _unsafe_signal_changes(old: SignalRule, new: SignalRule) -> Iterator[Violation]:

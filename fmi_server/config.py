@@ -26,7 +26,8 @@ from pydantic_settings import (
 )
 
 from fmi.yaml_text import YAMLTextError, read_yaml
-from fmi_server.errors import SettingUnsupportedError
+from fmi_server.privacy.budget import BudgetError, PrivacySettings
+from fmi_server.privacy.noisy_means import PRIVATE_ESTIMATORS
 
 __all__ = [
     "ESTIMATORS",
@@ -51,20 +52,27 @@ class AggregationConfig:
         metrics_trim_alpha: Share of sites trimmed in each tail, in [0, 0.5).
         vote_min_sites: Sites needed before a signal, a hint or an edge has a value; at least 1.
         metrics_aggregation: The estimator, one of `ESTIMATORS`.
-        dp_noise_sigma: Noise of differential privacy; see below.
-        dp_epsilon: Privacy budget epsilon; see below.
-        dp_delta: Privacy budget delta; see below.
-        dp_sensitivity: Sensitivity of an aggregate to one site; see below.
+        dp_noise_sigma: Noise of differential privacy, as a standard deviation in units of the sensitivity.
+            0, the default, derives it from the budget.
+        dp_epsilon: Privacy budget epsilon, over `dp_epochs` releases. 0, the default, and no noise mean no
+            privacy.
+        dp_delta: Privacy budget delta, in (0, 1) with privacy; well below 1 over the number of sites.
+        dp_sensitivity: The most that one site may move the noisy sums (L2), in units of half the width
+            between a signal's bounds. 1.0, the default, derives it; a larger one asks for more noise.
+        dp_epochs: Releases that the budget lasts for; 0 for as many as it allows with `dp_noise_sigma`.
         max_byzantine: Lying sites per signal that the trimmed mean must withstand. Where it is given,
             nothing has a value below `2 * max_byzantine + 1` sites. None means 1 from 3 sites on.
         weight_cap: The largest share of one site in an average, in (0, 1].
 
-    This version has no differential privacy. The four `dp_` settings are accepted only with the values
-    that ask for none, so that nobody believes to be protected who is not.
+    Differential privacy needs cohorts whose signals are declared with both bounds (docs/privacy.md). There,
+    nothing is trimmed and no share is capped, because both let one site change what others count for:
+    `metrics_trim_alpha` and `weight_cap` do nothing, and the estimator is `mean` or `weighted_mean`;
+    `trimmed_mean`, being the default, counts as `mean`.
 
     Raises:
         ValueError: A setting is out of its range.
-        SettingUnsupportedError: A `dp_` setting asks for privacy.
+        BudgetError: `dp_` settings contradict each other, or privacy and another setting do; it is a
+            ValueError, and says what to change.
     """
 
     metrics_trim_alpha: float = 0.1
@@ -74,6 +82,7 @@ class AggregationConfig:
     dp_epsilon: float = 0.0
     dp_delta: float = 0.0
     dp_sensitivity: float = 1.0
+    dp_epochs: int = 1
     max_byzantine: int | None = None
     weight_cap: float = 0.25
 
@@ -82,7 +91,7 @@ class AggregationConfig:
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{field.name} must be a finite number, not {value}")
-        for name in ("vote_min_sites", "max_byzantine"):
+        for name in ("vote_min_sites", "max_byzantine", "dp_epochs"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value >= 2**32):
                 raise ValueError(f"{name} must be a whole number below 2^32, not {value!r}")
@@ -102,17 +111,37 @@ class AggregationConfig:
             raise ValueError(f"max_byzantine must be at least 0, not {self.max_byzantine}")
         if not 0 < self.weight_cap <= 1:
             raise ValueError(f"weight_cap must be in (0, 1], not {self.weight_cap}")
-        self._refuse_privacy()
+        for name in ("dp_noise_sigma", "dp_epsilon", "dp_delta", "dp_sensitivity", "dp_epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        self._check_privacy()
 
-    def _refuse_privacy(self) -> None:
-        neutral = {"dp_noise_sigma": 0.0, "dp_epsilon": 0.0, "dp_delta": 0.0, "dp_sensitivity": 1.0}
-        for name, value in neutral.items():
-            if getattr(self, name) != value:
-                raise SettingUnsupportedError(
-                    name,
-                    f"is {getattr(self, name)!r}, but this version has no differential privacy; "
-                    f"set it to {value} and do not rely on noise, or use a version that has it",
-                )
+    @property
+    def privacy(self) -> PrivacySettings:
+        """What is asked of privacy."""
+        return PrivacySettings(
+            self.dp_epsilon,
+            self.dp_delta,
+            self.dp_noise_sigma,
+            None if self.dp_sensitivity == 1.0 else self.dp_sensitivity,
+            self.dp_epochs,
+        )
+
+    def _check_privacy(self) -> None:
+        self.privacy.check()
+        if not self.privacy.private:
+            return
+        if self.metrics_aggregation not in (*PRIVATE_ESTIMATORS, "trimmed_mean"):
+            raise BudgetError(
+                "metrics_aggregation",
+                f"is {self.metrics_aggregation}, which is not private: one site can move it by more than its "
+                f"own value; choose {' or '.join(PRIVATE_ESTIMATORS)}",
+            )
+        if self.max_byzantine:
+            raise BudgetError(
+                "max_byzantine",
+                f"is {self.max_byzantine}, but nothing is trimmed where privacy is asked for: leave it out",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +180,11 @@ PRIVACY_SETTINGS: Final = (
     "dp_sensitivity",
     "dp_epochs",
 )
-"""Names that ask for privacy, which the server says that it does not have."""
+"""Names that ask for privacy. They belong to a cohort, because privacy needs the bounds of its signals."""
 
-_NO_PRIVACY: Final = (
-    "is not supported: this version has no differential privacy; leave it out and do not rely on noise, "
-    "or use a version that has it"
+_PRIVACY_OF_A_COHORT: Final = (
+    "is no setting of the server: privacy is asked for in a cohort file, under `privacy`, beside the bounds "
+    "of the cohort's signals"
 )
 _CLIENT_VARIABLES: Final = frozenset(
     {"FMI_TARGET", "FMI_TOKEN", "FMI_TOKEN_FILE", "FMI_DOMAIN_ID", "FMI_DEBUG"}
@@ -447,7 +476,7 @@ def load_settings(flags: dict[str, Any], *, config_file: Path | None = None) -> 
     for variable in sorted(os.environ):
         name = variable.lower().removeprefix("fmi_")
         if variable.upper().startswith("FMI_") and name in PRIVACY_SETTINGS:
-            raise SettingsError(f"{name}: {_NO_PRIVACY}")
+            raise SettingsError(f"{name}: {_PRIVACY_OF_A_COHORT}")
 
     class FromFile(ServerSettings):
         @classmethod
@@ -465,7 +494,7 @@ def load_settings(flags: dict[str, Any], *, config_file: Path | None = None) -> 
             name = ".".join(map(str, item["loc"])) or "settings"
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":
-                message = _NO_PRIVACY if name in PRIVACY_SETTINGS else _unknown(name)
+                message = _PRIVACY_OF_A_COHORT if name in PRIVACY_SETTINGS else _unknown(name)
             # What is wrong with the settings as a whole has all of them as its input.
             shown = item["loc"] and item["type"] not in ("missing", "extra_forbidden")
             lines.append(f"{name}: {message}" + (f", not {_shown(item['input'])}" if shown else ""))

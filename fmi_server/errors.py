@@ -23,6 +23,8 @@
     - DictionaryInvalidError
     - SpecChangeUnsafeError
     - SettingUnsupportedError
+    - PrivacyBudgetExhaustedError
+    - ReleaseScheduledError
     - ThingNotFoundError
 
 Each has a reason from the contract's catalogue (`fmi.v1.ErrorReason`) and says whether trying again can
@@ -33,6 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import ClassVar, Final
 
 from fmi.v1 import error_pb2
@@ -51,7 +54,9 @@ __all__ = [
     "OverloadedError",
     "PacketIdReusedError",
     "PacketRefusedError",
+    "PrivacyBudgetExhaustedError",
     "Reason",
+    "ReleaseScheduledError",
     "RequestInvalidError",
     "ServerDrainingError",
     "SettingUnsupportedError",
@@ -97,6 +102,8 @@ class Reason:
     NOT_FOUND: Final = error_pb2.ERROR_REASON_NOT_FOUND
     INTERNAL: Final = error_pb2.ERROR_REASON_INTERNAL
     SUPERSEDED: Final = error_pb2.ERROR_REASON_SUPERSEDED
+    PRIVACY_BUDGET_EXHAUSTED: Final = error_pb2.ERROR_REASON_PRIVACY_BUDGET_EXHAUSTED
+    RELEASE_SCHEDULED: Final = error_pb2.ERROR_REASON_RELEASE_SCHEDULED
     UNAUTHENTICATED: Final = error_pb2.ERROR_REASON_UNAUTHENTICATED
     ACCESS_DENIED: Final = error_pb2.ERROR_REASON_ACCESS_DENIED
     DOMAIN_ID_MISMATCH: Final = error_pb2.ERROR_REASON_DOMAIN_ID_MISMATCH
@@ -503,6 +510,60 @@ class SettingUnsupportedError(FMIError):
     def metadata(self) -> Mapping[str, str]:
         """The setting."""
         return {"setting": self.setting}
+
+
+class PrivacyBudgetExhaustedError(FMIError):
+    """The privacy budget of a cohort is spent, so that it releases nothing more."""
+
+    reason = Reason.PRIVACY_BUDGET_EXHAUSTED
+
+    def __init__(self, cohort: str, *, epsilon: float, delta: float) -> None:
+        self.cohort = cohort
+        self.epsilon = epsilon
+        self.delta = delta
+        super().__init__(
+            f"cohort {cohort!r} has spent its privacy budget (epsilon {epsilon:g}, delta {delta:g}): it "
+            "releases nothing more, and its last release stays served; agree on a larger budget with its "
+            "sites, or go on without new releases"
+        )
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The cohort and its budget."""
+        return {
+            "cohort": self.cohort,
+            "dp_epsilon": f"{self.epsilon:g}",
+            "dp_delta": f"{self.delta:g}",
+        }
+
+
+class ReleaseScheduledError(FMIError):
+    """A private cohort releases at fixed times, and at no others."""
+
+    reason = Reason.RELEASE_SCHEDULED
+
+    def __init__(self, cohort: str, *, next_release_at: float) -> None:
+        self.cohort = cohort
+        self.next_release_at = next_release_at
+        super().__init__(
+            f"cohort {cohort!r} is private: it releases at fixed times, so that a release tells nothing of "
+            f"who sent what; the next is due at {utc(next_release_at)}"
+        )
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The cohort, and when it releases next."""
+        return {"cohort": self.cohort, "next_release_at": utc(self.next_release_at)}
+
+
+def utc(at: float) -> str:
+    """Write Unix seconds as RFC 3339, to the second."""
+    moment = min(max(at, 0.0), _LAST_MOMENT_S)
+    return f"{datetime.fromtimestamp(moment, UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+_LAST_MOMENT_S: Final = 253_402_300_799.0
+"""The end of the year 9999, after which nothing can be written as RFC 3339."""
 
 
 class ThingNotFoundError(FMIError):

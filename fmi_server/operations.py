@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
 
 from fmi.plain import DEFAULT_PROFILE_CLASS
-from fmi.v1 import packet_pb2
+from fmi.v1 import cohort_pb2, packet_pb2
 from fmi_server.access import TRUSTED, Action, Principal
 from fmi_server.applied import Applied
-from fmi_server.errors import CohortUnknownError
+from fmi_server.cohort_state import CohortState
+from fmi_server.cohorts import CohortRules
+from fmi_server.errors import CohortUnknownError, Reason, RequestInvalidError, Violation
 from fmi_server.feed_requests import kind_name
+from fmi_server.privacy.advice import PlanReport, report_plan
+from fmi_server.privacy.budget import BudgetError, BudgetPlan, PrivacySettings, plan_budget
+from fmi_server.private_releases import Account
 from fmi_server.router import OpenSubscription
 from fmi_server.service import FMIService
 from fmi_server.storage.base import UnknownPacketError
-from fmi_server.storage.records import PacketKey, SiteRecord, StoredPacket
+from fmi_server.storage.records import PacketKey, SiteRecord, SpendRecord, StoredPacket
 
-__all__ = ["CohortOverview", "Operations", "SiteOverview"]
+__all__ = ["CohortOverview", "Operations", "PrivacyOverview", "SiteOverview"]
+
+_INVALID: Final = Reason.SPEC_INVALID
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +64,14 @@ class SiteOverview:
         return {"msp": record.msp_count, "pop": record.pop_count, "ccs": record.ccs_count}
 
 
+@dataclass(frozen=True, slots=True)
+class PrivacyOverview:
+    """The privacy of a cohort: its rules, and what it spent."""
+
+    rules: CohortRules
+    account: Account
+
+
 class Operations:
     """The operator's view of a service, and the levers.
 
@@ -70,13 +88,7 @@ class Operations:
     async def cohorts(self, *, caller: Principal = TRUSTED) -> list[CohortOverview]:
         """List the cohorts that the caller may administer, in order of name."""
         service = self._service
-        administered = [
-            rules
-            for rules in service.cohorts
-            if caller.unrestricted or rules.access.allow(caller, Action.ADMIN)
-        ]
-        if not administered:
-            service.gate.require_operator(caller, "administer cohorts")
+        administered = self._administered(caller)
         subscribers = await service.router.count_subscribers(rules.name for rules in administered)
         overviews = {
             rules.name: CohortOverview(
@@ -196,6 +208,98 @@ class Operations:
         log = self._service.releaser.publisher.log
         found = self._service.applied.list(cohort, after=after, limit=limit)
         return [(applied, log.newest_revision(applied.key)) for applied in found]
+
+    def plan_privacy(
+        self,
+        settings: PrivacySettings,
+        *,
+        signals: int,
+        sites: int,
+        min_sites: int = 3,
+        caller: Principal = TRUSTED,
+    ) -> tuple[BudgetPlan, PlanReport]:
+        """Say what a privacy budget would mean; nothing is changed.
+
+        Args:
+            settings: The budget.
+            signals: Signals that are released together.
+            sites: Sites that send all of them.
+            min_sites: Sites needed before a signal has a value.
+            caller: Who asks; one who may administer some cohort.
+
+        Raises:
+            AccessDeniedError: The caller may administer no cohort.
+            RequestInvalidError: There is no signal, or the settings contradict each other, or ask for
+                nothing.
+        """
+        self._administered(caller)
+        if not signals:
+            raise RequestInvalidError(
+                [Violation("signals", "fmi.plan.signals", "say how many, or which (signal_specs)")]
+            )
+        try:
+            plan = plan_budget(settings, signals)
+        except BudgetError as error:
+            field = f"privacy.{error.setting}"
+            broken = Violation(field, "fmi.cohort_spec.privacy_budget", error.advice, _INVALID)
+            raise RequestInvalidError([broken], _INVALID) from None
+        return plan, report_plan(plan, sites, min_sites=min_sites)
+
+    def noise_per_signal(
+        self, signals: Sequence[cohort_pb2.SignalSpec], noise_stderr: float
+    ) -> dict[str, float]:
+        """Return what noise on a mean in the middle of its bounds is in the unit of each signal.
+
+        Args:
+            signals: The signals; each must have both bounds.
+            noise_stderr: The noise, in units of half the width between the bounds on the scale of averaging.
+
+        Raises:
+            SpecInvalidError: The signals break rules.
+        """
+        if not signals:
+            return {}
+        spec = cohort_pb2.CohortSpec(name="plan", signals=signals)
+        spec.privacy.dp_noise_sigma, spec.privacy.dp_delta, spec.privacy.dp_epochs = 1.0, 1e-6, 1
+        cells = CohortState(self._service.cohorts.compile(spec)).unit_cells()
+        slopes = cells.transforms.unit_slope(cells.rows, np.zeros(len(cells.rows)))
+        return dict(zip(cells.names, (slopes * noise_stderr).tolist(), strict=True))
+
+    def privacy_budgets(
+        self, cohort: str = "", *, caller: Principal = TRUSTED
+    ) -> list[PrivacyOverview]:
+        """List the cohorts that are private, or were and have a ledger, in order of name.
+
+        Raises:
+            CohortUnknownError: There is no such cohort.
+        """
+        self._check(caller, cohort)
+        private = self._service.releaser.private
+        return [
+            PrivacyOverview(rules, private.account(rules))
+            for rules in self._service.cohorts
+            if (not cohort or rules.name == cohort)
+            and (rules.privacy is not None or rules.name in private.totals)
+        ]
+
+    async def privacy_spends(
+        self, cohort: str, *, after: int = 0, limit: int = 100, caller: Principal = TRUSTED
+    ) -> list[SpendRecord]:
+        """List the privacy ledger of a cohort behind a number, oldest first.
+
+        Raises:
+            CohortUnknownError: There is no such cohort.
+        """
+        self._check(caller, cohort)
+        return await self._service.store.spends(cohort, after_number=after, limit=limit)
+
+    def _administered(self, caller: Principal) -> list[CohortRules]:
+        """Return the cohorts that a caller may administer; refuse who may administer none."""
+        service = self._service
+        found = [rules for rules in service.cohorts if rules.access.allow(caller, Action.ADMIN)]
+        if not found:
+            service.gate.require_operator(caller, "administer cohorts")
+        return found
 
     def _authorise(self, caller: Principal, cohort: str) -> None:
         if cohort:

@@ -11,7 +11,6 @@ import math
 import os
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +18,9 @@ from numpy.typing import NDArray
 from fmi_server.aggregation import UnitCells
 from fmi_server.privacy.budget import BudgetPlan
 from fmi_server.privacy.discrete_gaussian import Entropy
+from fmi_server.privacy.noisy_means import PRIVATE_ESTIMATORS
 
-__all__ = ["PRIVATE_ESTIMATORS", "PrivateEstimate", "private_prior"]
-
-PRIVATE_ESTIMATORS: Final = ("mean", "weighted_mean")
-"""Estimators under which a site moves the sums by no more than its own vector."""
-
-NOISE_OF_WEIGHT: Final = 3.0
-"""A noisy weight below so many standard deviations of its noise may be no weight at all: it is no divisor."""
+__all__ = ["PrivateEstimate", "private_prior"]
 
 _NORMAL = NormalDist()
 
@@ -44,6 +38,7 @@ class PrivateEstimate:
         weight: noisy sum of the weights behind it, in sites; at least 0.
         tolerance: the difference that the confidence is about.
         confidence: the probability that the value lies within the tolerance of the centre of the sites.
+        reason: why there is no value; empty where there is one.
     """
 
     section: str
@@ -54,6 +49,7 @@ class PrivateEstimate:
     weight: float
     tolerance: float | None
     confidence: float
+    reason: str
 
 
 def private_prior(
@@ -86,8 +82,8 @@ def private_prior(
     sums = plan.sums
     weights = cells.confidence if estimator == "weighted_mean" else np.ones(cells.values.shape[1])
     noisy = sums.noisy(sums.sums(cells.values, weights), entropy)
-    weight_noise = 2.0**sums.sigma_bits / sums.weight_bound
-    means = sums.means(noisy, max(float(min_sites), NOISE_OF_WEIGHT * weight_noise))
+    least = plan.least_weight(min_sites)
+    means = sums.means(noisy, least)
     rows, scale = cells.rows, cells.transforms
     value, slope = scale.from_unit(rows, means.value), scale.unit_slope(rows, means.value)
     margin = _NORMAL.inv_cdf(0.5 + level / 2.0) * means.stderr
@@ -105,6 +101,11 @@ def private_prior(
             weight=max(0.0, float(means.weight[i])),
             tolerance=_or_none(matters[i] * slope[i]),
             confidence=_within(matters[i], means.stderr[i]),
+            reason=(
+                f"the noisy weight is below {least:.3g} sites: fewer are needed where there is less noise"
+                if np.isnan(value[i])
+                else ""
+            ),
         )
         for i, name in enumerate(cells.names)
     }

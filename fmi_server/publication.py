@@ -126,9 +126,14 @@ class Publisher:
         return published_at
 
     async def publish(
-        self, rules: CohortRules, result: AggregationResult
+        self, rules: CohortRules, result: AggregationResult, *, at: float | None = None
     ) -> list[update_pb2.Update]:
         """Publish what changed in a cohort; return it.
+
+        Args:
+            rules: The cohort's rules.
+            result: Its aggregates.
+            at: The time that the updates carry, Unix seconds; now where it is not given.
 
         Raises:
             StoreError: It could not be stored; nobody was told of anything.
@@ -136,7 +141,7 @@ class Publisher:
         async with self._lock:
             if self._unsure:
                 await self._catch_up()
-            updates, records = self._changes(rules, result)
+            updates, records = self._changes(rules, result, self._clock() if at is None else at)
             if not records:
                 return []
             # Until the store says so, nobody knows whether a write that fails got in.
@@ -159,9 +164,9 @@ class Publisher:
         self._unsure = False
 
     def _changes(
-        self, rules: CohortRules, result: AggregationResult
+        self, rules: CohortRules, result: AggregationResult, at: float
     ) -> tuple[list[update_pb2.Update], list[UpdateRecord]]:
-        released_at_ns = int(self._clock() * 1e9)
+        released_at_ns = int(at * 1e9)
         updates: list[update_pb2.Update] = []
         records: list[UpdateRecord] = []
         for kind, body in _bodies(result):

@@ -2,7 +2,7 @@
 
 A cohort is dirty when something counted changed. It is released when it has a quorum and `min_interval`
 has passed since its last release, at the latest `max_interval` after it became dirty. What did not change
-is not published.
+is not published. Private cohorts are released by the clock alone (`private_releases`).
 
 `publication` stores the updates and tells the subscribers.
 """
@@ -24,6 +24,7 @@ from fmi_server.cohort_state import CohortState
 from fmi_server.cohorts import CohortRegistry, CohortRules
 from fmi_server.counted_time import NewestSignals, counted_at_us
 from fmi_server.errors import FMIError
+from fmi_server.private_releases import PrivateReleases
 from fmi_server.publication import Publisher
 from fmi_server.router import FMIRouter
 from fmi_server.storage import Store, StoreError
@@ -46,6 +47,9 @@ MAX_RELEASING: Final = 4
 
 SWEEP_S: Final = 10.0
 """Seconds between two looks for values that are past their time."""
+
+LONGEST_WAIT_S: Final = 60.0
+"""Seconds without a look at the clock, which somebody may set."""
 
 RETRY_S: Final = 2.0
 """Seconds after which a release that failed is tried again."""
@@ -86,6 +90,7 @@ class Releaser:
     Attributes:
         newest: As of when the newest signals of each site count.
         publisher: Stores and tells of updates.
+        private: Releases private cohorts.
         arrivals: Packets taken to be counted, by cohort, since somebody last looked.
     """
 
@@ -113,6 +118,7 @@ class Releaser:
         self._saved_counts: dict[str, Counter[str]] = {}
         self.arrivals: Counter[str] = Counter()
         self.publisher = Publisher(store, router, telemetry=telemetry, clock=clock)
+        self.private = PrivateReleases(store, aggregator, self.publisher, clock=clock)
 
     async def load(self) -> None:
         """Bring back what was published, and count the live packets; the others are not read.
@@ -123,6 +129,10 @@ class Releaser:
         for cohort, published_at in (await self.publisher.load()).items():
             work = self._work[cohort]
             work.released_at = work.computed_at = published_at
+        await self.private.load()
+        for rules in self._cohorts:
+            if rules.privacy is not None:
+                self._work[rules.name]  # it is released whether sites sent something or not
         known: set[str] = set()
         for site in await self._store.sites():
             known.add(site.cohort)
@@ -191,8 +201,9 @@ class Releaser:
                     tasks.create_task(self._release_safely(name), name=f"release of {name}")
                     del due[name]
                 waiting = due and len(self._releasing) < MAX_RELEASING
+                pause_s = min(LONGEST_WAIT_S, min(due.values()) - now) if waiting else None
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(min(due.values()) - now if waiting else None):
+                    async with asyncio.timeout(pause_s):
                         await self._wake.wait()
 
     async def sweep(self) -> None:
@@ -229,9 +240,17 @@ class Releaser:
 
         Raises:
             CohortUnknownError: There is no such cohort.
+            ReleaseScheduledError: It is private, and releases at fixed times only.
+            PrivacyBudgetExhaustedError: It is private, and releases nothing more.
             StoreError: The updates could not be stored; nothing was published.
         """
         rules = self._cohorts.rules(cohort)
+        if rules.privacy is not None:
+            raise self.private.refusal(rules)
+        return await self._release(rules)
+
+    async def _release(self, rules: CohortRules) -> list[update_pb2.Update]:
+        cohort = rules.name
         work = self._work[cohort]
         started = time.perf_counter()
         async with work.lock:
@@ -239,10 +258,10 @@ class Releaser:
             since, work.dirty_since = work.dirty_since, None
             state = self._state(rules)
             try:
-                now = self._clock()
-                result = await in_thread(self._aggregator.result, state, now=now)
-                updates = await self.publisher.publish(rules, result)
-                await self._save_reputations(state)
+                if rules.privacy is None:
+                    updates = await self._publish_news(rules, state)
+                else:
+                    updates = await self.private.release(rules, state)
             except BaseException:
                 if not self.dirty(cohort):
                     work.dirty_since = since
@@ -253,6 +272,14 @@ class Releaser:
                 work.released_at = work.computed_at
         outcome = "published" if updates else "unchanged"
         self._telemetry.release(outcome, time.perf_counter() - started)
+        return updates
+
+    async def _publish_news(
+        self, rules: CohortRules, state: CohortState
+    ) -> list[update_pb2.Update]:
+        result = await in_thread(self._aggregator.result, state, now=self._clock())
+        updates = await self.publisher.publish(rules, result)
+        await self._save_reputations(state)
         return updates
 
     async def rebuild(self, cohort: str) -> None:
@@ -348,6 +375,13 @@ class Releaser:
     def _due(self) -> dict[str, float]:
         due: dict[str, float] = {}
         for name, work in self._work.items():
+            rules = self._private_rules(name)
+            if rules is not None:
+                # Nothing that a site sends may move the release of a private cohort.
+                at = self.private.due(rules)
+                if at is not None:
+                    due[name] = max(at, work.retry_at)
+                continue
             if work.dirty_since is None:
                 continue
             rules = self._cohorts.rules(name)
@@ -355,6 +389,11 @@ class Releaser:
             latest = work.dirty_since + rules.max_interval_s
             due[name] = earliest if work.quorate else max(earliest, latest)
         return due
+
+    def _private_rules(self, name: str) -> CohortRules | None:
+        """Return the rules of a cohort that is private, or None."""
+        rules = self._cohorts.rules(name) if name in self._cohorts else None
+        return None if rules is None or rules.privacy is None else rules
 
     def _look_for_quorum(self, name: str, work: _Cohort, domain_id: str) -> None:
         rules = self._cohorts.rules(name)
@@ -367,7 +406,7 @@ class Releaser:
 
     async def _release_safely(self, name: str) -> None:
         try:
-            await self.release(name)
+            await self._release(self._cohorts.rules(name))
         except Exception as error:
             # One cohort's fault must not keep the others from being released.
             unknown = not isinstance(error, FMIError)

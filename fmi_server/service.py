@@ -66,6 +66,7 @@ from fmi_server.errors import (
     reason_name,
 )
 from fmi_server.feed_requests import FeedRequest, everything, kind_name
+from fmi_server.private_messages import private_warm_start
 from fmi_server.releases import Releaser
 from fmi_server.router import AGGREGATOR, FMIRouter
 from fmi_server.storage import MemoryStore, Store, StoreError
@@ -252,7 +253,7 @@ class FMIService:
                     self._intake.inspect(typed, received_at_us=received_at_us, caller=caller)
                 )
                 outcome = await self._append(candidate)
-                answer = settle(candidate, outcome)
+                answer = self._settled(candidate, outcome)
                 if answer.error is not None:
                     raise answer.error  # noqa: TRY301 - counted below, like every other refusal
             except Exception:
@@ -303,7 +304,7 @@ class FMIService:
         answers = []
         counts: Counter[tuple[str, str]] = Counter()
         for item in items:
-            answer = settle(item, next(outcomes)) if isinstance(item, Candidate) else item
+            answer = self._settled(item, next(outcomes)) if isinstance(item, Candidate) else item
             counts[answer.kind, answer.status] += 1
             if answer.error is not None:
                 self.telemetry.refusal(reason_name(answer.error.reason))
@@ -376,6 +377,11 @@ class FMIService:
             if self._tasks is not None and not self.closing.is_set():
                 self._tasks.create_task(self._count_abandoned(candidate), name="abandoned")
             raise
+
+    def _settled(self, candidate: Candidate, outcome: AppendOutcome) -> Answer:
+        answer = settle(candidate, outcome)
+        # The places of two packets of one site tell how many came between them.
+        return replace(answer, sequence=0) if self.cohorts.any_private else answer
 
     async def _count(self, candidate: Candidate, answer: Answer) -> Answer:
         """Hand an accepted packet on to be counted; warn where it is overtaken already."""
@@ -555,9 +561,19 @@ class FMIService:
         request = WarmStartRequest(
             profile_class or DEFAULT_PROFILE_CLASS, regime_tag, concepts or {}
         )
+        if self.cohorts.rules(cohort).privacy is not None:
+            return self._released_warm_start(cohort, request.profile_class)
         found = await self.uninterrupted(self._find_warm_start(cohort, request))
         latest = self.releaser.publisher.log.latest.get((cohort, update_pb2.UPDATE_KIND_PRIOR))
         return found, latest.revision if latest else 0
+
+    def _released_warm_start(
+        self, cohort: str, profile_class: str
+    ) -> tuple[update_pb2.WarmStartProfile, int]:
+        """Read the warm start of a private cohort off its last release: what is held stays unseen."""
+        latest = self.releaser.publisher.log.latest.get((cohort, update_pb2.UPDATE_KIND_PRIOR))
+        update = update_pb2.Update.FromString(latest.payload) if latest else update_pb2.Update()
+        return private_warm_start(update.prior_update, profile_class), update.revision
 
     async def _find_warm_start(
         self, cohort: str, request: WarmStartRequest
@@ -572,6 +588,8 @@ class FMIService:
         Raises:
             AccessDeniedError: The caller may not administer the cohort.
             CohortUnknownError: There is no such cohort.
+            ReleaseScheduledError: It is private, and releases at fixed times only.
+            PrivacyBudgetExhaustedError: It is private, and releases nothing more.
             StoreError: The updates could not be stored; nothing was published.
         """
         self.gate.require(caller, Action.ADMIN, cohort)
@@ -613,15 +631,19 @@ class FMIService:
             rules, changed = self.cohorts.check(spec, force=force)
             if not changed:
                 return rules, changed
+            present = self.cohorts.rules(rules.name) if rules.name in self.cohorts else None
             async with self.compactor.suspended(rules.name):
                 # Stored before it is in force: a crash in between changes nothing that anybody saw.
                 await self.store.put_cohort(rules.name, rules.spec.SerializeToString(), 1)
-                before = self.cohorts.access(rules.name) or AccessRules()
                 self.cohorts.declare(spec, force=force)
+                before = AccessRules() if present is None else present.access
                 log = self.releaser.publisher.log
                 self.router.access_changed(rules.name, before, rules.access, log)
                 self.telemetry.cohorts(len(self.cohorts))
-                await self.releaser.rebuild(rules.name)
+                # Who may do what changes nothing of what the cohort's packets say.
+                known = present.schema_hash if present and present.declared else ""
+                if known != rules.schema_hash:
+                    await self.releaser.rebuild(rules.name)
         _log.info("cohort %s is declared, schema hash %s", rules.name, rules.schema_hash)
         return rules, changed
 

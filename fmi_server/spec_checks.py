@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fmi.v1 import cohort_pb2
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.errors import Reason, Violation
+from fmi_server.private_specs import privacy_settings, private_spec_problems
 
 __all__ = ["spec_violations"]
 
@@ -27,8 +28,7 @@ def spec_violations(
             go with others, is not told a second time.
 
     Returns:
-        The broken rules, and with the reason SETTING_UNSUPPORTED the settings that this version does not
-        have.
+        The broken rules.
     """
     lost = frozenset(unreadable)
     found = [v for v in registry.message_violations(spec) if not _inside(v.field, lost)]
@@ -38,7 +38,6 @@ def spec_violations(
         for broken in _cross_field_rules(spec)
         if not any(path in told or _inside(path, lost) for path in broken.reads)
     ]
-    found += _unsupported(spec)
     return found
 
 
@@ -70,7 +69,10 @@ def _cross_field_rules(spec: cohort_pb2.CohortSpec) -> Iterator[_Broken]:
         seen.add(signal.name)
         yield from _transform_rules(where, signal)
         yield from _direction_rules(where, signal)
-    yield from _release_rules(spec.release)
+    for problem in private_spec_problems(spec):
+        yield _broken(*problem)
+    if not privacy_settings(spec.privacy).private:
+        yield from _release_rules(spec.release)
 
 
 def _transform_rules(where: str, signal: cohort_pb2.SignalSpec) -> Iterator[_Broken]:
@@ -123,26 +125,6 @@ def _release_rules(release: cohort_pb2.ReleaseSpec) -> Iterator[_Broken]:
 
 def _broken(where: str, reads: tuple[str, ...], rule: str, description: str) -> _Broken:
     """Tell a rule of the first of the fields that it reads."""
-    violation = Violation(
-        f"{where}.{reads[0]}", f"fmi.cohort_spec.{rule}", description, Reason.SPEC_INVALID
-    )
-    return _Broken(violation, tuple(f"{where}.{name}" for name in reads))
-
-
-def _unsupported(spec: cohort_pb2.CohortSpec) -> Iterator[Violation]:
-    privacy = spec.privacy
-    for name in ("dp_epsilon", "dp_delta", "dp_noise_sigma", "dp_epochs"):
-        if getattr(privacy, name):
-            yield _lacking(
-                f"privacy.{name}",
-                "this version has no differential privacy; remove it and do not rely on noise, or use "
-                "a version that has it",
-            )
-    if privacy.HasField("dp_sensitivity"):
-        yield _lacking(
-            "privacy.dp_sensitivity", "this version has no differential privacy; remove it"
-        )
-
-
-def _lacking(field: str, description: str) -> Violation:
-    return Violation(field, "fmi.cohort_spec.unsupported", description, Reason.SETTING_UNSUPPORTED)
+    paths = tuple(f"{where}.{name}" if where else name for name in reads)
+    violation = Violation(paths[0], f"fmi.cohort_spec.{rule}", description, Reason.SPEC_INVALID)
+    return _Broken(violation, paths)

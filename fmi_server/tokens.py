@@ -4,7 +4,7 @@ A token is `fmi_<id>_<secret>`: the id finds its record, the secret has 256 rand
 it can stand in the file: what slows guessing down protects secrets that can be guessed. The file is replaced
 as a whole, with mode 0600, under a lock that the commands take; a server reads it again when it changes.
 
-It is a file of its own and not part of the store: see docs/decisions/0015.
+It is a file of its own and not part of the store: see docs/decisions/0016.
 """
 
 from __future__ import annotations

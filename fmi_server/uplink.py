@@ -224,8 +224,8 @@ def summary_packet(
 
     Values, standard errors and confidences are those of the estimates; `evidence.sites` is the mean of the
     effective sites over them. A value whose confidence is not known counts at the parent as the median
-    of the regions does. The packet is dated to the release, or a whole number of `REFRESH_S` later, and
-    its id is made from its content.
+    of the regions does. Of a private cohort the packet declares the privacy that was spent. The packet is
+    dated to the release, or a whole number of `REFRESH_S` later, and its id is made from its content.
 
     Args:
         update: A published prior.
@@ -257,6 +257,11 @@ def summary_packet(
     header.cohort = update.cohort
     header.rev = CURRENT_REVISION
     header.provenance.software = f"fmi-server/{VERSION}"
+    lineage = update.prior_update.lineage
+    if lineage.epsilon_spent:
+        applied = header.provenance.applied_privacy
+        applied.mechanism, applied.delta = "discrete_gaussian", lineage.delta
+        applied.epsilon = lineage.epsilon_spent
     released_ns = update.released_at.ToNanoseconds()
     age = max(0.0, now - released_ns / 1e9)
     header.emitted_at.FromNanoseconds(released_ns + int(age // REFRESH_S * REFRESH_S) * 10**9)

@@ -114,6 +114,9 @@ class FMIValidator:
                 )
             else:
                 warnings = (*warnings, f"header.schema_hash: {text}")
+        kind = packet.WhichOneof("body")
+        if rules.privacy is not None and kind != "msp":
+            warnings = (*warnings, f"{kind}: is kept, but a private cohort releases nothing of it")
         if rules.signals or not rules.free_signals:
             found.extend(_vocabulary_violations(packet, rules))
         if found:

@@ -109,7 +109,7 @@ def warm_start_view(profile: update_pb2.WarmStartProfile) -> Iterator[Renderable
                 text(name),
                 number(value),
                 _interval(origin),
-                str(origin.sites),
+                str(origin.sites or "-"),
                 share(origin.confidence),
                 _SOURCES.get(origin.source, ""),
             )
@@ -122,7 +122,7 @@ def _prior_lines(prior: update_pb2.MetaPriorUpdate) -> list[Text]:
         spread = interval(prior.estimates[name]) if name in prior.estimates else ""
         shown.append(f"{safe(name)} {number(value)}" + (f" [{spread}]" if spread else ""))
     lines = _listed(shown) or [_line("no settings have a value")]
-    made_from = f"{counted(prior.lineage.sites, 'site')}, confidence {share(prior.confidence)}"
+    made_from = f"{_made_from(prior.lineage)[0]}, confidence {share(prior.confidence)}"
     lines.append(_line(made_from, "dim"))
     for reason, names in _missing_by_reason(prior).items():
         lines += _listed(names, lead="no value yet: ", tail=f" ({reason})", style="dim")
@@ -183,7 +183,7 @@ def _prior_view(prior: update_pb2.MetaPriorUpdate) -> Iterator[RenderableType]:
                 text(f"  {name}"),
                 number(value),
                 _interval(estimate),
-                str(estimate.sites),
+                str(estimate.sites or "-"),
                 format(estimate.effective_sites, ".1f"),
                 str(estimate.trimmed),
                 share(estimate.confidence),
@@ -214,7 +214,7 @@ def _without_value(prior: update_pb2.MetaPriorUpdate) -> Iterator[RenderableType
         listed.add_row(
             text(name),
             text(estimate.section),
-            str(estimate.sites),
+            str(estimate.sites or "-"),
             _why_none(estimate.reason),
         )
     yield listed
@@ -303,7 +303,7 @@ def _section_order(section: str) -> tuple[int, str]:
 
 
 def _lineage(lineage: update_pb2.Lineage, *more: str) -> Text:
-    parts = [counted(lineage.sites, "site"), counted(lineage.packets, "packet"), *more]
+    parts = [*_made_from(lineage), *more]
     if lineage.estimator:
         parts.append(safe(lineage.estimator))
     if lineage.trimmed:
@@ -311,6 +311,13 @@ def _lineage(lineage: update_pb2.Lineage, *more: str) -> Text:
     if lineage.epsilon_spent:
         parts.append(f"epsilon {number(lineage.epsilon_spent)} spent")
     return Text(", ".join(parts), style="dim")
+
+
+def _made_from(lineage: update_pb2.Lineage) -> list[str]:
+    """Say how much it was made from, which a private cohort does not tell."""
+    if lineage.epsilon_spent:
+        return ["private"]
+    return [counted(lineage.sites, "site"), counted(lineage.packets, "packet")]
 
 
 def _conflict(edge: update_pb2.ConsensusEdge) -> str:

@@ -61,7 +61,7 @@ def zcdp_delta(rho: float, epsilon: float) -> float:
     least_order = 1.0 + 1e-12
     order = max(order, least_order)
     exponent = (order - 1.0) * (order * rho - epsilon) + order * math.log1p(-1.0 / order)
-    return min(1.0, math.exp(exponent - math.log(order - 1.0)))
+    return math.exp(min(0.0, exponent - math.log(order - 1.0)))
 
 
 def zcdp_epsilon(rho: float, delta: float) -> float:

@@ -16,6 +16,12 @@ __all__ = ["BudgetError", "BudgetPlan", "PrivacySettings", "natural_sensitivity"
 
 _ROUNDING = 1e-9
 
+MAX_EPSILON = 1e4
+MAX_EPOCHS = 2**32 - 1
+
+NOISE_OF_WEIGHT = 3.0
+"""A noisy weight below so many standard deviations of its noise may be no weight at all: it is no divisor."""
+
 
 class BudgetError(ValueError):
     """Settings of privacy contradict each other.
@@ -55,6 +61,23 @@ class PrivacySettings:
         """Return whether privacy is asked for at all."""
         return self.dp_epsilon > 0.0 or self.dp_noise_sigma > 0.0
 
+    def check(self) -> None:
+        """Check all that does not depend on the number of signals.
+
+        Raises:
+            BudgetError: The settings contradict each other, or say too little to promise anything.
+        """
+        if self.private:
+            plan_budget(self, 1)
+            return
+        for name in ("dp_delta", "dp_sensitivity"):
+            if getattr(self, name):
+                raise BudgetError(
+                    name,
+                    f"is {getattr(self, name):g}, but neither dp_epsilon nor dp_noise_sigma asks for "
+                    "privacy: set one, or leave it out",
+                )
+
 
 @dataclass(frozen=True, slots=True)
 class BudgetPlan:
@@ -64,7 +87,8 @@ class BudgetPlan:
         epsilon: of all epochs together.
         delta: the same.
         epochs: releases that it lasts for.
-        rho: of all epochs together, in zero-concentrated differential privacy.
+        rho: of all epochs together, in zero-concentrated differential privacy: what the mechanism itself
+            costs so many times, and the share of a rounding more, so that a sum of costs does not pass it.
         noise_multiplier: standard deviation of the noise by the natural sensitivity.
         sums: the mechanism with that noise.
     """
@@ -83,7 +107,20 @@ class BudgetPlan:
 
     def spent(self, releases: int) -> float:
         """Return the epsilon that so many releases spent, at the plan's delta."""
-        return zcdp_epsilon(releases * self.rho_per_release, self.delta)
+        return self.epsilon_of(releases * self.rho_per_release)
+
+    def epsilon_of(self, rho: float) -> float:
+        """Return the epsilon of a cost in zero-concentrated differential privacy, at the plan's delta."""
+        return zcdp_epsilon(rho, self.delta) if rho else 0.0
+
+    def least_weight(self, min_sites: int) -> float:
+        """Return the noisy weight, in sites, below which a signal has no value.
+
+        Args:
+            min_sites: fewer never have one.
+        """
+        noise = 2.0**self.sums.sigma_bits / self.sums.weight_bound
+        return max(float(min_sites), NOISE_OF_WEIGHT * noise)
 
     def noise_stderr(self, sites: float, value: float = 0.0) -> float:
         """Return the standard error that the noise alone gives a mean.
@@ -110,19 +147,31 @@ def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
     """Turn what is asked into a budget for each release.
 
     Args:
-        settings: what is asked; privacy at all.
+        settings: what is asked.
         signals: that are released together.
 
     Raises:
         BudgetError: The settings contradict each other, or say too little to promise anything.
     """
+    if not settings.private:
+        raise BudgetError(
+            "dp_epsilon",
+            "is not set, and neither is dp_noise_sigma, so that nothing is asked for: set one",
+        )
     if not 0.0 < settings.dp_delta < 1.0:
         raise BudgetError(
             "dp_delta",
             f"is {settings.dp_delta:g}; Gaussian noise promises nothing without a delta above 0: choose one "
             "well below 1 / (number of sites), for example 1e-6",
         )
+    if settings.dp_epsilon > MAX_EPSILON:
+        raise BudgetError(
+            "dp_epsilon",
+            f"is {settings.dp_epsilon:g}, which promises nothing: choose one below 10, or leave privacy out",
+        )
     stretch = _stretch(settings.dp_sensitivity, signals)
+    if settings.dp_noise_sigma:
+        _mechanism(signals, settings.dp_noise_sigma * stretch, "dp_noise_sigma")
     rho = 0.0
     if settings.dp_epsilon > 0.0:
         rho = zcdp_rho(settings.dp_epsilon, settings.dp_delta)
@@ -135,7 +184,7 @@ def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
                 "(dp_noise_sigma)",
             )
         # A rounding more, so that the budget is kept to the last digit.
-        multiplier = math.sqrt(epochs / (2.0 * rho)) * stretch * (1.0 + _ROUNDING)
+        multiplier = math.sqrt(epochs / (2.0 * rho)) * stretch * (1.0 + 2.0 * _ROUNDING)
     elif rho:
         epochs = _checked_epochs(settings, rho, multiplier)
     elif not epochs:
@@ -144,14 +193,18 @@ def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
             "is not set; noise alone (dp_noise_sigma) promises nothing over releases without end: say how "
             "many there may be, or a dp_epsilon",
         )
-    try:
-        sums = PrivateSums(signals, multiplier)
-    except ValueError as error:
-        field = "dp_noise_sigma" if settings.dp_noise_sigma else "dp_epsilon"
-        raise BudgetError(field, f"cannot be kept: {error}") from None
-    rho = rho or epochs * float(sums.rho)
+    field = "dp_noise_sigma" if settings.dp_noise_sigma else "dp_epsilon"
+    sums = _mechanism(signals, multiplier, field)
+    rho = epochs * float(sums.rho) * (1.0 + _ROUNDING)
     epsilon = settings.dp_epsilon or zcdp_epsilon(rho, settings.dp_delta)
     return BudgetPlan(epsilon, settings.dp_delta, epochs, rho, multiplier, sums)
+
+
+def _mechanism(signals: int, multiplier: float, setting: str) -> PrivateSums:
+    try:
+        return PrivateSums(signals, multiplier)
+    except ValueError as error:
+        raise BudgetError(setting, f"cannot be kept: {error}") from None
 
 
 def _stretch(declared: float | None, signals: int) -> float:
@@ -170,7 +223,8 @@ def _stretch(declared: float | None, signals: int) -> float:
 
 def _checked_epochs(settings: PrivacySettings, rho: float, multiplier: float) -> int:
     """Return how many releases with this noise a budget lasts for, where it lasts for those asked for."""
-    lasts = math.floor(rho / zcdp_of_noise(1.0, multiplier))
+    lasts = math.floor(rho / zcdp_of_noise(1.0, multiplier) * (1.0 - 2.0 * _ROUNDING))
+    lasts = min(lasts, MAX_EPOCHS)
     epochs = settings.dp_epochs or lasts
     if epochs <= lasts and epochs:
         return epochs

@@ -23,9 +23,12 @@ from numpy.typing import NDArray
 
 from fmi_server.privacy.discrete_gaussian import MAX_SIGMA_BITS, Entropy, discrete_gaussian
 
-__all__ = ["MAX_SITES", "NoisyMeans", "NoisySums", "PrivateSums"]
+__all__ = ["MAX_SITES", "PRIVATE_ESTIMATORS", "NoisyMeans", "NoisySums", "PrivateSums"]
 
-MAX_SITES: Final = 1 << 20
+PRIVATE_ESTIMATORS: Final = ("mean", "weighted_mean")
+"""Estimators under which a site moves the sums by no more than its own vector."""
+
+MAX_SITES: Final = 1 << 26
 """Sites whose sums are sure to fit into 64 bits."""
 
 WEIGHT_SHARE: Final = 0.5

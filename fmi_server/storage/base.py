@@ -46,6 +46,7 @@ from fmi_server.storage.records import (
     CohortRecord,
     DictionaryRecord,
     LedgerTotal,
+    LostSpan,
     PacketKey,
     PacketKind,
     PacketRecord,
@@ -230,10 +231,10 @@ def check_spend(spend: SpendRecord, *, last_number: int, last_period: int | None
 
     Raises:
         LedgerConflictError: The entry does not follow the last one.
-        ValueError: It costs nothing, or no number.
+        ValueError: Its cost is negative, or no number.
     """
-    if not 0.0 < spend.rho < math.inf:
-        raise ValueError(f"the cost of a release must be positive and finite, not {spend.rho}")
+    if not 0.0 <= spend.rho < math.inf:
+        raise ValueError(f"the cost of a release must be at least 0 and finite, not {spend.rho}")
     follows = last_period is None or spend.period > last_period
     if spend.number != last_number + 1 or not follows:
         raise LedgerConflictError(spend, last_number=last_number, last_period=last_period)
@@ -487,7 +488,7 @@ class Store(ABC):
 
         Raises:
             LedgerConflictError: The fence does not hold; nothing was written.
-            ValueError: The cost is not positive and finite.
+            ValueError: The cost is negative, or not finite.
         """
 
     @abstractmethod
@@ -499,6 +500,10 @@ class Store(ABC):
     @abstractmethod
     async def ledger_totals(self) -> dict[str, LedgerTotal]:
         """Return what each cohort with a ledger spent."""
+
+    async def lost_spans(self) -> list[LostSpan]:
+        """Return the spans of time of which this history may lack what was spent; a backup was restored."""
+        return []
 
     # Cohorts, sites, dictionaries
 

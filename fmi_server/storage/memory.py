@@ -399,7 +399,7 @@ class MemoryStore(Store):
         """Return what each cohort with a ledger spent."""
         return {
             cohort: LedgerTotal(
-                len(held),
+                sum(spend.rho > 0.0 for spend in held),
                 math.fsum(spend.rho for spend in held),
                 held[-1].number,
                 held[-1].period,

@@ -15,6 +15,7 @@ __all__ = [
     "CohortRecord",
     "DictionaryRecord",
     "LedgerTotal",
+    "LostSpan",
     "PacketKey",
     "PacketKind",
     "PacketRecord",
@@ -153,12 +154,14 @@ class CohortRecord:
 class SpendRecord:
     """One entry of the privacy ledger: what a release of a cohort costs, whether it came to be or not.
 
+    The first entry of a ledger costs nothing: it says when privacy was put in force.
+
     Attributes:
         cohort: Whose budget.
         number: 1, 2, 3 ... in each cohort, without gaps.
-        period: Which period of the cohort's schedule the release is for; rises with the number.
+        period: When the period began that the release is for, Unix microseconds; rises with the number.
         spent_at_us: Unix microseconds.
-        rho: The cost in zero-concentrated differential privacy, positive.
+        rho: The cost in zero-concentrated differential privacy; at least 0.
         history_epoch: The store's when it was spent; another one than now means that a backup was restored.
     """
 
@@ -171,11 +174,24 @@ class SpendRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class LostSpan:
+    """A span of time of which a history may lack everything: from a backup until it was restored.
+
+    Attributes:
+        from_us: When the backup was taken, Unix microseconds.
+        until_us: When it was restored.
+    """
+
+    from_us: int
+    until_us: int
+
+
+@dataclass(frozen=True, slots=True)
 class LedgerTotal:
     """What a cohort spent.
 
     Attributes:
-        entries: How many entries its ledger has.
+        entries: How many entries of its ledger cost something.
         rho: The sum of what they cost.
         last_number: Of the last one.
         last_period: The same.

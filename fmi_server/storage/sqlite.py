@@ -32,6 +32,7 @@ from fmi_server.storage.records import (
     CohortRecord,
     DictionaryRecord,
     LedgerTotal,
+    LostSpan,
     PacketKey,
     PacketRecord,
     SiteRecord,
@@ -49,7 +50,7 @@ from fmi_server.storage.sqlite_append import (
     stored_packet,
 )
 from fmi_server.storage.sqlite_backup import copy_database
-from fmi_server.storage.sqlite_ledger import append_spend, ledger_totals, spends
+from fmi_server.storage.sqlite_ledger import append_spend, ledger_totals, lost_spans, spends
 from fmi_server.storage.sqlite_live import (
     LIVE,
     count_packets,
@@ -433,6 +434,10 @@ class SqliteStore(Store):
     async def ledger_totals(self) -> dict[str, LedgerTotal]:
         """Return what each cohort with a ledger spent."""
         return await self._read(ledger_totals)
+
+    async def lost_spans(self) -> list[LostSpan]:
+        """Return the spans of time of which this history may lack what was spent."""
+        return await self._read(lost_spans)
 
     # Cohorts, sites, dictionaries
 

@@ -7,12 +7,14 @@ import os
 import secrets
 import shutil
 import sqlite3
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from fmi_server.storage.base import StoreCorruptError, StoreVersionError
 from fmi_server.storage.sqlite_inspect import check_integrity, open_for_inspection
+from fmi_server.storage.sqlite_ledger import note_backup, note_restore
 from fmi_server.storage.sqlite_schema import (
     DatabaseLock,
     has_log,
@@ -81,6 +83,7 @@ def copy_database(connection: sqlite3.Connection, target: Path) -> None:
             connection.backup(copy)
             # One file, without a log beside it.
             copy.execute("PRAGMA journal_mode = DELETE")
+            note_backup(copy, _now_us())
         _sync(partial)
         _link(partial, target)
     finally:
@@ -149,6 +152,7 @@ def _prepare_copy(backup: Path, partial: Path) -> str:
             check_integrity(connection, backup)
             epoch = secrets.token_hex(16)
             connection.execute("UPDATE meta SET value = ? WHERE name = 'history_epoch'", (epoch,))
+            note_restore(connection, _now_us())
     except StoreCorruptError as error:
         raise StoreCorruptError(path=str(backup), detail=error.detail) from error
     except StoreVersionError as error:
@@ -159,6 +163,10 @@ def _prepare_copy(backup: Path, partial: Path) -> str:
         raise translate_error(error, backup) from error
     _sync(partial)
     return epoch
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000
 
 
 def _refuse_unreadable(backup: Path) -> None:

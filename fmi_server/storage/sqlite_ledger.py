@@ -1,16 +1,28 @@
-"""The privacy ledger in the database: entries are added, and never changed or taken away."""
+"""The privacy ledger in the database: entries are added, and never changed or taken away.
+
+Beside it the database knows what it may lack of it: a backup notes when it was taken, and a restore that
+whatever happened from then on is lost.
+"""
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from fmi_server.storage.base import check_spend
-from fmi_server.storage.records import LedgerTotal, SpendRecord
+from fmi_server.storage.records import LedgerTotal, LostSpan, SpendRecord
 
 if TYPE_CHECKING:
     import sqlite3
 
-__all__ = ["append_spend", "ledger_totals", "spends"]
+__all__ = [
+    "append_spend",
+    "ledger_totals",
+    "lost_spans",
+    "note_backup",
+    "note_restore",
+    "spends",
+]
 
 _COLUMNS = "cohort, number, period, spent_at_us, rho, history_epoch"
 
@@ -50,8 +62,50 @@ def spends(
 def ledger_totals(connection: sqlite3.Connection) -> dict[str, LedgerTotal]:
     """Return what each cohort spent, and its last entry."""
     rows = connection.execute(
-        "SELECT cohort, count(*), total(rho), max(number), period, history_epoch "
+        "SELECT cohort, sum(rho > 0), total(rho), max(number), period, history_epoch "
         "FROM privacy_ledger GROUP BY cohort"
     )
     # Of a single max() SQLite takes the other columns from the row that has it.
     return {cohort: LedgerTotal(*rest) for cohort, *rest in rows}
+
+
+def note_backup(copy: sqlite3.Connection, now_us: int) -> None:
+    """Note in a backup when it was taken."""
+    _put(copy, "backed_up_at_us", str(now_us))
+
+
+def note_restore(connection: sqlite3.Connection, now_us: int) -> None:
+    """Note in a restored backup what it lacks: what happened since it was taken, until now."""
+    taken = _get(connection, "backed_up_at_us")
+    # A file that was copied by other means is as new as the newest thing in it, at least.
+    from_us = _newest_us(connection) if taken is None else int(taken)
+    spans = [*lost_spans(connection), LostSpan(min(from_us, now_us), now_us)]
+    _put(connection, "lost_spans", json.dumps([[span.from_us, span.until_us] for span in spans]))
+
+
+def lost_spans(connection: sqlite3.Connection) -> list[LostSpan]:
+    """Return the spans of time of which this history may lack what was spent."""
+    found = _get(connection, "lost_spans")
+    return [] if found is None else [LostSpan(*span) for span in json.loads(found)]
+
+
+def _newest_us(connection: sqlite3.Connection) -> int:
+    found = connection.execute(
+        "SELECT max((SELECT coalesce(max(received_at_us), 0) FROM packets), "
+        "(SELECT coalesce(max(published_at_us), 0) FROM updates), "
+        "(SELECT coalesce(max(spent_at_us), 0) FROM privacy_ledger))"
+    ).fetchone()
+    return int(found[0])
+
+
+def _get(connection: sqlite3.Connection, name: str) -> str | None:
+    found = connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+    return None if found is None else str(found[0])
+
+
+def _put(connection: sqlite3.Connection, name: str, value: str) -> None:
+    connection.execute(
+        "INSERT INTO meta (name, value) VALUES (?, ?) "
+        "ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+        (name, value),
+    )

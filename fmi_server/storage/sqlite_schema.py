@@ -143,7 +143,7 @@ _VERSION_3 = (
         number INTEGER NOT NULL CHECK (number > 0),
         period INTEGER NOT NULL,
         spent_at_us INTEGER NOT NULL,
-        rho REAL NOT NULL CHECK (rho > 0),
+        rho REAL NOT NULL CHECK (rho >= 0),
         history_epoch TEXT NOT NULL,
         PRIMARY KEY (cohort, number)
     ) STRICT, WITHOUT ROWID""",

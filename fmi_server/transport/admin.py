@@ -6,13 +6,16 @@ from typing import Final
 
 from fmi.v1 import admin_service_pb2 as wire_pb2
 from fmi_server.operations import CohortOverview, Operations, SiteOverview
+from fmi_server.private_specs import privacy_settings
 from fmi_server.service import FMIService
 from fmi_server.transport.identity import Caller
+from fmi_server.transport.privacy import budget_message, plan_message, spend_message
 from fmi_server.transport.subscribers import applied_status, subscriber_status
 
 __all__ = ["AdminServicer"]
 
 DEFAULT_PAGE: Final = 100
+DEFAULT_MIN_SITES: Final = 3
 MAX_SEQUENCE: Final = 2**63 - 1
 
 
@@ -138,6 +141,56 @@ class AdminServicer:
         return wire_pb2.ListAppliedResponse(
             applied=[applied_status(applied, newest) for applied, newest in found],
             next_page_token=str(found[-1][0].number) if len(found) == limit else "",
+        )
+
+    async def PlanPrivacy(
+        self, request: wire_pb2.PlanPrivacyRequest, caller: Caller
+    ) -> wire_pb2.PlanPrivacyResponse:
+        """Say what a privacy budget would mean."""
+        self._service.registry.check_request(request)
+        given = request.HasField("vote_min_sites")
+        plan, report = self._operations.plan_privacy(
+            privacy_settings(request.privacy),
+            signals=request.signals or len(request.signal_specs),
+            sites=request.sites,
+            min_sites=request.vote_min_sites if given else DEFAULT_MIN_SITES,
+            caller=caller.principal,
+        )
+        of_signals = self._operations.noise_per_signal(request.signal_specs, report.noise_stderr)
+        return wire_pb2.PlanPrivacyResponse(
+            plan=plan_message(plan),
+            noise_stderr=report.noise_stderr,
+            noise_stderr_at_bound=report.noise_stderr_at_bound,
+            least_weight=report.least_weight,
+            advice=report.advice,
+            signal_stderr=of_signals,
+        )
+
+    async def ListPrivacyBudgets(
+        self, request: wire_pb2.ListPrivacyBudgetsRequest, caller: Caller
+    ) -> wire_pb2.ListPrivacyBudgetsResponse:
+        """List the private cohorts with what they spent."""
+        self._service.registry.check_request(request)
+        found = self._operations.privacy_budgets(request.cohort, caller=caller.principal)
+        return wire_pb2.ListPrivacyBudgetsResponse(
+            budgets=[budget_message(overview) for overview in found]
+        )
+
+    async def ListPrivacySpends(
+        self, request: wire_pb2.ListPrivacySpendsRequest, caller: Caller
+    ) -> wire_pb2.ListPrivacySpendsResponse:
+        """List the privacy ledger of a cohort."""
+        self._service.registry.check_request(request)
+        limit = request.page_size or DEFAULT_PAGE
+        found = await self._operations.privacy_spends(
+            request.cohort,
+            after=int(request.page_token or 0),
+            limit=limit,
+            caller=caller.principal,
+        )
+        return wire_pb2.ListPrivacySpendsResponse(
+            spends=[spend_message(spend) for spend in found],
+            next_page_token=str(found[-1].number) if len(found) == limit else "",
         )
 
 

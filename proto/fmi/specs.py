@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
@@ -58,14 +59,15 @@ def read_cohort_spec(data: Mapping[str, Any]) -> tuple[cohort_pb2.CohortSpec, li
     return spec, reader.problems
 
 
-_EXPECTED: Final[Mapping[int, str]] = {
+_EXPECTED: Final[Mapping[int | str, str]] = {
     FieldDescriptor.CPPTYPE_BOOL: "true or false",
     FieldDescriptor.CPPTYPE_DOUBLE: "a number",
     FieldDescriptor.CPPTYPE_UINT32: "a whole number from 0 to 4294967295",
     FieldDescriptor.CPPTYPE_STRING: "text",
-    FieldDescriptor.CPPTYPE_MESSAGE: 'a duration in seconds, for example 1.5 or "1.5s"',
+    "google.protobuf.Duration": 'a duration in seconds, for example 1.5 or "1.5s"',
+    "google.protobuf.Timestamp": "a time as in 2030-01-31T00:00:00Z",
 }
-"""What a leaf takes, by the type of its field; the only messages that are leaves are durations."""
+"""What a leaf takes, by the type of its field, or the name of its message where it is one."""
 
 _CONTAINERS: Final = (Mapping, list, tuple, set, frozenset)
 """What is no leaf. ProtoJSON would write all of it into its error: with YAML's aliases, gigabytes."""
@@ -144,7 +146,7 @@ class _Reader:
     def _leaf(self, value: object, field: FieldDescriptor, target: Message, path: str) -> None:
         enum = field.enum_type
         if enum is None:
-            plain = value if field.message_type is None else _duration(value)
+            plain = value if field.message_type is None else _moment(_duration(value))
             if isinstance(value, _CONTAINERS) or not _merged(target, field, plain):
                 self._wrong(value, field, path)
         elif (number := _enum_number(value, enum)) is not None:
@@ -154,7 +156,8 @@ class _Reader:
             self._problem(path, "enum", f"must be one of {allowed}, not {_shown(value)}")
 
     def _wrong(self, value: object, field: FieldDescriptor, path: str) -> None:
-        expected = _EXPECTED[field.cpp_type]
+        message = field.message_type
+        expected = _EXPECTED[field.cpp_type if message is None else message.full_name]
         self._problem(path, "value", f"must be {expected}, not {_shown(value)}")
 
     def _problem(self, path: str, rule: str, description: str) -> None:
@@ -187,7 +190,7 @@ def _map_values(field: FieldDescriptor) -> FieldDescriptor | None:
 
 def _is_section(field: FieldDescriptor) -> bool:
     message = field.message_type
-    return message is not None and message.full_name != "google.protobuf.Duration"
+    return message is not None and message.full_name not in _EXPECTED
 
 
 def _duration(value: object) -> object:
@@ -195,6 +198,15 @@ def _duration(value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     return f"{value:.9f}s" if isinstance(value, float) else f"{_text(value)}s"
+
+
+def _moment(value: object) -> object:
+    """Write a time that YAML understood as the text that ProtoJSON wants; without a zone it is UTC."""
+    if not isinstance(value, dt.date):
+        return value
+    if not isinstance(value, dt.datetime):
+        value = dt.datetime.combine(value, dt.time())
+    return (value if value.tzinfo else value.replace(tzinfo=dt.UTC)).isoformat()
 
 
 def _prefix(enum: EnumDescriptor) -> str:

@@ -41,7 +41,11 @@ WITHOUT_REASON = {
     "ConnectionFailedError",
     "DeadlineError",
     "FMIError",
+    "LocalPrivacyError",
     "PacketRefusedError",
+    "PrivacyAccountError",
+    "PrivacyBudgetError",
+    "PrivacyCoverageError",
     "ProtocolError",
     "SubscriptionError",
     "TemporaryError",
@@ -49,6 +53,8 @@ WITHOUT_REASON = {
 
 # The server's own table, written out: reason, status code, whether RetryInfo comes with it.
 STATUSES = {
+    "PRIVACY_BUDGET_EXHAUSTED": "FAILED_PRECONDITION",
+    "RELEASE_SCHEDULED": "FAILED_PRECONDITION",
     "CONTRACT_VIOLATION": "INVALID_ARGUMENT",
     "CONTRACT_REVISION_UNSUPPORTED": "FAILED_PRECONDITION",
     "SCHEMA_HASH_MISMATCH": "FAILED_PRECONDITION",

@@ -15,8 +15,10 @@ from fmi_client import (
     DictionaryUnknownError,
     FMIEmitter,
     FMIEncoder,
+    LocalPrivacy,
     PacketIdReusedError,
     PacketPolicyError,
+    PrivacyBudgetError,
     RetryPolicy,
     SpecChangeUnsafeError,
     SpecError,
@@ -140,6 +142,57 @@ async def test_cohort_spec_is_put_read_and_enforced(client):
     with pytest.raises(SpecError):
         await client.admin.put_cohort_spec(spec)
     assert isinstance(read.spec, cohort_pb2.CohortSpec)
+
+
+async def test_a_cohort_that_requires_privacy_takes_what_local_privacy_made(client):
+    spec = {
+        "name": "care",
+        "signals": [
+            {"name": "tau", "section": "controller", "lower": 0, "upper": 1},
+            {"name": "c", "section": "controller", "lower": 1e-6, "upper": 1e3, "transform": "log"},
+        ],
+        "ingest": {"dp_required": True},
+    }
+    await client.admin.put_cohort_spec(spec)
+    with pytest.raises(PacketPolicyError) as caught:
+        await client.emit_msp(controller={"tau": 0.9, "c": 0.1})
+    assert caught.value.reason == "PRIVACY_REQUIRED"
+    declared = (await client.cohort_spec()).spec
+    for place, site in enumerate(SITES):
+        privacy = LocalPrivacy.from_spec(
+            declared, epsilon=20.0, delta=1e-6, emissions=40, bounds={"c": (1e-3, 1.0)}
+        )
+        async with AsyncFMIClient(
+            client.target, domain_id=site, cohort="care", privacy=privacy
+        ) as noisy:
+            # Now below its bounds, now above: noise alone decides, and the server takes all of it.
+            receipts = await noisy.emit_many(
+                {"type": "msp", "controller": {"tau": place, "c": 10.0**n}} for n in range(-10, 10)
+            )
+            assert all(receipt.ok and not receipt.warnings for receipt in receipts)
+            packet = noisy.emitter.emit_msp(controller={"tau": 0.9, "c": 0.1})
+            assert (await noisy.validate(packet)).valid
+            assert (await noisy.emit(packet)).ok
+            assert (await noisy.emit(packet)).status is EmitStatus.DUPLICATE
+            assert privacy.emissions_left == 19
+    await client.admin.release_now("care")
+    prior = (await client.get_update("care", "prior")).prior_update
+    assert prior.lineage.sites == len(SITES)
+    assert 0.0 <= prior.prior["tau"] <= 1.0
+
+
+async def test_a_budget_that_is_spent_ends_what_a_site_emits_and_not_what_it_has(client):
+    privacy = LocalPrivacy({"tau": (0.0, 1.0)}, epsilon=1.0, delta=1e-6)
+    async with AsyncFMIClient(
+        client.target, domain_id="s", cohort="care", privacy=privacy
+    ) as noisy:
+        packet = noisy.emitter.emit_msp(controller={"tau": 0.9})
+        with pytest.raises(PrivacyBudgetError):
+            await noisy.emit_msp(controller={"tau": 0.8})
+        assert (await noisy.emit(packet)).status is EmitStatus.ACCEPTED
+        assert (await noisy.emit(packet)).status is EmitStatus.DUPLICATE
+    (cohort,) = await client.admin.list_cohorts()
+    assert (cohort.packets, cohort.sites) == (1, 1)
 
 
 async def test_what_is_not_there(client):

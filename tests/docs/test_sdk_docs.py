@@ -11,7 +11,7 @@ from pathlib import Path
 from click.testing import CliRunner
 from documents import ROOT, TARGET, blocks, console_commands, run
 
-from fmi_client import errors
+from fmi_client import LocalPrivacy, errors
 from fmi_client.admin import AsyncAdmin
 from fmi_client.cli import cli
 from fmi_client.commands.exits import ExitCode, exit_code
@@ -64,6 +64,14 @@ def test_every_call_of_the_operator_is_listed_with_a_command_that_is_there() -> 
         shown = CliRunner().invoke(cli, [*path, "--help"]).output
         assert f" {' '.join(path)} [" in shown.splitlines()[0]
         assert all(f"  {word} " in shown for word in words if word.startswith("-"))
+
+
+def test_the_noise_of_local_privacy_is_as_told() -> None:
+    for epsilon, *told in table_rows("epsilon"):
+        for signals, sigma in zip((1, 4, 20), told, strict=True):
+            bounds = {f"s{number}": (0.0, 1.0) for number in range(signals)}
+            privacy = LocalPrivacy(bounds, epsilon=float(epsilon), delta=1e-6)
+            assert f"{privacy.noise_sigma:.2f}" == sigma
 
 
 def test_the_exit_codes_are_those_of_the_errors() -> None:

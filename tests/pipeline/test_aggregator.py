@@ -11,11 +11,12 @@ from parts import NOW, Clock, ccs, msp, packet, pop
 from fmi.v1 import cohort_pb2, update_pb2
 from fmi_client import FMIEmitter
 from fmi_server import AggregationConfig, FMIAggregator
-from fmi_server.aggregator import MAX_EDGES_TOLD, AggregationResult
+from fmi_server.aggregator import AggregationResult
 from fmi_server.cohort_state import CohortState
 from fmi_server.cohorts import CohortRegistry
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.errors import PacketRefusedError
+from fmi_server.update_messages import MAX_EDGES_TOLD
 
 CONTRACT = FMIContractRegistry()
 
@@ -205,11 +206,11 @@ def test_regimes_and_profiles_are_told_while_their_values_fit(aggregator, monkey
         "winter",
     ]
     # A regime has a median of `tau`, of `loss` and of the concept `drift`; a profile has `tau`.
-    monkeypatch.setattr("fmi_server.aggregator.MAX_VALUES_TOLD", 6)
+    monkeypatch.setattr("fmi_server.update_messages.MAX_VALUES_TOLD", 6)
     assert [
         context.regime for context in aggregator.aggregate("care", packets).prior_update.contexts
     ] == ["summer", "winter"]
-    monkeypatch.setattr("fmi_server.aggregator.MAX_VALUES_TOLD", 3)
+    monkeypatch.setattr("fmi_server.update_messages.MAX_VALUES_TOLD", 3)
     few = aggregator.aggregate("care", packets)
     assert [profile.profile_class for profile in few.warm_starts.profiles] == [
         "big",

@@ -243,7 +243,7 @@ SIGNAL = "name: care\nsignals: [{{name: tau, section: metrics, {}}}]"
             "name: care\nsignals: [{name: loss, direction: higher_is_better}]",
             "signals[0].section: value is required",
         ),
-        ("name: care\nprivacy: {dp_epsilon: 1}", "privacy.dp_epsilon: this version has no diff"),
+        ("name: care\nprivacy: {dp_delta: 1e-6}", "privacy.dp_epsilon: is not set, and neither is"),
     ],
 )
 def test_a_wrong_file_is_told_in_one_line(tmp_path, text, said):
@@ -262,7 +262,7 @@ def test_everything_wrong_with_every_file_is_told_at_once(tmp_path):
         signals:
           - {name: tau, section: kitchen, direction: up, guardrail: true}
           - {name: rho, section: controller, lower: 2, upper: 1, colour: red}
-        release: {max_interval: 0.1}
+        release: {max_interval: 0.01}
         privacy: {dp_epsilon: 1, dp_delta: 0.1}
         """,
         "a.yaml",
@@ -278,15 +278,47 @@ def test_everything_wrong_with_every_file_is_told_at_once(tmp_path):
         ("a.yaml", "signals[1].colour"),
         ("a.yaml", "name"),
         ("a.yaml", "signals[1]"),
+        ("a.yaml", "signals[0].lower"),
         ("a.yaml", "release.max_interval"),
-        ("a.yaml", "privacy.dp_epsilon"),
-        ("a.yaml", "privacy.dp_delta"),
+        ("a.yaml", "privacy.dp_epochs"),
         ("b.yaml", "is not YAML"),
         ("d.yaml", "name"),
     ]
     assert told[-1][2] == (
         f"name: cohort 'good' is declared in {tmp_path / 'c.yaml'} already; a cohort has one file"
     )
+
+
+@pytest.mark.parametrize(
+    ("written_as", "seconds"),
+    [
+        ("2030-01-31T00:00:00Z", 1_896_048_000),
+        ("'2030-01-31T00:00:00Z'", 1_896_048_000),
+        ("2030-01-31", 1_896_048_000),
+        ("2030-01-31 01:00:00", 1_896_051_600),
+        ("2030-01-31T00:00:00+01:00", 1_896_044_400),
+        ("5", None),
+        ("soon", None),
+        ("{seconds: 5}", None),
+        ("[]", None),
+    ],
+)
+def test_a_time_is_written_as_people_write_it(tmp_path, written_as, seconds):
+    written(
+        tmp_path,
+        f"""
+        name: care
+        signals: [{{name: tau, section: controller, lower: 0, upper: 1}}]
+        privacy: {{dp_epsilon: 1, dp_delta: 1e-6, dp_epochs: 5, first_release_at: {written_as}}}
+        """,
+        "a.yaml",
+    )
+    if seconds is None:
+        (problem,) = problems(tmp_path)
+        assert "privacy.first_release_at: must be a time as in 2030-01-31T00:00:00Z" in problem
+    else:
+        (file,) = read_cohort_folder(tmp_path, CONTRACT)
+        assert file.spec.privacy.first_release_at.seconds == seconds
 
 
 @pytest.mark.parametrize(

@@ -228,11 +228,6 @@ def test_all_that_is_wrong_is_told_at_once(cohorts):
 @pytest.mark.parametrize(
     ("fields", "setting"),
     [
-        ({"privacy": {"dpEpsilon": 1}}, "privacy.dp_epsilon"),
-        ({"privacy": {"dpDelta": 1e-6}}, "privacy.dp_delta"),
-        ({"privacy": {"dpNoiseSigma": 1}}, "privacy.dp_noise_sigma"),
-        ({"privacy": {"dpSensitivity": 1}}, "privacy.dp_sensitivity"),
-        ({"privacy": {"dpEpochs": 1}}, "privacy.dp_epochs"),
         ({"access": {"emit": ["site"]}}, "access.emit"),
         ({"access": {"subscribe": ["site"]}}, "access.subscribe"),
         ({"access": {"admin": ["boss"]}}, "access.admin"),

@@ -21,7 +21,7 @@ from fmi_server.config import (
     load_settings,
     unknown_variables,
 )
-from fmi_server.errors import SettingUnsupportedError
+from fmi_server.privacy.budget import BudgetError, PrivacySettings
 
 
 @pytest.fixture(autouse=True)
@@ -50,14 +50,36 @@ def test_the_fields_of_the_overview_come_first_with_its_defaults():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("dp_noise_sigma", 1.0), ("dp_epsilon", 0.1), ("dp_delta", 1e-9), ("dp_sensitivity", 0.5)],
+    ("settings", "named"),
+    [
+        ({"dp_noise_sigma": 1.0}, "dp_delta"),
+        ({"dp_epsilon": 0.1}, "dp_delta"),
+        ({"dp_delta": 1e-9}, "dp_delta"),
+        ({"dp_sensitivity": 0.5}, "dp_sensitivity"),
+        ({"dp_epsilon": 1.0, "dp_delta": 1.0}, "dp_delta"),
+        ({"dp_epsilon": 1.0, "dp_delta": 1e-6, "dp_epochs": 0}, "dp_epochs"),
+        ({"dp_epsilon": 1.0, "dp_delta": 1e-6, "dp_sensitivity": 0.5}, "dp_sensitivity"),
+        ({"dp_epsilon": 1.0, "dp_delta": 1e-6, "dp_noise_sigma": 0.1}, "dp_noise_sigma"),
+        (
+            {"dp_epsilon": 1.0, "dp_delta": 1e-6, "metrics_aggregation": "median"},
+            "metrics_aggregation",
+        ),
+        ({"dp_epsilon": 1.0, "dp_delta": 1e-6, "max_byzantine": 1}, "max_byzantine"),
+    ],
 )
-def test_each_privacy_setting_is_refused_and_never_ignored(name, value):
-    with pytest.raises(SettingUnsupportedError) as caught:
-        AggregationConfig(**{name: value})
-    assert caught.value.setting == name
-    assert "no differential privacy" in str(caught.value)
+def test_each_contradiction_of_privacy_is_refused_with_what_to_change(settings, named):
+    with pytest.raises(BudgetError) as caught:
+        AggregationConfig(**settings)
+    assert caught.value.setting == named
+    assert len(caught.value.advice) > 40
+
+
+def test_privacy_is_asked_for_under_the_names_of_the_overview():
+    config = AggregationConfig(dp_epsilon=2.0, dp_delta=1e-6)
+    assert config.privacy == PrivacySettings(2.0, 1e-6, dp_epochs=1)
+    noisy = AggregationConfig(dp_noise_sigma=8.0, dp_delta=1e-6, dp_sensitivity=3.0, dp_epochs=9)
+    assert noisy.privacy == PrivacySettings(0.0, 1e-6, 8.0, 3.0, 9)
+    assert not AggregationConfig().privacy.private
 
 
 @pytest.mark.parametrize(
@@ -144,8 +166,8 @@ def test_an_empty_file_says_nothing(tmp_path, text):
     [
         ({"nonsense": 1}, r"nonsense: is no setting$"),
         ({"max_inflght": 1}, r"max_inflght: is no setting; did you mean max_inflight\?$"),
-        ({"dp_epsilon": 1.0}, r"dp_epsilon: .*no differential privacy"),
-        ({"dp_sensitivity": "1"}, r"dp_sensitivity: .*no differential privacy"),
+        ({"dp_epsilon": 1.0}, r"dp_epsilon: .*in a cohort file, under `privacy`"),
+        ({"dp_sensitivity": "1"}, r"dp_sensitivity: .*in a cohort file, under `privacy`"),
         ({"listen": "50061"}, r"listen: must be HOST:PORT.*, not '50061'"),
         ({"listen": ":50061"}, r"listen: must be HOST:PORT"),
         ({"listen": "127.0.0.1:70000"}, r"listen: must be HOST:PORT"),
@@ -173,7 +195,7 @@ def test_a_variable_that_asks_for_privacy_is_refused_and_never_ignored(monkeypat
     for name in config.PRIVACY_SETTINGS:
         with monkeypatch.context() as patch:
             patch.setenv(f"FMI_{name.upper()}", "0.5")
-            with pytest.raises(SettingsError, match=f"{name}: .*no differential privacy"):
+            with pytest.raises(SettingsError, match=f"{name}: .*in a cohort file"):
                 load_settings({})
     load_settings({})
 
@@ -211,7 +233,7 @@ def test_a_wrong_variable_is_told_by_the_name_of_its_setting(monkeypatch):
     ("text", "said"),
     [
         ("nonsense: 1", "nonsense: is no setting"),
-        ("dp_epochs: 3", "dp_epochs: .*no differential privacy"),
+        ("dp_epochs: 3", "dp_epochs: .*in a cohort file"),
         ("listen:", "listen: .*not None"),
         ("listen: {a: 1}", "listen: "),
         ("- listen", "must have settings by name, not a list"),

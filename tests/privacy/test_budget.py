@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fmi_server.privacy.accounting import zcdp_epsilon, zcdp_of_noise
+from fmi_server.privacy.advice import report_plan
 from fmi_server.privacy.budget import (
     BudgetError,
     PrivacySettings,
@@ -109,3 +110,40 @@ def test_privacy_is_asked_for_or_not():
     assert not PrivacySettings(dp_delta=1e-6, dp_epochs=4).private
     assert PrivacySettings(dp_epsilon=1.0).private
     assert PrivacySettings(dp_noise_sigma=1.0).private
+
+
+@given(
+    st.builds(
+        PrivacySettings,
+        dp_epsilon=st.floats(0.0, allow_nan=False, allow_infinity=False),
+        dp_delta=st.floats(0.0, 1.0, exclude_max=True),
+        dp_noise_sigma=st.floats(0.0, allow_nan=False, allow_infinity=False) | st.just(0.0),
+        dp_sensitivity=st.none() | st.floats(0.0, allow_infinity=False, exclude_min=True),
+        dp_epochs=st.integers(0, 2**32 - 1),
+    ),
+    st.integers(1, 4096),
+    st.integers(1, 2**32 - 1),
+)
+def test_whatever_is_asked_gets_a_plan_that_keeps_its_word_or_a_reason(settings, signals, sites):
+    try:
+        plan = plan_budget(settings, signals)
+    except BudgetError:
+        return
+    assert 1 <= plan.epochs < 2**32
+    assert plan.spent(plan.epochs) <= plan.epsilon * (1.0 + 1e-9)
+    report = report_plan(plan, sites)
+    assert 0.0 < report.noise_stderr <= report.noise_stderr_at_bound < math.inf
+
+
+def test_advice_names_ways_that_lead_there():
+    plan = plan_budget(PrivacySettings(1.0, 1e-6, dp_epochs=50), 20)
+    report = report_plan(plan, 200)
+    (advice,) = [line for line in report.advice if "choose one of" in line]
+    sites = int(advice.split("choose one of: ")[1].split(" sites")[0])
+    assert report_plan(plan, sites).noise_stderr <= 0.1 < report.noise_stderr
+    assert report_plan(plan, sites - 1).noise_stderr > 0.1
+    few = report_plan(plan, 10)
+    assert any("and there are 10" in line for line in few.advice)
+    loose = report_plan(plan_budget(PrivacySettings(50.0, 0.01, dp_epochs=1), 1), 1000)
+    assert [line.split()[0] for line in loose.advice] == ["delta", "epsilon"]
+    assert report_plan(plan_budget(PrivacySettings(2.0, 1e-7, dp_epochs=5), 5), 10**4).advice == ()

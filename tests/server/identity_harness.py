@@ -290,6 +290,19 @@ def requests_of(cohort: str, site: str = "emitter") -> Mapping[str, Iterable[Any
         ],
         "fmi.v1.AdminService/ListSubscribers": [admin_pb2.ListSubscribersRequest(cohort=cohort)],
         "fmi.v1.AdminService/ListApplied": [admin_pb2.ListAppliedRequest(cohort=cohort)],
+        "fmi.v1.AdminService/PlanPrivacy": [
+            admin_pb2.PlanPrivacyRequest(
+                privacy=cohort_pb2.PrivacySpec(dp_epsilon=1.0, dp_delta=1e-6, dp_epochs=10),
+                signals=3,
+                sites=100,
+            )
+        ],
+        "fmi.v1.AdminService/ListPrivacyBudgets": [
+            admin_pb2.ListPrivacyBudgetsRequest(cohort=cohort)
+        ],
+        "fmi.v1.AdminService/ListPrivacySpends": [
+            admin_pb2.ListPrivacySpendsRequest(cohort=cohort)
+        ],
         "grpc.channelz.v1.Channelz/GetTopChannels": [channelz_pb2.GetTopChannelsRequest()],
         "grpc.channelz.v1.Channelz/GetServers": [channelz_pb2.GetServersRequest()],
         "grpc.channelz.v1.Channelz/GetServer": [channelz_pb2.GetServerRequest(server_id=1)],

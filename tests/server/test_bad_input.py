@@ -857,8 +857,48 @@ async def test_a_method_that_there_is_not(client):
             admin_service_pb2.PutCohortSpecRequest(
                 spec=spec("private", privacy=cohort_pb2.PrivacySpec(dp_epsilon=1.0))
             ),
+            (Code.INVALID_ARGUMENT, "SPEC_INVALID"),
+            id="privacy without bounds or a delta",
+        ),
+        pytest.param(
+            "AdminService/PutCohortSpec",
+            admin_service_pb2.PutCohortSpecRequest(
+                spec=spec("closed", access=cohort_pb2.AccessSpec(emit=["site"]))
+            ),
             (Code.FAILED_PRECONDITION, "SETTING_UNSUPPORTED"),
-            id="privacy that there is not",
+            id="access rules that there are not",
+        ),
+        pytest.param(
+            "AdminService/PlanPrivacy",
+            admin_service_pb2.PlanPrivacyRequest(sites=10, signals=2),
+            (Code.INVALID_ARGUMENT, "CONTRACT_VIOLATION"),
+            id="a plan of nothing",
+        ),
+        pytest.param(
+            "AdminService/PlanPrivacy",
+            admin_service_pb2.PlanPrivacyRequest(
+                sites=10, signals=2, privacy=cohort_pb2.PrivacySpec(dp_delta=1e-6)
+            ),
+            (Code.INVALID_ARGUMENT, "SPEC_INVALID"),
+            id="a plan without a budget",
+        ),
+        pytest.param(
+            "AdminService/PlanPrivacy",
+            admin_service_pb2.PlanPrivacyRequest(
+                sites=2**32 - 1,
+                signals=4096,
+                privacy=cohort_pb2.PrivacySpec(
+                    dp_epsilon=1e300, dp_delta=1e-300, dp_epochs=2**32 - 1
+                ),
+            ),
+            (Code.INVALID_ARGUMENT, "SPEC_INVALID"),
+            id="a plan past all measure",
+        ),
+        pytest.param(
+            "AdminService/ListPrivacySpends",
+            admin_service_pb2.ListPrivacySpendsRequest(cohort="nowhere"),
+            (Code.NOT_FOUND, "COHORT_UNKNOWN"),
+            id="the ledger of no cohort",
         ),
         pytest.param(
             "RegistryService/GetDictionary",

@@ -23,7 +23,7 @@ def test_all_that_is_wrong_with_the_files_stops_the_start_and_touches_nothing(co
     folder = tmp_path / "cohorts"
     folder.mkdir()
     (folder / "care.yaml").write_text(CARE.replace("controller", "kitchen") + "aggregatoin: {}\n")
-    (folder / "private.yaml").write_text("{name: private, privacy: {dp_epsilon: 1}}")
+    (folder / "private.yaml").write_text("{name: private, access: {emit: [site]}}")
     (folder / "zero.yml").write_text("name: [")
     flags = (*LOCAL, "--data-dir", "data", "--cohorts", "cohorts")
     served, checked = (command(*flags, name=name) for name in ("serve", "check-config"))
@@ -32,7 +32,7 @@ def test_all_that_is_wrong_with_the_files_stops_the_start_and_touches_nothing(co
     assert [line.split(": ")[:2] for line in served.err.splitlines()[1:]] == [
         ["cohorts/care.yaml", "signals[0].section"],
         ["cohorts/care.yaml", "aggregatoin"],
-        ["cohorts/private.yaml", "privacy.dp_epsilon"],
+        ["cohorts/private.yaml", "access.emit"],
         ["cohorts/zero.yml", "is not YAML"],
     ]
     assert "did you mean aggregation?" in served.err

@@ -14,6 +14,7 @@ import pytest
 from server_harness import DEADLINE_S, Client
 
 from fmi.plain import new_packet_id
+from fmi.v1 import cohort_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi.v1.packet_pb2 import ConceptCausalSummary, MetaSignalPack, PolicyOutcomePack
 from fmi.v1.update_pb2 import MetaPolicyHint, MetaPriorUpdate, WarmStartProfile
@@ -191,7 +192,7 @@ def test_the_aggregator():
 
 
 def test_the_aggregation_features():
-    """Trimmed mean for robustness, weighted by confidence; noise is refused rather than pretended."""
+    """Trimmed mean for robustness, weighted by confidence; noise where it is asked for."""
 
     def packets(taus, confidences):
         return [
@@ -208,8 +209,16 @@ def test_the_aggregation_features():
     # Five at 0.4 and one at 0.8 are left. With equal weights it would be 0.467, with the declared ones
     # 0.408; what is odd loses reputation too, so it is at most that.
     assert 0.4 < doubted.prior_update.prior["tau"] < (5 * 0.4 + 0.1 * 0.8) / 5.1 + 1e-9
-    with pytest.raises(Exception, match="differential privacy"):
-        AggregationConfig(dp_epsilon=1.0)
+    # Optional differential privacy: noise, and it needs the bounds of what it hides.
+    private = FMIAggregator(config=AggregationConfig(dp_epsilon=8.0, dp_delta=1e-6))
+    spec = cohort_pb2.CohortSpec()
+    spec.signals.add(name="tau", section="SIGNAL_SECTION_CONTROLLER", lower=0.0, upper=1.0)
+    same = packets([0.9] * 40, [1.0] * 40)
+    drawn = {private.aggregate("c", same, spec=spec).prior_update.prior["tau"] for _ in range(8)}
+    assert len(drawn) == 8
+    assert all(abs(value - 0.9) < 0.3 for value in drawn)
+    with pytest.raises(Exception, match="must be declared in a private cohort"):
+        private.aggregate("c", same)
 
 
 def test_the_validator():

@@ -739,8 +739,17 @@ async def test_of_two_who_spend_for_one_period_one_is_refused(store: Store) -> N
     assert len(await store.spends("health")) == 1
 
 
-@pytest.mark.parametrize("rho", [0.0, -1.0, float("nan"), float("inf")])
-async def test_a_release_costs_something(store: Store, rho: float) -> None:
+@pytest.mark.parametrize("rho", [-1e-9, -1.0, float("nan"), float("inf")])
+async def test_no_cost_takes_anything_back(store: Store, rho: float) -> None:
     with pytest.raises(ValueError, match="cost"):
         await store.spend(spend(1, rho=rho))
     assert await store.ledger_totals() == {}
+
+
+async def test_a_ledger_is_opened_by_an_entry_that_costs_nothing(store: Store) -> None:
+    await store.spend(spend(1, rho=0.0))
+    opened = (await store.ledger_totals())["health"]
+    assert (opened.entries, opened.rho, opened.last_number) == (0, 0.0, 1)
+    await store.spend(spend(2, rho=0.25))
+    paid = (await store.ledger_totals())["health"]
+    assert (paid.entries, paid.rho, paid.last_number) == (1, 0.25, 2)

@@ -809,3 +809,363 @@ class AppliedStatus(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AppliedStatus: _TypeAlias = AppliedStatus  # noqa: Y015
+
+@_typing.final
+class PlanPrivacyRequest(_message.Message):
+    """A request to say what a privacy budget would mean."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SITES_FIELD_NUMBER: _builtins.int
+    SIGNALS_FIELD_NUMBER: _builtins.int
+    PRIVACY_FIELD_NUMBER: _builtins.int
+    VOTE_MIN_SITES_FIELD_NUMBER: _builtins.int
+    SIGNAL_SPECS_FIELD_NUMBER: _builtins.int
+    sites: _builtins.int
+    """Required. Sites that are expected to send all signals, at full weight."""
+    signals: _builtins.int
+    """Optional. Signals that are released together. Unset (0) means those of `signal_specs`."""
+    vote_min_sites: _builtins.int
+    """Optional. Sites needed before a signal has a value; see `AggregationSpec.vote_min_sites`. Unset means 3."""
+    @_builtins.property
+    def privacy(self) -> _cohort_pb2.PrivacySpec:
+        """Required. The budget, as it would stand in the cohort spec."""
+
+    @_builtins.property
+    def signal_specs(self) -> _containers.RepeatedCompositeFieldContainer[_cohort_pb2.SignalSpec]:
+        """Optional. The signals themselves, with both bounds, as they would stand in the cohort spec: then the
+        expected error of each is told in its own unit. Unset means `signals` of them, in no unit.
+        """
+
+    def __init__(
+        self,
+        *,
+        sites: _builtins.int = ...,
+        signals: _builtins.int = ...,
+        privacy: _cohort_pb2.PrivacySpec | None = ...,
+        vote_min_sites: _builtins.int | None = ...,
+        signal_specs: _abc.Iterable[_cohort_pb2.SignalSpec] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_vote_min_sites", b"_vote_min_sites", "privacy", b"privacy", "vote_min_sites", b"vote_min_sites"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_vote_min_sites", b"_vote_min_sites", "privacy", b"privacy", "signal_specs", b"signal_specs", "signals", b"signals", "sites", b"sites", "vote_min_sites", b"vote_min_sites"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__vote_min_sites: _TypeAlias = _typing.Literal["vote_min_sites"]  # noqa: Y015
+    _WhichOneofArgType__vote_min_sites: _TypeAlias = _typing.Literal["_vote_min_sites", b"_vote_min_sites"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__vote_min_sites) -> _WhichOneofReturnType__vote_min_sites | None: ...
+
+Global___PlanPrivacyRequest: _TypeAlias = PlanPrivacyRequest  # noqa: Y015
+
+@_typing.final
+class PlanPrivacyResponse(_message.Message):
+    """What a privacy budget would mean."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SignalStderrEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    NOISE_STDERR_FIELD_NUMBER: _builtins.int
+    NOISE_STDERR_AT_BOUND_FIELD_NUMBER: _builtins.int
+    LEAST_WEIGHT_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
+    SIGNAL_STDERR_FIELD_NUMBER: _builtins.int
+    noise_stderr: _builtins.float
+    """Output only. Standard error that the noise of one release gives a mean in the middle of its bounds, as a
+    share of half the width between them; 1 and more means that it says nothing.
+    """
+    noise_stderr_at_bound: _builtins.float
+    """Output only. The same for a mean at one of its bounds."""
+    least_weight: _builtins.float
+    """Output only. Weight, in sites, below which a signal has no value: `vote_min_sites`, or three standard
+    deviations of the noise.
+    """
+    @_builtins.property
+    def plan(self) -> Global___PrivacyPlan:
+        """Output only. The plan."""
+
+    @_builtins.property
+    def advice(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Output only. What to do about it, in sentences."""
+
+    @_builtins.property
+    def signal_stderr(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Output only. By signal of `signal_specs`, the standard error that the noise of one release gives a mean in
+        the middle of its bounds, on the scale of averaging, in the signal's own unit.
+        """
+
+    def __init__(
+        self,
+        *,
+        plan: Global___PrivacyPlan | None = ...,
+        noise_stderr: _builtins.float = ...,
+        noise_stderr_at_bound: _builtins.float = ...,
+        least_weight: _builtins.float = ...,
+        advice: _abc.Iterable[_builtins.str] | None = ...,
+        signal_stderr: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "least_weight", b"least_weight", "noise_stderr", b"noise_stderr", "noise_stderr_at_bound", b"noise_stderr_at_bound", "plan", b"plan", "signal_stderr", b"signal_stderr"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanPrivacyResponse: _TypeAlias = PlanPrivacyResponse  # noqa: Y015
+
+@_typing.final
+class PrivacyPlan(_message.Message):
+    """A privacy budget and its mechanism."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPSILON_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    EPOCHS_FIELD_NUMBER: _builtins.int
+    RHO_PER_RELEASE_FIELD_NUMBER: _builtins.int
+    NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    SENSITIVITY_FIELD_NUMBER: _builtins.int
+    epsilon: _builtins.float
+    """Output only. Epsilon of all releases together."""
+    delta: _builtins.float
+    """Output only. Delta of all releases together."""
+    epochs: _builtins.int
+    """Output only. Releases that it lasts for."""
+    rho_per_release: _builtins.float
+    """Output only. What one release costs in zero-concentrated differential privacy."""
+    noise_multiplier: _builtins.float
+    """Output only. Standard deviation of the noise by the sensitivity."""
+    sensitivity: _builtins.float
+    """Output only. The sensitivity, in units of half the width between a signal's bounds."""
+    def __init__(
+        self,
+        *,
+        epsilon: _builtins.float = ...,
+        delta: _builtins.float = ...,
+        epochs: _builtins.int = ...,
+        rho_per_release: _builtins.float = ...,
+        noise_multiplier: _builtins.float = ...,
+        sensitivity: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "epochs", b"epochs", "epsilon", b"epsilon", "noise_multiplier", b"noise_multiplier", "rho_per_release", b"rho_per_release", "sensitivity", b"sensitivity"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrivacyPlan: _TypeAlias = PrivacyPlan  # noqa: Y015
+
+@_typing.final
+class ListPrivacyBudgetsRequest(_message.Message):
+    """A request for privacy budgets."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COHORT_FIELD_NUMBER: _builtins.int
+    cohort: _builtins.str
+    """Optional. The cohort; see `PacketHeader.cohort`. Unset means all that are private."""
+    def __init__(
+        self,
+        *,
+        cohort: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohort", b"cohort"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPrivacyBudgetsRequest: _TypeAlias = ListPrivacyBudgetsRequest  # noqa: Y015
+
+@_typing.final
+class ListPrivacyBudgetsResponse(_message.Message):
+    """Privacy budgets."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def budgets(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrivacyBudget]:
+        """Output only. In order of name; cohorts that were private once and have a ledger are among them."""
+
+    def __init__(
+        self,
+        *,
+        budgets: _abc.Iterable[Global___PrivacyBudget] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budgets", b"budgets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPrivacyBudgetsResponse: _TypeAlias = ListPrivacyBudgetsResponse  # noqa: Y015
+
+@_typing.final
+class PrivacyBudget(_message.Message):
+    """The privacy budget of a cohort."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COHORT_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    RELEASES_FIELD_NUMBER: _builtins.int
+    RHO_SPENT_FIELD_NUMBER: _builtins.int
+    EPSILON_SPENT_FIELD_NUMBER: _builtins.int
+    RELEASES_LEFT_FIELD_NUMBER: _builtins.int
+    NEXT_RELEASE_AT_FIELD_NUMBER: _builtins.int
+    cohort: _builtins.str
+    """Output only. The cohort."""
+    releases: _builtins.int
+    """Output only. Entries of its ledger that cost something."""
+    rho_spent: _builtins.float
+    """Output only. What they cost in zero-concentrated differential privacy."""
+    epsilon_spent: _builtins.float
+    """Output only. What they cost as epsilon, at the delta of the plan. Unset (0) where there is no plan."""
+    releases_left: _builtins.int
+    """Output only. Releases that the rest of the budget pays for; 0 where it is exhausted."""
+    @_builtins.property
+    def plan(self) -> Global___PrivacyPlan:
+        """Output only. The plan in force. Unset where the cohort is not private now."""
+
+    @_builtins.property
+    def next_release_at(self) -> _timestamp_pb2.Timestamp:
+        """Output only. When the next release is due. Unset where none is."""
+
+    def __init__(
+        self,
+        *,
+        cohort: _builtins.str = ...,
+        plan: Global___PrivacyPlan | None = ...,
+        releases: _builtins.int = ...,
+        rho_spent: _builtins.float = ...,
+        epsilon_spent: _builtins.float = ...,
+        releases_left: _builtins.int = ...,
+        next_release_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["next_release_at", b"next_release_at", "plan", b"plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohort", b"cohort", "epsilon_spent", b"epsilon_spent", "next_release_at", b"next_release_at", "plan", b"plan", "releases", b"releases", "releases_left", b"releases_left", "rho_spent", b"rho_spent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrivacyBudget: _TypeAlias = PrivacyBudget  # noqa: Y015
+
+@_typing.final
+class ListPrivacySpendsRequest(_message.Message):
+    """A request for the privacy ledger of a cohort."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COHORT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    cohort: _builtins.str
+    """Required. The cohort; see `PacketHeader.cohort`."""
+    page_size: _builtins.int
+    """Optional. The most wanted, up to 1000. Unset (0) means 100."""
+    page_token: _builtins.str
+    """Optional. The `next_page_token` of the page before."""
+    def __init__(
+        self,
+        *,
+        cohort: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cohort", b"cohort", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPrivacySpendsRequest: _TypeAlias = ListPrivacySpendsRequest  # noqa: Y015
+
+@_typing.final
+class ListPrivacySpendsResponse(_message.Message):
+    """The privacy ledger of a cohort."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPENDS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Output only. Where the next page begins; empty where there is none."""
+    @_builtins.property
+    def spends(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrivacySpend]:
+        """Output only. Oldest first."""
+
+    def __init__(
+        self,
+        *,
+        spends: _abc.Iterable[Global___PrivacySpend] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "spends", b"spends"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPrivacySpendsResponse: _TypeAlias = ListPrivacySpendsResponse  # noqa: Y015
+
+@_typing.final
+class PrivacySpend(_message.Message):
+    """One entry of a privacy ledger. It is written before the release that it pays for; where the server died in
+    between, there is none, and the cost stands.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    PERIOD_START_FIELD_NUMBER: _builtins.int
+    SPENT_AT_FIELD_NUMBER: _builtins.int
+    RHO_FIELD_NUMBER: _builtins.int
+    HISTORY_EPOCH_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Output only. 1, 2, 3 ... in each cohort."""
+    rho: _builtins.float
+    """Output only. The cost in zero-concentrated differential privacy; 0 where privacy was put in force."""
+    history_epoch: _builtins.str
+    """Output only. The history in which it was written; see `Update.history_epoch`."""
+    @_builtins.property
+    def period_start(self) -> _timestamp_pb2.Timestamp:
+        """Output only. When the period began that the release is for."""
+
+    @_builtins.property
+    def spent_at(self) -> _timestamp_pb2.Timestamp:
+        """Output only. When it was written."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        period_start: _timestamp_pb2.Timestamp | None = ...,
+        spent_at: _timestamp_pb2.Timestamp | None = ...,
+        rho: _builtins.float = ...,
+        history_epoch: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["period_start", b"period_start", "spent_at", b"spent_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["history_epoch", b"history_epoch", "number", b"number", "period_start", b"period_start", "rho", b"rho", "spent_at", b"spent_at"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrivacySpend: _TypeAlias = PrivacySpend  # noqa: Y015

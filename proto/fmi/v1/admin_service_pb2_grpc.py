@@ -81,6 +81,21 @@ class AdminServiceStub(object):
                 request_serializer=fmi_dot_v1_dot_admin__service__pb2.ListAppliedRequest.SerializeToString,
                 response_deserializer=fmi_dot_v1_dot_admin__service__pb2.ListAppliedResponse.FromString,
                 _registered_method=True)
+        self.PlanPrivacy = channel.unary_unary(
+                '/fmi.v1.AdminService/PlanPrivacy',
+                request_serializer=fmi_dot_v1_dot_admin__service__pb2.PlanPrivacyRequest.SerializeToString,
+                response_deserializer=fmi_dot_v1_dot_admin__service__pb2.PlanPrivacyResponse.FromString,
+                _registered_method=True)
+        self.ListPrivacyBudgets = channel.unary_unary(
+                '/fmi.v1.AdminService/ListPrivacyBudgets',
+                request_serializer=fmi_dot_v1_dot_admin__service__pb2.ListPrivacyBudgetsRequest.SerializeToString,
+                response_deserializer=fmi_dot_v1_dot_admin__service__pb2.ListPrivacyBudgetsResponse.FromString,
+                _registered_method=True)
+        self.ListPrivacySpends = channel.unary_unary(
+                '/fmi.v1.AdminService/ListPrivacySpends',
+                request_serializer=fmi_dot_v1_dot_admin__service__pb2.ListPrivacySpendsRequest.SerializeToString,
+                response_deserializer=fmi_dot_v1_dot_admin__service__pb2.ListPrivacySpendsResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -152,6 +167,27 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PlanPrivacy(self, request, context):
+        """Says what a privacy budget would mean, for so many sites and signals. Nothing is changed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPrivacyBudgets(self, request, context):
+        """Lists the private cohorts with what they spent and what is left.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPrivacySpends(self, request, context):
+        """Lists the privacy ledger of a cohort: every release that it paid for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -199,6 +235,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListApplied,
                     request_deserializer=fmi_dot_v1_dot_admin__service__pb2.ListAppliedRequest.FromString,
                     response_serializer=fmi_dot_v1_dot_admin__service__pb2.ListAppliedResponse.SerializeToString,
+            ),
+            'PlanPrivacy': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanPrivacy,
+                    request_deserializer=fmi_dot_v1_dot_admin__service__pb2.PlanPrivacyRequest.FromString,
+                    response_serializer=fmi_dot_v1_dot_admin__service__pb2.PlanPrivacyResponse.SerializeToString,
+            ),
+            'ListPrivacyBudgets': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPrivacyBudgets,
+                    request_deserializer=fmi_dot_v1_dot_admin__service__pb2.ListPrivacyBudgetsRequest.FromString,
+                    response_serializer=fmi_dot_v1_dot_admin__service__pb2.ListPrivacyBudgetsResponse.SerializeToString,
+            ),
+            'ListPrivacySpends': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPrivacySpends,
+                    request_deserializer=fmi_dot_v1_dot_admin__service__pb2.ListPrivacySpendsRequest.FromString,
+                    response_serializer=fmi_dot_v1_dot_admin__service__pb2.ListPrivacySpendsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -446,6 +497,87 @@ class AdminService(object):
             '/fmi.v1.AdminService/ListApplied',
             fmi_dot_v1_dot_admin__service__pb2.ListAppliedRequest.SerializeToString,
             fmi_dot_v1_dot_admin__service__pb2.ListAppliedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanPrivacy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fmi.v1.AdminService/PlanPrivacy',
+            fmi_dot_v1_dot_admin__service__pb2.PlanPrivacyRequest.SerializeToString,
+            fmi_dot_v1_dot_admin__service__pb2.PlanPrivacyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPrivacyBudgets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fmi.v1.AdminService/ListPrivacyBudgets',
+            fmi_dot_v1_dot_admin__service__pb2.ListPrivacyBudgetsRequest.SerializeToString,
+            fmi_dot_v1_dot_admin__service__pb2.ListPrivacyBudgetsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPrivacySpends(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fmi.v1.AdminService/ListPrivacySpends',
+            fmi_dot_v1_dot_admin__service__pb2.ListPrivacySpendsRequest.SerializeToString,
+            fmi_dot_v1_dot_admin__service__pb2.ListPrivacySpendsResponse.FromString,
             options,
             channel_credentials,
             insecure,

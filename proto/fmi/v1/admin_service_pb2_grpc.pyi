@@ -38,6 +38,12 @@ class AdminServiceStub:
     """Lists which revisions subscribers reported as applied or failed. The server keeps the newest report of
     each subscriber, cohort and kind in memory, within bounds; a restart forgets them.
     """
+    PlanPrivacy: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.PlanPrivacyRequest, _admin_service_pb2.PlanPrivacyResponse]
+    """Says what a privacy budget would mean, for so many sites and signals. Nothing is changed."""
+    ListPrivacyBudgets: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListPrivacyBudgetsRequest, _admin_service_pb2.ListPrivacyBudgetsResponse]
+    """Lists the private cohorts with what they spent and what is left."""
+    ListPrivacySpends: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListPrivacySpendsRequest, _admin_service_pb2.ListPrivacySpendsResponse]
+    """Lists the privacy ledger of a cohort: every release that it paid for."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """The operator's view and levers. Where the server authenticates its callers they are for operators, and those
@@ -117,5 +123,29 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """Lists which revisions subscribers reported as applied or failed. The server keeps the newest report of
         each subscriber, cohort and kind in memory, within bounds; a restart forgets them.
         """
+
+    @_abc_1.abstractmethod
+    def PlanPrivacy(
+        self,
+        request: _admin_service_pb2.PlanPrivacyRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.PlanPrivacyRequest, _abc.Awaitable[_admin_service_pb2.PlanPrivacyResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.PlanPrivacyResponse]:
+        """Says what a privacy budget would mean, for so many sites and signals. Nothing is changed."""
+
+    @_abc_1.abstractmethod
+    def ListPrivacyBudgets(
+        self,
+        request: _admin_service_pb2.ListPrivacyBudgetsRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.ListPrivacyBudgetsRequest, _abc.Awaitable[_admin_service_pb2.ListPrivacyBudgetsResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.ListPrivacyBudgetsResponse]:
+        """Lists the private cohorts with what they spent and what is left."""
+
+    @_abc_1.abstractmethod
+    def ListPrivacySpends(
+        self,
+        request: _admin_service_pb2.ListPrivacySpendsRequest,
+        context: _aio.ServicerContext[_admin_service_pb2.ListPrivacySpendsRequest, _abc.Awaitable[_admin_service_pb2.ListPrivacySpendsResponse]],
+    ) -> _abc.Awaitable[_admin_service_pb2.ListPrivacySpendsResponse]:
+        """Lists the privacy ledger of a cohort: every release that it paid for."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _aio.Server) -> None: ...

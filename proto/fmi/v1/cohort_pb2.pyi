@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -282,7 +283,10 @@ Global___SignalSpec: _TypeAlias = SignalSpec  # noqa: Y015
 
 @_typing.final
 class AggregationSpec(_message.Message):
-    """How packets are aggregated. Fields that are unset have the defaults of `AggregationConfig`."""
+    """How packets are aggregated. Fields that are unset have the defaults of `AggregationConfig`. In a private
+    cohort (`CohortSpec.privacy`) only `vote_min_sites` and `metrics_aggregation` can be set: the others guard
+    by looking at what sites sent, and so would let one site change what others count for.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -297,7 +301,7 @@ class AggregationSpec(_message.Message):
     """Optional. Sites needed before a signal, a hint or an edge has a value. Unset means 3."""
     metrics_aggregation: _builtins.str
     """Optional. The estimator: `trimmed_mean`, `weighted_mean`, `mean`, `median` or `mean_of_median`. Unset
-    means `trimmed_mean`.
+    means `trimmed_mean`, in a private cohort `mean`. A private cohort takes `mean` and `weighted_mean` only.
     """
     max_byzantine: _builtins.int
     """Optional. Lying sites per signal that the trimmed mean must withstand. Where it is set, nothing has
@@ -348,11 +352,16 @@ class ReleaseSpec(_message.Message):
     MAX_INTERVAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def min_interval(self) -> _duration_pb2.Duration:
-        """Optional. The shortest time between two releases. Unset means 1 s."""
+        """Optional. The shortest time between two releases. Unset means 1 s. A private cohort does not take it:
+        what sites send must not move its releases.
+        """
 
     @_builtins.property
     def max_interval(self) -> _duration_pb2.Duration:
-        """Optional. The longest time that a change waits for its release. Unset means 60 s."""
+        """Optional. The longest time that a change waits for its release. Unset means 60 s. A private cohort
+        releases once in each period of this length, whatever sites sent; periods begin at whole multiples of it
+        since 1970 (UTC). There, unset means 1 day.
+        """
 
     def __init__(
         self,
@@ -485,7 +494,10 @@ Global___PolicySpec: _TypeAlias = PolicySpec  # noqa: Y015
 
 @_typing.final
 class PrivacySpec(_message.Message):
-    """Differential privacy of a cohort."""
+    """Differential privacy of a cohort, for everything that a site ever sends to it: adding or removing a site
+    with all its packets changes the probability of what the cohort releases, in its whole life, by no more than
+    (epsilon, delta) say. Every signal must be declared, with both bounds. See docs/privacy.md.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -494,20 +506,33 @@ class PrivacySpec(_message.Message):
     DP_NOISE_SIGMA_FIELD_NUMBER: _builtins.int
     DP_SENSITIVITY_FIELD_NUMBER: _builtins.int
     DP_EPOCHS_FIELD_NUMBER: _builtins.int
+    FIRST_RELEASE_AT_FIELD_NUMBER: _builtins.int
     dp_epsilon: _builtins.float
-    """Optional. The total budget epsilon over `dp_epochs` releases. Unset (0) means no privacy."""
+    """Optional. The total budget epsilon over `dp_epochs` releases. Unset (0) means that it follows from
+    `dp_noise_sigma` and `dp_epochs`; where that is 0 too, no privacy.
+    """
     dp_delta: _builtins.float
-    """Optional. The total budget delta, in [0, 1). Unset (0) means none."""
+    """Optional. The total budget delta, in [0, 1); required with privacy, well below 1 over the number of
+    sites. Unset (0) means none.
+    """
     dp_noise_sigma: _builtins.float
-    """Optional. Explicit noise, as a standard deviation in units of the sensitivity. Unset (0) means it
-    is derived.
+    """Optional. Explicit noise, as a standard deviation in units of the sensitivity. Refused where
+    `dp_epsilon` needs more. Unset (0) means it is derived from `dp_epsilon` and `dp_epochs`.
     """
     dp_sensitivity: _builtins.float
-    """Optional. A declared sensitivity; refused where it is smaller than the derived one. Unset means it
-    is derived.
+    """Optional. A declared sensitivity, in units of half the width between a signal's bounds; refused where
+    it is smaller than the derived one, a larger one asks for more noise. Unset means it is derived.
     """
     dp_epochs: _builtins.int
-    """Optional. Releases that the budget must last for. Unset (0) means it is not planned."""
+    """Optional. Releases that the budget lasts for; after them releases stop. Unset (0) means as many as
+    `dp_epsilon` allows with `dp_noise_sigma`; without that it is required.
+    """
+    @_builtins.property
+    def first_release_at(self) -> _timestamp_pb2.Timestamp:
+        """Optional. No release before this time, so that sites can come first: releases cost their budget whether
+        sites sent something or not. Unset means the period after the one in which privacy was put in force.
+        """
+
     def __init__(
         self,
         *,
@@ -516,10 +541,11 @@ class PrivacySpec(_message.Message):
         dp_noise_sigma: _builtins.float = ...,
         dp_sensitivity: _builtins.float | None = ...,
         dp_epochs: _builtins.int = ...,
+        first_release_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_dp_sensitivity", b"_dp_sensitivity", "dp_sensitivity", b"dp_sensitivity"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dp_sensitivity", b"_dp_sensitivity", "dp_sensitivity", b"dp_sensitivity", "first_release_at", b"first_release_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dp_sensitivity", b"_dp_sensitivity", "dp_delta", b"dp_delta", "dp_epochs", b"dp_epochs", "dp_epsilon", b"dp_epsilon", "dp_noise_sigma", b"dp_noise_sigma", "dp_sensitivity", b"dp_sensitivity"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dp_sensitivity", b"_dp_sensitivity", "dp_delta", b"dp_delta", "dp_epochs", b"dp_epochs", "dp_epsilon", b"dp_epsilon", "dp_noise_sigma", b"dp_noise_sigma", "dp_sensitivity", b"dp_sensitivity", "first_release_at", b"first_release_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dp_sensitivity: _TypeAlias = _typing.Literal["dp_sensitivity"]  # noqa: Y015
     _WhichOneofArgType__dp_sensitivity: _TypeAlias = _typing.Literal["_dp_sensitivity", b"_dp_sensitivity"]  # noqa: Y015

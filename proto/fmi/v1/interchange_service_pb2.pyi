@@ -191,7 +191,9 @@ class EmitResult(_message.Message):
     status: Global___EmitStatus.ValueType
     """Output only. What became of it."""
     sequence: _builtins.int
-    """Output only. Its place among all packets of the server; 0 where it was refused."""
+    """Output only. Its place among all packets of the server; 0 where it was refused, and on a server with a
+    private cohort, because the places of two packets tell how many came between them.
+    """
     @_builtins.property
     def received_at(self) -> _timestamp_pb2.Timestamp:
         """Output only. When the server first took it. Unset where it was refused."""

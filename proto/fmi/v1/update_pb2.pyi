@@ -120,7 +120,7 @@ class Update(_message.Message):
     """
     @_builtins.property
     def released_at(self) -> _timestamp_pb2.Timestamp:
-        """Output only. When it was published, by the server's clock."""
+        """Output only. When it was published, by the server's clock; in a private cohort when its release was due."""
 
     @_builtins.property
     def prior_update(self) -> Global___MetaPriorUpdate:
@@ -164,7 +164,7 @@ Global___Update: _TypeAlias = Update  # noqa: Y015
 
 @_typing.final
 class Lineage(_message.Message):
-    """What an aggregate was made from."""
+    """What an aggregate was made from. In a private cohort, `estimator`, `epsilon_spent` and `delta` only."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -217,6 +217,7 @@ class Lineage(_message.Message):
     REPUTATIONS_FIELD_NUMBER: _builtins.int
     CONFIDENCE_CAP_FIELD_NUMBER: _builtins.int
     RELATIVE_SIZES_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
     packets: _builtins.int
     """Output only. Packets counted."""
     sites: _builtins.int
@@ -226,12 +227,16 @@ class Lineage(_message.Message):
     trimmed: _builtins.int
     """Output only. Values left out by trimming, over all signals."""
     epsilon_spent: _builtins.float
-    """Output only. Differential privacy spent by the cohort up to this release; 0 where privacy is off."""
+    """Output only. The epsilon that the cohort spent up to and with this release, at `delta`; 0 where privacy
+    is off.
+    """
     confidence_cap: _builtins.float
     """Output only. The median of the confidences that sites declared, in 0..1: none counted for more. The
     weight of a value is the smaller of its confidence and this, times the reputation of its site, times its
     relative size. In a prior only.
     """
+    delta: _builtins.float
+    """Output only. The delta at which `epsilon_spent` is told, that of the cohort's spec; 0 where privacy is off."""
     @_builtins.property
     def window(self) -> _duration_pb2.Duration:
         """Output only. Time from the oldest value counted, or an older one that was overwritten, to the newest
@@ -264,10 +269,11 @@ class Lineage(_message.Message):
         reputations: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         confidence_cap: _builtins.float = ...,
         relative_sizes: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        delta: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["window", b"window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence_cap", b"confidence_cap", "epsilon_spent", b"epsilon_spent", "estimator", b"estimator", "packets", b"packets", "relative_sizes", b"relative_sizes", "reputations", b"reputations", "sites", b"sites", "trimmed", b"trimmed", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence_cap", b"confidence_cap", "delta", b"delta", "epsilon_spent", b"epsilon_spent", "estimator", b"estimator", "packets", b"packets", "relative_sizes", b"relative_sizes", "reputations", b"reputations", "sites", b"sites", "trimmed", b"trimmed", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -415,9 +421,11 @@ class SignalEstimate(_message.Message):
     upper: _builtins.float
     """Output only. Upper end of the 95 % confidence interval. Unset as `stderr`."""
     sites: _builtins.int
-    """Output only. Sites that sent the signal."""
+    """Output only. Sites that sent the signal. Always 0 in a private cohort, which does not tell."""
     effective_sites: _builtins.float
-    """Output only. Effective sites behind the value after trimming and weighting (Kish)."""
+    """Output only. Effective sites behind the value after trimming and weighting (Kish). In a private cohort the
+    noisy sum of the weights.
+    """
     trimmed: _builtins.int
     """Output only. Sites left out by trimming, both tails together."""
     confidence: _builtins.float

@@ -1,0 +1,222 @@
+"""What the spec of a private cohort may say, and how it may change."""
+
+from __future__ import annotations
+
+import pytest
+from google.protobuf import json_format
+from parts import msp
+
+from fmi.v1 import cohort_pb2
+from fmi_server.aggregator import FMIAggregator
+from fmi_server.cohorts import CohortRegistry
+from fmi_server.config import AggregationConfig
+from fmi_server.contracts import FMIContractRegistry
+from fmi_server.errors import SettingUnsupportedError, SpecChangeUnsafeError, SpecInvalidError
+from fmi_server.privacy.budget import natural_sensitivity
+
+CONTRACT = FMIContractRegistry()
+TAU = {"name": "tau", "section": "SIGNAL_SECTION_CONTROLLER", "lower": 0.0, "upper": 1.0}
+GAIN = {"name": "gain", "section": "SIGNAL_SECTION_METRICS", "lower": -1.0, "upper": 1.0}
+PRIVATE = {
+    "signals": [TAU, GAIN],
+    "privacy": {"dpEpsilon": 2.0, "dpDelta": 1e-6, "dpEpochs": 50},
+}
+
+
+def spec(**fields) -> cohort_pb2.CohortSpec:
+    return json_format.ParseDict({"name": "care", **fields}, cohort_pb2.CohortSpec())
+
+
+@pytest.fixture
+def cohorts() -> CohortRegistry:
+    return CohortRegistry(CONTRACT)
+
+
+def told(refused) -> dict[str, str]:
+    return {v.field: v.rule_id.removeprefix("fmi.cohort_spec.") for v in refused.value.violations}
+
+
+def test_a_private_cohort_has_defaults_that_keep_its_promise(cohorts):
+    rules, _ = cohorts.declare(spec(**PRIVATE))
+    plan = rules.privacy
+    assert (plan.epsilon, plan.delta, plan.epochs, plan.sums.signals) == (2.0, 1e-6, 50, 2)
+    settings = rules.aggregation
+    assert (settings.metrics_aggregation, settings.metrics_trim_alpha) == ("mean", 0.0)
+    assert (settings.weight_cap, settings.max_byzantine or 0) == (1.0, 0)
+    assert (settings.dp_epsilon, settings.dp_delta, settings.dp_epochs) == (2.0, 1e-6, 50)
+    assert (rules.min_interval_s, rules.max_interval_s) == (86_400.0, 86_400.0)
+    assert not rules.free_signals
+    assert cohorts.any_private
+
+
+def test_what_is_filled_in_is_taken_again_and_changes_nothing(cohorts):
+    rules, _ = cohorts.declare(spec(**PRIVATE))
+    again, changed = cohorts.declare(rules.spec)
+    assert not changed
+    assert again.schema_hash == rules.schema_hash
+
+
+@pytest.mark.parametrize(
+    ("fields", "broken"),
+    [
+        ({"signals": []}, {"signals": "private_vocabulary"}),
+        ({"freeSignals": True}, {"free_signals": "private_vocabulary"}),
+        (
+            {"signals": [TAU, {**GAIN, "lower": None}]},
+            {"signals[1].lower": "private_bounds"},
+        ),
+        (
+            {"signals": [{**TAU, "upper": None}, {**GAIN, "lower": None, "upper": None}]},
+            {"signals[0].upper": "private_bounds", "signals[1].lower": "private_bounds"},
+        ),
+        *(
+            (
+                {"aggregation": {"metricsAggregation": name}},
+                {"aggregation.metrics_aggregation": "private_estimator"},
+            )
+            for name in ("trimmed_mean", "median", "mean_of_median")
+        ),
+        (
+            {"aggregation": {"metricsTrimAlpha": 0.1, "weightCap": 0.25, "maxByzantine": 1}},
+            {
+                "aggregation.metrics_trim_alpha": "private_estimator",
+                "aggregation.weight_cap": "private_estimator",
+                "aggregation.max_byzantine": "private_estimator",
+            },
+        ),
+        ({"release": {"minInterval": "1s"}}, {"release.min_interval": "private_schedule"}),
+        ({"release": {"maxInterval": "0.05s"}}, {"release.max_interval": "private_schedule"}),
+        ({"privacy": {"dpEpsilon": 1.0, "dpEpochs": 5}}, {"privacy.dp_delta": "privacy_budget"}),
+        ({"privacy": {"dpEpsilon": 1.0, "dpDelta": 1e-6}}, {"privacy.dp_epochs": "privacy_budget"}),
+        (
+            {"privacy": {**PRIVATE["privacy"], "dpNoiseSigma": 1.0}},
+            {"privacy.dp_noise_sigma": "privacy_budget"},
+        ),
+        (
+            {"privacy": {**PRIVATE["privacy"], "dpSensitivity": 1.0}},
+            {"privacy.dp_sensitivity": "privacy_budget"},
+        ),
+        ({"privacy": {"dpDelta": 1e-6}}, {"privacy.dp_epsilon": "privacy_unasked"}),
+        ({"privacy": {"dpSensitivity": 3.0}}, {"privacy.dp_epsilon": "privacy_unasked"}),
+        ({"privacy": {"dpEpochs": 3}}, {"privacy.dp_epsilon": "privacy_unasked"}),
+    ],
+)
+def test_each_contradiction_is_refused_where_it_stands(cohorts, fields, broken):
+    signals = fields.get("signals", PRIVATE["signals"])
+    clean = [{name: v for name, v in s.items() if v is not None} for s in signals]
+    with pytest.raises(SpecInvalidError) as refused:
+        cohorts.declare(spec(**{**PRIVATE, **fields, "signals": clean}), force=True)
+    assert told(refused) == broken
+    assert all(len(v.description) > 20 for v in refused.value.violations)
+    assert "care" not in cohorts
+    assert not cohorts.any_private
+
+
+def test_what_is_allowed_beside_privacy(cohorts):
+    rules, _ = cohorts.declare(
+        spec(
+            **PRIVATE
+            | {
+                "aggregation": {"metricsAggregation": "weighted_mean", "voteMinSites": 20},
+                "release": {"maxInterval": "3600s"},
+                "privacy": {
+                    "dpNoiseSigma": 20.0,
+                    "dpDelta": 1e-6,
+                    "dpEpsilon": 3.0,
+                    "dpSensitivity": 2.0 * natural_sensitivity(2),
+                    "firstReleaseAt": "2030-01-01T00:00:00Z",
+                },
+            }
+        )
+    )
+    plan = rules.privacy
+    assert plan.noise_multiplier == pytest.approx(40.0)
+    assert plan.spent(plan.epochs) <= 3.0 < plan.spent(plan.epochs + 1)
+    assert rules.first_release_at == 1_893_456_000.0
+    assert rules.aggregation.vote_min_sites == 20
+
+
+# Changes
+
+
+@pytest.mark.parametrize(
+    ("privacy", "why"),
+    [
+        (None, "is taken away"),
+        ({"dpEpsilon": 2.1}, "grows from epsilon 2 at delta 1e-06 to epsilon 2.1"),
+        ({"dpDelta": 2e-6}, "at delta 2e-06"),
+        ({"dpNoiseSigma": 100.0, "dpEpsilon": 0, "dpEpochs": 100_000}, "grows from"),
+    ],
+)
+def test_a_promise_is_weakened_by_force_only(cohorts, privacy, why):
+    cohorts.declare(spec(**PRIVATE))
+    asked = {} if privacy is None else {"privacy": {**PRIVATE["privacy"], **privacy}}
+    weaker = spec(**{**PRIVATE, "privacy": {}, **asked})
+    with pytest.raises(SpecChangeUnsafeError, match=r"more than sites|without noise") as refused:
+        cohorts.declare(weaker)
+    (change,) = refused.value.violations
+    assert change.field == "privacy"
+    assert why in change.description
+    _, changed = cohorts.declare(weaker, force=True)
+    assert changed
+    assert cohorts.any_private == (privacy is not None)
+
+
+@pytest.mark.parametrize(
+    "privacy",
+    [
+        {"dpEpsilon": 1.0},
+        {"dpDelta": 1e-7},
+        {"dpEpochs": 100},
+        {"dpEpochs": 10},
+        {"dpNoiseSigma": 60.0},
+    ],
+)
+def test_a_promise_that_holds_as_well_as_before_is_no_unsafe_change(cohorts, privacy):
+    cohorts.declare(spec(**PRIVATE))
+    _, changed = cohorts.declare(spec(**{**PRIVATE, "privacy": {**PRIVATE["privacy"], **privacy}}))
+    assert changed
+
+
+# The server's own default
+
+
+def test_privacy_can_be_the_default_of_every_declared_cohort():
+    defaults = AggregationConfig(dp_epsilon=2.0, dp_delta=1e-6, dp_epochs=50)
+    cohorts = CohortRegistry(CONTRACT, open_cohorts=False, defaults=defaults)
+    rules, _ = cohorts.declare(spec(signals=[TAU, GAIN]))
+    stated, _ = CohortRegistry(CONTRACT).declare(spec(**PRIVATE))
+    assert rules.privacy == stated.privacy or rules.privacy.epsilon == stated.privacy.epsilon
+    assert rules.schema_hash == stated.schema_hash
+    own, _ = cohorts.declare(
+        spec(name="own", signals=[TAU], privacy={"dpEpsilon": 1.0, "dpDelta": 1e-7, "dpEpochs": 3})
+    )
+    assert (own.privacy.epsilon, own.privacy.epochs) == (1.0, 3)
+    with pytest.raises(SpecInvalidError, match="must be declared in a private cohort"):
+        cohorts.declare(spec(name="free"))
+
+
+def test_a_cohort_that_opens_by_itself_cannot_be_private():
+    defaults = AggregationConfig(dp_epsilon=2.0, dp_delta=1e-6)
+    with pytest.raises(SettingUnsupportedError, match="open_cohorts"):
+        CohortRegistry(CONTRACT, defaults=defaults)
+
+
+# Aggregates that are computed at once
+
+
+def test_no_site_chooses_the_time_of_a_private_aggregate():
+    """Of plain packets the newest says what time it is; here that would let one site shut out the others."""
+    now = 1_760_000_000.0
+    aggregator = FMIAggregator(
+        AggregationConfig(dp_noise_sigma=1e-4, dp_delta=1e-6), clock=lambda: now
+    )
+    packets = [msp(f"s{i}", controller={"tau": 0.25}, at=now - 10.0) for i in range(9)]
+    packets.append(msp("late", controller={"tau": 0.75}, at=now + 1e9))
+    result = aggregator.aggregate("care", packets, spec=spec(signals=[TAU]))
+    assert result.prior_update.estimates["tau"].effective_sites == pytest.approx(10.0, abs=0.01)
+    assert result.prior_update.prior["tau"] == pytest.approx(0.3, abs=0.01)
+    assert result.warm_start.init["tau"] == result.prior_update.prior["tau"]
+    assert not result.policy_hint.hint_id
+    assert "private" in result.policy_hint.reason
+    assert not result.causal_consensus.edges
