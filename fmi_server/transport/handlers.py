@@ -169,9 +169,12 @@ class _Guard:
             try:
                 caller = self._caller(context)
                 response = await call(_parsed(request), caller)
-                if self._operating and self._audit is not None:
-                    self._audit.operated("OK", describe(self._from(context, caller), request))
+                self._note_operation("OK", request, caller)
                 return response
+            except asyncio.CancelledError:
+                # What it began may go on to its end: who hangs up must not leave no trace.
+                self._note_operation("CANCELLED", request, caller)
+                raise
             except Exception as error:
                 status = self._status(error, request, self._from(context, caller))
             await context.abort_with_status(status)
@@ -227,15 +230,17 @@ class _Guard:
         """Return who calls and from where, also where that could not be found out before."""
         return caller if caller.peer else Caller(UNKNOWN, context.peer(), self._method)
 
+    def _note_operation(self, outcome: str, request: _Request, caller: Caller) -> None:
+        if self._operating and self._audit is not None:
+            self._audit.operated(outcome, describe(caller, request))
+
     def _note(
         self, reason: error_pb2.ErrorReason.ValueType, request: _Request, caller: Caller
     ) -> None:
-        if self._audit is None:
-            return
-        if reason in AUDITED_REASONS:
+        if self._audit is not None and reason in AUDITED_REASONS:
             self._audit.refused(reason_name(reason), describe(caller, request))
-        elif self._operating:
-            self._audit.operated(reason_name(reason), describe(caller, request))
+        else:
+            self._note_operation(reason_name(reason), request, caller)
 
     def _status(self, error: Exception, request: _Request, caller: Caller) -> grpc.Status:
         # Only a call that fails gets an id: metadata on every answer would cost more than all that the

@@ -56,7 +56,7 @@ def test_every_method_stands_in_the_table_of_rights() -> None:
 
 def test_the_audited_reasons_are_told() -> None:
     section = PAGE[PAGE.index("## The audit log") :]
-    told = re.search(r"for\nwho calls \(([A-Z_, \n]+)\)", section)
+    told = re.search(r"for\s+who\s+calls\s+\(([A-Z_,\s]+)\)", section)
     assert told is not None
     names = {name.strip() for name in told[1].replace("\n", " ").split(",")}
     assert names == {reason_name(reason) for reason in AUDITED_REASONS}

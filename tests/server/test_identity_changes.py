@@ -578,6 +578,40 @@ async def test_what_operators_do_and_who_is_refused_is_written_down(office, tmp_
     assert log.stat().st_mode & 0o777 == 0o600
 
 
+async def test_an_operator_who_hangs_up_leaves_a_trace(office, tmp_path, monkeypatch):
+    log = tmp_path / "audit.jsonl"
+    token = office.token(OPERATOR).text
+    async with (
+        secured(tokens=office.tokens, audit_log=log) as server,
+        calling(server.target, token=token) as caller,
+    ):
+        began, go_on, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def slow(_cohort):
+            began.set()
+            await go_on.wait()
+            ended.set()
+            return []
+
+        monkeypatch.setattr(server.service.releaser, "release", slow)
+        call = caller.open(f"{AD}ReleaseNow", admin_pb2.ReleaseNowRequest(cohort="care"))
+        async with asyncio.timeout(DEADLINE_S):
+            asking = asyncio.ensure_future(anyhow(call))
+            await began.wait()
+            call.cancel()
+            await eventually(lambda: lines_of(log))
+            go_on.set()
+            await ended.wait()
+            await asking
+    (line,) = lines_of(log)
+    assert (line["outcome"], line["principal"], line["cohort"]) == ("CANCELLED", OPERATOR, "care")
+
+
+async def anyhow(call) -> None:
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
+        await call
+
+
 async def test_nothing_secret_is_written_anywhere(office, tmp_path, caplog, capfd):
     """Logs at their most talkative, answers, the audit log: no token, no key, no hash of either."""
     log = tmp_path / "audit.jsonl"
