@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from typing import Final, Protocol
 
 from fmi_server.errors import (
     AccessDeniedError,
@@ -96,6 +96,22 @@ TRUSTED: Final = Principal("", unrestricted=True)
 """The program itself; and everybody, where the server authenticates nobody."""
 
 
+class Lists(Protocol):
+    """What is read of an `AccessSpec`."""
+
+    @property
+    def emit(self) -> Iterable[str]:
+        """Who may emit."""
+
+    @property
+    def subscribe(self) -> Iterable[str]:
+        """Who may subscribe and read."""
+
+    @property
+    def admin(self) -> Iterable[str]:
+        """Who may administer."""
+
+
 @dataclass(frozen=True, slots=True)
 class AccessRules:
     """Who may do what in one cohort; see `AccessSpec`. What is not listed is denied."""
@@ -114,6 +130,11 @@ class AccessRules:
     ) -> AccessRules:
         """Make rules from lists."""
         return cls(frozenset(emit), frozenset(subscribe), frozenset(admin))
+
+    @classmethod
+    def of_spec(cls, spec: Lists) -> AccessRules:
+        """Make the rules that an `AccessSpec` writes down."""
+        return cls.of(emit=spec.emit, subscribe=spec.subscribe, admin=spec.admin)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from prometheus_client import start_http_server
 from fmi.descriptors import CONTRACT_FILES, INGEST, SERVICE_NAMES
 from fmi.v1 import update_pb2
 from fmi_server.cohort_files import CohortFile, check_changes, read_cohort_folder
-from fmi_server.cohorts import UNKEPT, CohortRegistry
+from fmi_server.cohorts import CohortRegistry
 from fmi_server.config import RouterConfig, ServerSettings, SettingsError
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.envelope import EnvelopeLimits
@@ -50,7 +50,6 @@ from fmi_server.version import VERSION
 
 __all__ = [
     "RunningServer",
-    "check_access_rules",
     "check_settings",
     "running",
     "serve",
@@ -145,8 +144,9 @@ async def running(
     warn_of_open_listening(settings)
     registry = FMIContractRegistry()
     # A wrong file stops the start before anything is made or opened.
-    files = read_cohort_folder(settings.cohorts, registry) if settings.cohorts else []
-    check_access_rules(settings, files)
+    files: Sequence[CohortFile] = ()
+    if settings.cohorts:
+        files = read_cohort_folder(settings.cohorts, registry, authenticated=settings.authenticated)
     security = Security(settings)
     telemetry = FMITelemetry()
     cohorts = CohortRegistry(
@@ -359,20 +359,6 @@ def _add_services(
     )
     # Whether it is well a server says to everybody: load balancers have no credentials.
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-
-
-def check_access_rules(settings: ServerSettings, files: Sequence[CohortFile]) -> None:
-    """Refuse cohort files with access rules that nothing would keep.
-
-    Raises:
-        SettingsError: Callers are not authenticated; all such files are told.
-    """
-    if settings.authenticated:
-        return
-    if unkept := [
-        f"{file.path}: access {UNKEPT}" for file in files if file.spec.HasField("access")
-    ]:
-        raise SettingsError("\n".join(unkept))
 
 
 def _bind(server: grpc.aio.Server, listen: str, security: Security) -> int:

@@ -163,9 +163,7 @@ def compile_spec(
         site_ttl_s=_seconds(filled.retention.site_ttl),
         updates_kept=filled.retention.updates,
         packets_kept_s=_seconds(filled.retention.packets),
-        access=AccessRules.of(
-            emit=filled.access.emit, subscribe=filled.access.subscribe, admin=filled.access.admin
-        ),
+        access=AccessRules.of_spec(filled.access),
         privacy=plan_budget(asked, len(filled.signals)) if asked.private else None,
         first_release_at=filled.privacy.first_release_at.ToNanoseconds() / 1e9,
     )

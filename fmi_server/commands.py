@@ -119,8 +119,9 @@ def check_config(config: Path | None, **flags: Any) -> None:
         wrong.append(str(error))
     try:
         if settings.cohorts:
-            files = read_cohort_folder(settings.cohorts, FMIContractRegistry())
-            app.check_access_rules(settings, files)
+            files = read_cohort_folder(
+                settings.cohorts, FMIContractRegistry(), authenticated=settings.authenticated
+            )
     except SettingsError as error:
         wrong.append(str(error))
     if wrong:
