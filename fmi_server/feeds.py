@@ -117,6 +117,7 @@ class Feed(ABC):
         """
         self._check_start()
         async for event in self._start():
+            self._check_end()  # it may have been waited for
             yield event
             self._check_end()
         self.live = True
@@ -131,6 +132,7 @@ class Feed(ABC):
             self._wake.clear()
             self._check_end()
             async for event in self._new():
+                self._check_end()
                 yield event
                 self._check_end()
             if self._progress_due:

@@ -230,8 +230,10 @@ class FMIRouter:
         conflated = 0
         try:
             for cohort, wanted in (await request.answers(self._interested)).items():
-                if wanted:
-                    self._interested[cohort].add(feed)
+                interested = self._interested.get(cohort)
+                # Who may read it may have changed meanwhile; where it is found anew, the feed is in already.
+                if wanted and interested is not None and request.permits(cohort):
+                    interested.add(feed)
             async for event in feed.events(self._clock_ns):
                 if feed.conflated > conflated:
                     self._telemetry.conflated(feed.conflated - conflated)
