@@ -292,9 +292,12 @@ class LocalPrivacy:
             return packet
         check_packet(packet)
         self._check_coverage(packet)
+        content = packet_pb2.Packet()
+        content.CopyFrom(packet)
+        content.header.ClearField("emitted_at")
         data = self._account.once(
             (packet.header.domain_id, packet.header.packet_id),
-            packet.msp.SerializeToString(deterministic=True),
+            content.SerializeToString(deterministic=True),
             self._rho,
             self._check_budget,
             lambda: self._private(packet).SerializeToString(deterministic=True),

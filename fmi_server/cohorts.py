@@ -10,7 +10,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
@@ -32,7 +32,7 @@ from fmi_server.errors import (
     Violation,
 )
 from fmi_server.privacy.accounting import zcdp_epsilon
-from fmi_server.privacy.budget import BudgetPlan, PrivacySettings, plan_budget
+from fmi_server.privacy.budget import BudgetPlan, plan_budget
 from fmi_server.privacy.noisy_means import PRIVATE_ESTIMATORS
 from fmi_server.private_specs import PRIVATE_INTERVAL_S, privacy_settings
 from fmi_server.spec_checks import spec_violations
@@ -77,7 +77,8 @@ class CohortRules:
     """The compiled rules of one cohort; see `CohortSpec` for the meaning of each.
 
     Attributes:
-        privacy: The budget of a private cohort; None where it is not private.
+        privacy: The budget of a private cohort, whatever `aggregation` says of privacy; None where it is
+            not private.
         first_release_at: Unix seconds before which a private cohort releases nothing.
     """
 
@@ -143,7 +144,6 @@ def compile_spec(
                 aggregation.max_byzantine if aggregation.HasField("max_byzantine") else None
             ),
             weight_cap=aggregation.weight_cap,
-            **_privacy_fields(asked),
         ),
         ingest=IngestRules(
             max_packet_bytes=filled.ingest.max_packet_bytes,
@@ -173,7 +173,7 @@ def _with_default_privacy(
     spec: cohort_pb2.CohortSpec, defaults: AggregationConfig
 ) -> cohort_pb2.CohortSpec:
     """Return a spec with the server's own privacy where it says nothing of its own."""
-    if not defaults.privacy.private or spec.privacy.ByteSize():
+    if not defaults.privacy.private or privacy_settings(spec.privacy).stated:
         return spec
     private = cohort_pb2.CohortSpec()
     private.CopyFrom(spec)
@@ -397,14 +397,6 @@ def _schema_hash(filled: cohort_pb2.CohortSpec) -> str:
     return hashlib.sha256(schema.SerializeToString(deterministic=True)).hexdigest()
 
 
-def _privacy_fields(asked: PrivacySettings) -> dict[str, Any]:
-    """Return the settings of `AggregationConfig` that ask for the same."""
-    if not asked.private:
-        return {}
-    given = {field.name: getattr(asked, field.name) for field in fields(asked)}
-    return {name: value for name, value in given.items() if value is not None}
-
-
 def _fill(spec: cohort_pb2.CohortSpec, defaults: AggregationConfig) -> cohort_pb2.CohortSpec:
     """Return a copy with every default written out, so that equal meaning gives an equal hash."""
     filled = cohort_pb2.CohortSpec()
@@ -531,6 +523,7 @@ def _unsafe_changes(present: CohortRules, new: CohortRules) -> Iterator[Violatio
                 "is closed, so undeclared signals are refused",
             )
     yield from _weaker_privacy(present, new)
+    yield from _older_packets(present, new)
 
 
 def _weaker_privacy(present: CohortRules, new: CohortRules) -> Iterator[Violation]:
@@ -551,6 +544,22 @@ def _weaker_privacy(present: CohortRules, new: CohortRules) -> Iterator[Violatio
             f"grows from epsilon {old.epsilon:g} at delta {old.delta:g} to epsilon {plan.epsilon:g} at delta "
             f"{plan.delta:g}, more than sites were promised when they sent what is held",
         )
+
+
+def _older_packets(present: CohortRules, new: CohortRules) -> Iterator[Violation]:
+    """Tell where a private cohort would take packets of a time of which it has forgotten some.
+
+    Whether it has is known from what is refused then, and depends on who sent them.
+    """
+    if present.privacy is None and new.privacy is None:
+        return
+    for name in ("max_age", "max_clock_skew"):
+        if getattr(new.ingest, f"{name}_s") > getattr(present.ingest, f"{name}_s"):
+            yield _unsafe(
+                f"ingest.{name}",
+                "older_packets",
+                "is raised in a private cohort, where it would show which packets were forgotten",
+            )
 
 
 def _unsafe_signal_changes(old: SignalRule, new: SignalRule) -> Iterator[Violation]:

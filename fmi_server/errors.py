@@ -69,6 +69,7 @@ __all__ = [
     "UpdateNotFoundError",
     "Violation",
     "reason_name",
+    "utc",
 ]
 
 

@@ -23,11 +23,10 @@ NO_HINT: Final = "no hint: the cohort is private, and its budget is kept for its
 
 def private_lineage(rules: CohortRules, epsilon_spent: float) -> update_pb2.Lineage:
     """Tell what a private aggregate was made from, as far as that may be told."""
-    settings = rules.aggregation
     return update_pb2.Lineage(
-        estimator=settings.metrics_aggregation,
+        estimator=rules.aggregation.metrics_aggregation,
         epsilon_spent=epsilon_spent,
-        delta=settings.dp_delta,
+        delta=0.0 if rules.privacy is None else rules.privacy.delta,
     )
 
 

@@ -83,13 +83,10 @@ def private_prior(
     weights = cells.confidence if estimator == "weighted_mean" else np.ones(cells.values.shape[1])
     noisy = sums.noisy(sums.sums(cells.values, weights), entropy)
     least = plan.least_weight(min_sites)
-    means = sums.means(noisy, least)
+    means = sums.means(noisy, least, _NORMAL.inv_cdf(0.5 + level / 2.0))
     rows, scale = cells.rows, cells.transforms
     value, slope = scale.from_unit(rows, means.value), scale.unit_slope(rows, means.value)
-    margin = _NORMAL.inv_cdf(0.5 + level / 2.0) * means.stderr
-    lower, upper = (
-        scale.from_unit(rows, np.clip(means.value + side * margin, -1.0, 1.0)) for side in (-1, 1)
-    )
+    lower, upper = scale.from_unit(rows, means.lower), scale.from_unit(rows, means.upper)
     matters = scale.unit_difference(rows, means.value)
     return {
         name: PrivateEstimate(

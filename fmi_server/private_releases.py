@@ -25,7 +25,10 @@ from fmi_server.cohorts import CohortRules
 from fmi_server.errors import (
     FMIError,
     PrivacyBudgetExhaustedError,
+    Reason,
     ReleaseScheduledError,
+    Violation,
+    utc,
 )
 from fmi_server.privacy.budget import BudgetPlan
 from fmi_server.publication import Publisher
@@ -97,6 +100,7 @@ class PrivateReleases:
         self._unsure: set[str] = set()
         self._drawn: dict[str, _Drawn] = {}
         self._said_exhausted: set[str] = set()
+        self._said_ahead: set[str] = set()
 
     async def load(self) -> None:
         """Read what was spent.
@@ -125,7 +129,22 @@ class PrivateReleases:
                 _log.warning("%s", _exhausted(rules))
             return None
         self._said_exhausted.discard(rules.name)
-        return _next_period_s(rules, total.last_period)
+        due = _next_period_s(rules, total.last_period)
+        self._warn_of_clock(rules, total, due)
+        return due
+
+    def _warn_of_clock(self, rules: CohortRules, total: LedgerTotal, due: float) -> None:
+        """Say once where the ledger is ahead of the clock: one of them is wrong, and nothing is released."""
+        if total.last_period / _MICROSECONDS - self._clock() <= rules.max_interval_s:
+            self._said_ahead.discard(rules.name)
+        elif rules.name not in self._said_ahead:
+            self._said_ahead.add(rules.name)
+            _log.warning(
+                "cohort %s releases nothing before %s: its ledger has a release at a time that the clock has "
+                "yet to reach; is the clock set back, or was it ahead?",
+                rules.name,
+                utc(due),
+            )
 
     def account(self, rules: CohortRules) -> Account:
         """Return what a cohort spent and what is left."""
@@ -141,6 +160,22 @@ class PrivateReleases:
             opened_us = total.last_period if total else _period_us(rules, self._clock())
             due = _next_period_s(rules, opened_us)
         return Account(releases, spent, plan.epsilon_of(spent), left, due)
+
+    def overspent(self, rules: CohortRules) -> Violation | None:
+        """Tell where rules would promise a budget that is spent already, and more than it."""
+        total, plan = self._totals.get(rules.name), rules.privacy
+        if total is None or plan is None:
+            return None
+        spent = plan.epsilon_of(total.rho)
+        if spent <= plan.epsilon:
+            return None
+        return Violation(
+            "privacy",
+            "fmi.cohort_change.privacy_overspent",
+            f"promises epsilon {plan.epsilon:g} at delta {plan.delta:g} for the whole life of the cohort, "
+            f"which has spent {spent:.6g} already; say force to do it all the same",
+            Reason.SPEC_CHANGE_UNSAFE,
+        )
 
     def refusal(self, rules: CohortRules) -> FMIError:
         """Return why a private cohort is not released when somebody asks for it."""
@@ -184,6 +219,8 @@ class PrivateReleases:
         return updates
 
     async def _draw(self, plan: BudgetPlan, state: CohortState, now: float) -> AggregationResult:
+        if state.rules.privacy is not plan:
+            raise AssertionError("what is drawn is not what was paid for")
         spent = plan.epsilon_of(self._totals[state.rules.name].rho)
         return await in_thread(self._aggregator.result, state, now=now, epsilon_spent=spent)
 
@@ -231,6 +268,11 @@ class PrivateReleases:
         had a release of which the backup knows nothing.
         """
         plan = _plan_of(rules)
+        if not self._store.durable:
+            _log.warning(
+                "cohort %s is private and its ledger is in memory: the next start begins with a whole budget",
+                rules.name,
+            )
         charged = min(_lost_periods(rules, total, self._lost), _left(plan, total))
         if charged:
             _log.warning(

@@ -247,16 +247,17 @@ class Releaser:
         rules = self._cohorts.rules(cohort)
         if rules.privacy is not None:
             raise self.private.refusal(rules)
-        return await self._release(rules)
+        return await self._release(cohort)
 
-    async def _release(self, rules: CohortRules) -> list[update_pb2.Update]:
-        cohort = rules.name
+    async def _release(self, cohort: str) -> list[update_pb2.Update]:
         work = self._work[cohort]
         started = time.perf_counter()
         async with work.lock:
             await self._count_waiting(cohort, work)
             since, work.dirty_since = work.dirty_since, None
-            state = self._state(rules)
+            state = self._state(self._cohorts.rules(cohort))
+            # Those that the state was counted by: others may be in force since, and draw at another price.
+            rules = state.rules
             try:
                 if rules.privacy is None:
                     updates = await self._publish_news(rules, state)
@@ -333,21 +334,19 @@ class Releaser:
 
     async def reading(self, cohort: str) -> tuple[CohortState, asyncio.Lock]:
         """Return the state of a cohort, everything stored counted, and the lock to read it under."""
-        rules = self._cohorts.rules(cohort)
         work = self._work[cohort]
         async with work.lock:
             await self._count_waiting(cohort, work)
             await self._drop_expired(cohort, work)
-        return self._state(rules), work.lock
+        return self._state(self._cohorts.rules(cohort)), work.lock
 
     @contextlib.asynccontextmanager
     async def settled(self, cohort: str) -> AsyncIterator[CohortState]:
         """Hold the state of a cohort, everything that waited counted; nothing changes it meanwhile."""
-        rules = self._cohorts.rules(cohort)
         work = self._work[cohort]
         async with work.lock:
             await self._count_waiting(cohort, work)
-            yield self._state(rules)
+            yield self._state(self._cohorts.rules(cohort))
 
     def _state(self, rules: CohortRules) -> CohortState:
         return self._aggregator.state(
@@ -406,7 +405,7 @@ class Releaser:
 
     async def _release_safely(self, name: str) -> None:
         try:
-            await self._release(self._cohorts.rules(name))
+            await self._release(name)
         except Exception as error:
             # One cohort's fault must not keep the others from being released.
             unknown = not isinstance(error, FMIError)
@@ -448,6 +447,8 @@ class Releaser:
             await in_thread(state.replay, packets)
 
     def _note_newest(self, record: PacketRecord) -> None:
-        if record.kind == "msp":
+        # Sites of private cohorts are not remembered: who is would be told by whom a warning of another
+        # cohort leaves out.
+        if record.kind == "msp" and self._private_rules(record.cohort) is None:
             counted_us = counted_at_us(record.emitted_at_us, record.received_at_us)
             self.newest.note(record.cohort, record.domain_id, counted_us)

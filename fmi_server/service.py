@@ -62,6 +62,7 @@ from fmi_server.errors import (
     FMIError,
     OverloadedError,
     ServerDrainingError,
+    SpecChangeUnsafeError,
     UpdateNotFoundError,
     reason_name,
 )
@@ -385,7 +386,10 @@ class FMIService:
 
     async def _count(self, candidate: Candidate, answer: Answer) -> Answer:
         """Hand an accepted packet on to be counted; warn where it is overtaken already."""
-        warnings = overtaking_warnings(candidate.record, self.releaser.newest)
+        warnings: tuple[str, ...] = ()
+        if self.cohorts.rules(candidate.record.cohort).privacy is None:
+            # In a private cohort it would tell whoever uses the name of a site whether that site is there.
+            warnings = overtaking_warnings(candidate.record, self.releaser.newest)
         packet = as_counted(candidate.packet, answer.received_at_us)
         await self.router.route(packet, destination=AGGREGATOR)
         return replace(answer, warnings=(*answer.warnings, *warnings)) if warnings else answer
@@ -561,9 +565,11 @@ class FMIService:
         request = WarmStartRequest(
             profile_class or DEFAULT_PROFILE_CLASS, regime_tag, concepts or {}
         )
-        if self.cohorts.rules(cohort).privacy is not None:
+        found = None
+        if self.cohorts.rules(cohort).privacy is None:
+            found = await self.uninterrupted(self._find_warm_start(cohort, request))
+        if found is None:
             return self._released_warm_start(cohort, request.profile_class)
-        found = await self.uninterrupted(self._find_warm_start(cohort, request))
         latest = self.releaser.publisher.log.latest.get((cohort, update_pb2.UPDATE_KIND_PRIOR))
         return found, latest.revision if latest else 0
 
@@ -577,9 +583,12 @@ class FMIService:
 
     async def _find_warm_start(
         self, cohort: str, request: WarmStartRequest
-    ) -> update_pb2.WarmStartProfile:
-        state, lock = await self.releaser.reading(cohort)
-        async with lock:
+    ) -> update_pb2.WarmStartProfile | None:
+        """Find it in what is held; None where that is private by the time that it can be read."""
+        await self.releaser.reading(cohort)  # what is past its time goes
+        async with self.releaser.settled(cohort) as state:
+            if state.rules.privacy is not None:
+                return None
             return await asyncio.to_thread(self.aggregator.warm_start, state, request)
 
     async def release(self, cohort: str, *, caller: Principal = TRUSTED) -> list[update_pb2.Update]:
@@ -612,7 +621,8 @@ class FMIService:
         Raises:
             AccessDeniedError: The caller is no operator.
             SpecInvalidError: The spec breaks rules.
-            SpecChangeUnsafeError: The change would break sites, and `force` was not said.
+            SpecChangeUnsafeError: The change would break sites, or promises a budget that is overspent
+                already, and `force` was not said.
             SettingUnsupportedError: It asks for what this version does not have.
         """
         self.gate.require_operator(caller, "change the specs of cohorts")
@@ -621,27 +631,40 @@ class FMIService:
                 self.releaser.reading(spec.name)
             )  # what waits is counted first
         if dry_run:
-            return self.cohorts.check(spec, force=force)
+            return self._checked(spec, force=force)
         return await self.uninterrupted(self._put_in_force(spec, force=force))
+
+    def _checked(self, spec: cohort_pb2.CohortSpec, *, force: bool) -> tuple[CohortRules, bool]:
+        rules, changed = self.cohorts.check(spec, force=force)
+        if rules.schema_hash == self._declared_hash(rules.name):
+            return rules, changed  # who may do what promises no budget
+        overspent = self.releaser.private.overspent(rules)
+        if changed and overspent is not None and not force:
+            raise SpecChangeUnsafeError([overspent])
+        return rules, changed
+
+    def _declared_hash(self, name: str) -> str:
+        """Return the schema hash of a cohort that is declared; empty where it is not."""
+        rules = self.cohorts.rules(name) if name in self.cohorts else None
+        return rules.schema_hash if rules is not None and rules.declared else ""
 
     async def _put_in_force(
         self, spec: cohort_pb2.CohortSpec, *, force: bool
     ) -> tuple[CohortRules, bool]:
         async with self._specs_lock:  # what is checked is what is stored and declared
-            rules, changed = self.cohorts.check(spec, force=force)
+            rules, changed = self._checked(spec, force=force)
             if not changed:
                 return rules, changed
-            present = self.cohorts.rules(rules.name) if rules.name in self.cohorts else None
+            known = self._declared_hash(rules.name)
             async with self.compactor.suspended(rules.name):
                 # Stored before it is in force: a crash in between changes nothing that anybody saw.
                 await self.store.put_cohort(rules.name, rules.spec.SerializeToString(), 1)
+                before = self.cohorts.access(rules.name) or AccessRules()
                 self.cohorts.declare(spec, force=force)
-                before = AccessRules() if present is None else present.access
                 log = self.releaser.publisher.log
                 self.router.access_changed(rules.name, before, rules.access, log)
                 self.telemetry.cohorts(len(self.cohorts))
                 # Who may do what changes nothing of what the cohort's packets say.
-                known = present.schema_hash if present and present.declared else ""
                 if known != rules.schema_hash:
                     await self.releaser.rebuild(rules.name)
         _log.info("cohort %s is declared, schema hash %s", rules.name, rules.schema_hash)

@@ -17,6 +17,7 @@ __all__ = ["BudgetError", "BudgetPlan", "PrivacySettings", "natural_sensitivity"
 _ROUNDING = 1e-9
 
 MAX_EPSILON = 1e4
+MAX_DELTA = 0.01
 MAX_EPOCHS = 2**32 - 1
 
 NOISE_OF_WEIGHT = 3.0
@@ -55,6 +56,11 @@ class PrivacySettings:
     dp_noise_sigma: float = 0.0
     dp_sensitivity: float | None = None
     dp_epochs: int = 0
+
+    @property
+    def stated(self) -> bool:
+        """Return whether anything is asked, be it by contradictory settings."""
+        return self != PrivacySettings()
 
     @property
     def private(self) -> bool:
@@ -169,6 +175,12 @@ def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
             "dp_epsilon",
             f"is {settings.dp_epsilon:g}, which promises nothing: choose one below 10, or leave privacy out",
         )
+    if settings.dp_delta > MAX_DELTA:
+        raise BudgetError(
+            "dp_delta",
+            f"is {settings.dp_delta:g}, which promises nothing: choose one well below 1 / (number of sites), "
+            "for example 1e-6",
+        )
     stretch = _stretch(settings.dp_sensitivity, signals)
     if settings.dp_noise_sigma:
         _mechanism(signals, settings.dp_noise_sigma * stretch, "dp_noise_sigma")
@@ -197,14 +209,25 @@ def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
     sums = _mechanism(signals, multiplier, field)
     rho = epochs * float(sums.rho) * (1.0 + _ROUNDING)
     epsilon = settings.dp_epsilon or zcdp_epsilon(rho, settings.dp_delta)
+    if epsilon > MAX_EPSILON:
+        raise BudgetError(
+            "dp_noise_sigma",
+            f"is {settings.dp_noise_sigma:g}, which over {epochs} releases is an epsilon of {epsilon:.3g} "
+            "and promises nothing: raise it, or say a dp_epsilon and leave it out",
+        )
     return BudgetPlan(epsilon, settings.dp_delta, epochs, rho, multiplier, sums)
 
 
 def _mechanism(signals: int, multiplier: float, setting: str) -> PrivateSums:
     try:
         return PrivateSums(signals, multiplier)
-    except ValueError as error:
-        raise BudgetError(setting, f"cannot be kept: {error}") from None
+    except ValueError:
+        way = "less" if multiplier > 1.0 else "more"
+        raise BudgetError(
+            setting,
+            f"would need noise of {multiplier:.3g} times the sensitivity, and 1e-6 to 1e6 can be kept: ask "
+            f"for {way} noise",
+        ) from None
 
 
 def _stretch(declared: float | None, signals: int) -> float:
@@ -231,9 +254,10 @@ def _checked_epochs(settings: PrivacySettings, rho: float, multiplier: float) ->
     needed = math.sqrt(max(1, settings.dp_epochs) / (2.0 * rho)) / (
         multiplier / settings.dp_noise_sigma
     )
-    fewer = f", or plan {lasts} releases (dp_epochs)" if lasts else ""
+    ways = ["raise it", "leave it out", *([f"plan {lasts} releases (dp_epochs)"] if lasts else ())]
     raise BudgetError(
         "dp_noise_sigma",
         f"is {settings.dp_noise_sigma:g}, but dp_epsilon {settings.dp_epsilon:g} over "
-        f"{max(1, settings.dp_epochs)} releases needs at least {needed:.6g}: raise it, leave it out{fewer}",
+        f"{max(1, settings.dp_epochs)} releases needs at least {needed:.6g}: {', '.join(ways[:-1])} or "
+        f"{ways[-1]}",
     )

@@ -29,7 +29,7 @@ PRIVATE_ESTIMATORS: Final = ("mean", "weighted_mean")
 """Estimators under which a site moves the sums by no more than its own vector."""
 
 MAX_SITES: Final = 1 << 26
-"""Sites whose sums are sure to fit into 64 bits."""
+"""Sites whose sums are sure to fit into 64 bits. Of more they may wrap, which is useless, and as private."""
 
 WEIGHT_SHARE: Final = 0.5
 """Half the squared diagonal that a signal's weight takes beside its value.
@@ -60,13 +60,17 @@ class NoisyMeans:
 
     Attributes:
         value: the mean, in -1..1.
-        stderr: its standard error: that of the noise, and the most that the choice of sites can add to it
-            for values within -1..1.
-        noise_stderr: the part of the noise alone.
+        lower: lower end of an interval for the mean that the sites vary about, in -1..1.
+        upper: upper end.
+        stderr: half the interval by the quantile it was made with: that of the noise, and the most that the
+            choice of sites can add to it for values within -1..1.
+        noise_stderr: the part of the noise alone, to first order.
         weight: the noisy sum of the weights, in sites of full weight; may be negative.
     """
 
     value: NDArray[np.float64]
+    lower: NDArray[np.float64]
+    upper: NDArray[np.float64]
     stderr: NDArray[np.float64]
     noise_stderr: NDArray[np.float64]
     weight: NDArray[np.float64]
@@ -118,22 +122,20 @@ class PrivateSums:
 
         Args:
             values: signals x sites in -1..1, whatever is beyond is moved there; NaN where a site has none.
-            weights: of the sites, or signals x sites, in 0..1, whatever is beyond is moved there.
+            weights: of the sites, or signals x sites, in 0..1, whatever is beyond is moved there; NaN is 0.
+
+        Nothing that a site sends makes it fail: that there is no release would be told by it.
 
         Raises:
-            ValueError: Shapes do not fit, a weight is NaN, or there are more than `MAX_SITES`.
+            ValueError: Shapes do not fit.
         """
         if values.ndim != 2 or len(values) != self.signals:
             raise ValueError(f"values must be {self.signals} x sites, got {values.shape}")
         sites = values.shape[1]
         if weights.shape not in (values.shape, (sites,)):
             raise ValueError(f"weights have shape {weights.shape}, values {values.shape}")
-        if sites > MAX_SITES:
-            raise ValueError(f"no more than {MAX_SITES} sites can be summed, got {sites}")
-        if np.isnan(weights).any():
-            raise ValueError("weights must be numbers")
         present = ~np.isnan(values)
-        counted = np.where(present, np.clip(weights, 0.0, 1.0), 0.0)
+        counted = np.where(present & ~np.isnan(weights), np.clip(weights, 0.0, 1.0), 0.0)
         weighted = np.clip(np.where(present, values, 0.0), -1.0, 1.0) * counted
         return NoisySums(
             values=_on_grid(weighted, self.value_bound).sum(axis=1),
@@ -147,16 +149,19 @@ class PrivateSums:
             values=sums.values + noise[: self.signals], weights=sums.weights + noise[self.signals :]
         )
 
-    def means(self, noisy: NoisySums, least_weight: float) -> NoisyMeans:
+    def means(self, noisy: NoisySums, least_weight: float, quantile: float = 1.96) -> NoisyMeans:
         """Read the means off noisy sums. Nothing else is looked at, so it costs nothing.
 
-        The standard error is that of a ratio (delta method); its noise parts are known exactly. Values within
-        -1..1 with a mean m have a variance of at most 1 - m^2 (Bhatia and Davis, Amer. Math. Monthly 107,
-        2000).
+        The interval has every m for which the noisy sums `V - m W` lie within `quantile` of their standard
+        deviations of 0, as they do for the true one (Fieller, J. R. Statist. Soc. B 16, 1954): the noise of
+        both is known exactly, and values within -1..1 with a mean m have a variance of at most 1 - m^2
+        (Bhatia and Davis, Amer. Math. Monthly 107, 2000). It holds at the bounds and for few sites, where a
+        ratio is far from normal.
 
         Args:
             noisy: the sums.
             least_weight: signals of less noisy weight have no mean; in sites, positive.
+            quantile: of the standard normal distribution, for the interval.
         """
         if not least_weight > 0.0:
             raise ValueError(f"least_weight must be positive, got {least_weight}")
@@ -168,8 +173,39 @@ class PrivateSums:
         value = np.clip(ratio, -1.0, 1.0)
         of_values, of_weights = sigma / self.value_bound / safe, sigma / self.weight_bound / safe
         noise = np.hypot(of_values, value * of_weights)
-        chosen = np.sqrt((1.0 - value * value) / safe)
-        return NoisyMeans(value, np.hypot(noise, chosen), noise, weight)
+        # A ratio beyond the bounds is moved to them first: within them that takes no m away.
+        lower, upper = _fieller(value, of_values, of_weights, safe, quantile)
+        return NoisyMeans(
+            value,
+            np.clip(lower, -1.0, 1.0),
+            np.clip(upper, -1.0, 1.0),
+            (upper - lower) / (2.0 * quantile),
+            noise,
+            weight,
+        )
+
+
+def _fieller(
+    ratio: NDArray[np.float64],
+    of_values: NDArray[np.float64],
+    of_weights: NDArray[np.float64],
+    weight: NDArray[np.float64],
+    quantile: float,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Solve `(ratio - m)^2 <= q^2 (of_values^2 + m^2 of_weights^2 + (1 - m^2) / weight)` for m.
+
+    All standard deviations are by the weight. Where the weight is within `quantile` of its own noise, every m
+    solves it.
+    """
+    squared = quantile * quantile
+    a = 1.0 - squared * (of_weights * of_weights - 1.0 / weight)
+    c = ratio * ratio - squared * (of_values * of_values + 1.0 / weight)
+    bounded = a > 0.0
+    safe = np.where(bounded, a, np.nan)
+    root = np.sqrt(np.maximum(0.0, ratio * ratio - a * c)) / safe
+    lower, upper = ratio / safe - root, ratio / safe + root
+    nowhere = ~bounded & ~np.isnan(ratio)
+    return np.where(nowhere, -1.0, lower), np.where(nowhere, 1.0, upper)
 
 
 def _on_grid(shares: NDArray[np.float64], bound: int) -> NDArray[np.int64]:

@@ -309,6 +309,11 @@ class Store(ABC):
         return "the store"
 
     @property
+    def durable(self) -> bool:
+        """Whether what is kept outlives the process."""
+        return True
+
+    @property
     @abstractmethod
     def history_epoch(self) -> str:
         """Random name of this history: made with the store, changed when a backup is restored."""

@@ -88,6 +88,11 @@ class MemoryStore(Store):
         return self._kept
 
     @property
+    def durable(self) -> bool:
+        """Whether what is kept outlives the process: it does not."""
+        return False
+
+    @property
     def history_epoch(self) -> str:
         """Random name of this history."""
         _ = self._data
@@ -380,7 +385,7 @@ class MemoryStore(Store):
         del held[:dropped]
         return dropped
 
-    # Cohorts, sites, dictionaries
+    # Privacy
 
     async def spend(self, spend: SpendRecord) -> None:
         """Add an entry to the privacy ledger, behind the fence."""
@@ -407,6 +412,8 @@ class MemoryStore(Store):
             )
             for cohort, held in self._data.ledger.items()
         }
+
+    # Cohorts, sites, dictionaries
 
     async def put_cohort(self, name: str, spec: bytes, revision: int) -> None:
         """Keep a cohort spec in place of the one before."""

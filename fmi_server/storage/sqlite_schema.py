@@ -147,6 +147,14 @@ _VERSION_3 = (
         history_epoch TEXT NOT NULL,
         PRIMARY KEY (cohort, number)
     ) STRICT, WITHOUT ROWID""",
+    # A replacement is an insertion, and would take away what is there without a deletion.
+    """CREATE TRIGGER privacy_ledger_in_order BEFORE INSERT ON privacy_ledger
+        WHEN NEW.number <> (
+            SELECT coalesce(max(number), 0) + 1 FROM privacy_ledger WHERE cohort = NEW.cohort
+        ) OR NEW.period <= (
+            SELECT coalesce(max(period), NEW.period - 1) FROM privacy_ledger WHERE cohort = NEW.cohort
+        )
+        BEGIN SELECT raise(ABORT, 'the privacy ledger is append-only'); END""",
     """CREATE TRIGGER privacy_ledger_unchanged BEFORE UPDATE ON privacy_ledger
         BEGIN SELECT raise(ABORT, 'the privacy ledger is append-only'); END""",
     """CREATE TRIGGER privacy_ledger_kept BEFORE DELETE ON privacy_ledger

@@ -263,7 +263,7 @@ def test_everything_wrong_with_every_file_is_told_at_once(tmp_path):
           - {name: tau, section: kitchen, direction: up, guardrail: true}
           - {name: rho, section: controller, lower: 2, upper: 1, colour: red}
         release: {max_interval: 0.01}
-        privacy: {dp_epsilon: 1, dp_delta: 0.1}
+        privacy: {dp_epsilon: 1, dp_delta: 0.00001}
         """,
         "a.yaml",
     )

@@ -13,7 +13,8 @@ from fmi.v1 import cohort_pb2
 from fmi_server.cohort_state import CohortState
 from fmi_server.cohorts import CohortRegistry
 from fmi_server.contracts import FMIContractRegistry
-from fmi_server.privacy.budget import PrivacySettings, plan_budget
+from fmi_server.privacy.budget import BudgetPlan, PrivacySettings, plan_budget
+from fmi_server.privacy.noisy_means import PrivateSums
 from fmi_server.private_prior import private_prior
 
 SIGNALS = [
@@ -34,7 +35,8 @@ SIGNALS = [
         "scale": 0.05,
     },
 ]
-TINY = plan_budget(PrivacySettings(0.0, 1e-6, dp_noise_sigma=1e-5, dp_epochs=1), 3)
+# So little noise promises nothing, and no spec may ask for it.
+TINY = BudgetPlan(math.inf, 1e-6, 1, math.inf, 1e-5, PrivateSums(3, 1e-5))
 REAL = plan_budget(PrivacySettings(2.0, 1e-6, dp_epochs=1), 3)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import shutil
 
@@ -100,6 +101,11 @@ class Server:
         await self.releaser.load()
         await self.run_due()
         return self
+
+    async def put(self, spec, *, force: bool = False) -> None:
+        """Put other rules in force, as the service does."""
+        self.declare(spec, force=force)
+        await self.releaser.rebuild("care")
 
     async def send(self, *packets) -> list[tuple[str, ...]]:
         warnings = []
@@ -403,7 +409,7 @@ async def test_a_larger_budget_goes_on_from_what_was_spent(server):
     for _ in range(6):
         await server.pass_days(1)
     larger = {**SPEC, "privacy": {**SPEC["privacy"], "dpEpsilon": 80.0, "dpEpochs": 10}}
-    server.declare(larger, force=True)
+    await server.put(larger, force=True)
     account = server.releaser.private.account(server.rules)
     plan = server.rules.privacy
     assert account.releases_left == math.floor(
@@ -417,13 +423,13 @@ async def test_a_larger_budget_goes_on_from_what_was_spent(server):
 
 async def test_another_length_of_periods_never_gives_two_releases_at_once(server, clock):
     await server.pass_days(1)
-    server.declare({**SPEC, "release": {"maxInterval": f"{7 * DAY_S:.0f}s"}})
+    await server.put({**SPEC, "release": {"maxInterval": f"{7 * DAY_S:.0f}s"}})
     assert await server.run_due() == []
     assert server.due() % (7 * DAY_S) == 0.0
     assert server.due() > clock()
     clock.now = server.due()
     assert await server.run_due() != []
-    server.declare({**SPEC, "release": {"maxInterval": "3600s"}})
+    await server.put({**SPEC, "release": {"maxInterval": "3600s"}})
     assert await server.run_due() == []
     assert server.due() == clock() + 3600.0
 
@@ -493,10 +499,82 @@ async def test_another_writer_of_the_ledger_costs_this_one_its_release(server, s
     twin = await Server(store, server.clock).start()
     assert await twin.pass_days(1) != []
     with pytest.raises(LedgerConflictError):
-        await server.releaser._release(server.rules)
+        await server.releaser._release("care")
     server.clock.advance(RETRY_S)
     assert await server.run_due() == []
     assert await server.ledger() == [(0, 0.0), (1, 1.0)]
+
+
+async def test_a_spec_that_changes_while_a_release_waits_is_what_it_is_paid_by(server, monkeypatch):
+    """Whoever holds the lock of the cohort lets the release begin under one plan and draw under another."""
+    drawn = []
+    noisy = PrivateSums.noisy
+    monkeypatch.setattr(
+        PrivateSums, "noisy", lambda self, *a: drawn.append(float(self.rho)) or noisy(self, *a)
+    )
+    server.clock.advance(DAY_S)
+    async with server.releaser.settled("care"):
+        releasing = asyncio.create_task(server.releaser._release_safely("care"))
+        await asyncio.sleep(0)
+        dear = {**SPEC, "privacy": {**SPEC["privacy"], "dpEpsilon": 80.0, "dpEpochs": 1}}
+        putting = asyncio.create_task(server.put(dear, force=True))
+        await asyncio.sleep(0)
+    await asyncio.gather(releasing, putting)
+    (rho,) = drawn
+    assert rho == (await server.store.spends("care"))[-1].rho
+    assert rho == server.rules.privacy.rho_per_release
+
+
+async def test_privacy_that_comes_while_a_release_waits_holds_for_it(store, clock):
+    public = {"name": "care", "signals": SPEC["signals"]}
+    server = await Server(store, clock, public).start()
+    await server.send(*taus(30))
+    async with server.releaser.settled("care"):
+        releasing = asyncio.create_task(server.releaser._release_safely("care"))
+        await asyncio.sleep(0)
+        putting = asyncio.create_task(server.put(SPEC))
+        await asyncio.sleep(0)
+    await asyncio.gather(releasing, putting)
+    assert server.told == []
+
+
+async def test_no_warning_tells_who_is_there(server):
+    later, earlier = (
+        msp("s1", controller={"tau": 0.4}, at=START),
+        msp("s1", controller={"tau": 0.5}, at=START - 5000.0),
+    )
+    await server.send(later)
+    assert server.releaser.newest._newest_us == {}
+    (warnings,) = await server.send(earlier)
+    assert warnings == ()
+
+
+async def test_a_ledger_ahead_of_the_clock_is_told_once(server, clock, caplog):
+    await server.pass_days(400)
+    clock.advance(-399 * DAY_S)
+    for _ in range(3):
+        await server.run_due()
+        server.due()
+    told = [r.message for r in caplog.records if "has a release at a time" in r.message]
+    assert len(told) == 1
+    assert "releases nothing before 2026" in told[0]
+
+
+async def test_a_ledger_in_memory_is_told(store, clock, caplog):
+    await Server(store, clock).start()
+    assert [r for r in caplog.records if "begins with a whole budget" in r.message]
+
+
+async def test_a_budget_that_is_overspent_is_no_promise(server):
+    for _ in range(5):
+        await server.pass_days(1)
+    small = {**SPEC, "privacy": {**SPEC["privacy"], "dpEpsilon": 0.5}}
+    rules = server.cohorts.compile(json_format.ParseDict(small, cohort_pb2.CohortSpec()))
+    found = server.releaser.private.overspent(rules)
+    assert found.field == "privacy"
+    assert "promises epsilon 0.5" in found.description
+    assert "has spent 40" in found.description.replace("39.9999", "40")
+    assert server.releaser.private.overspent(server.rules) is None
 
 
 # Backups
@@ -508,7 +586,7 @@ def restoring(monkeypatch, clock, tmp_path):
     monkeypatch.setattr(sqlite_backup, "_now_us", lambda: int(clock() * 1e6))
     backup = tmp_path / "backup.sqlite3"
 
-    async def restored(store) -> SqliteStore:
+    async def restored() -> SqliteStore:
         path = tmp_path / "restored.sqlite3"
         sqlite_backup.restore_backup(backup, path)
         return SqliteStore(path)
@@ -533,7 +611,7 @@ async def test_a_restored_backup_is_charged_what_it_may_lack(
         await store.backup(backup)
         for _ in range(days_lost):
             await server.pass_days(1)
-    async with await restored(store) as store:
+    async with await restored() as store:
         clock.advance(days_down * DAY_S)
         server = await Server(store, clock).start()
         assert server.told == [], "the present period may have had its release"
@@ -554,7 +632,7 @@ async def test_a_backup_that_just_missed_a_release_is_charged_for_it(restoring, 
         clock.advance(DAY_S)
         await store.backup(backup)
         await server.run_due()
-    async with await restored(store) as store:
+    async with await restored() as store:
         server = await Server(store, clock).start()
         assert sum(cost for _, cost in await server.ledger()) == 1.0
 
@@ -569,7 +647,7 @@ async def test_a_backup_from_before_a_cohort_was_private_is_charged_too(
         server = await Server(store, clock).start()
         for _ in range(days_lost):
             await server.pass_days(1)
-    async with await restored(store) as store:
+    async with await restored() as store:
         clock.advance(30 * DAY_S)
         server = await Server(store, clock).start()
         account = server.releaser.private.account(server.rules)
@@ -587,6 +665,6 @@ async def test_a_file_that_is_no_backup_is_as_new_as_the_newest_thing_in_it(
         await server.pass_days(1)
     shutil.copy(tmp_path / "fmi.sqlite3", backup)
     clock.advance(3 * DAY_S)
-    async with await restored(store) as store:
+    async with await restored() as store:
         server = await Server(store, clock).start()
         assert [cost for _, cost in await server.ledger()] == [0.0, 1.0, pytest.approx(3.0)]

@@ -135,6 +135,24 @@ def test_whatever_is_asked_gets_a_plan_that_keeps_its_word_or_a_reason(settings,
     assert 0.0 < report.noise_stderr <= report.noise_stderr_at_bound < math.inf
 
 
+@pytest.mark.parametrize(
+    ("asked", "setting", "said"),
+    [
+        (PrivacySettings(2e4, 1e-6, dp_epochs=1), "dp_epsilon", "promises nothing"),
+        (PrivacySettings(0.0, 1e-6, 1e-5, dp_epochs=1), "dp_noise_sigma", "promises nothing"),
+        (PrivacySettings(1.0, 0.5, dp_epochs=1), "dp_delta", "promises nothing"),
+        (PrivacySettings(1.0, 1e-6, 1e9, dp_epochs=1), "dp_noise_sigma", "ask for less noise"),
+        (PrivacySettings(1.0, 1e-6, 0.1), "dp_noise_sigma", "raise it or leave it out"),
+        (PrivacySettings(1.0, 1e-6, 10.0, dp_epochs=9), "dp_noise_sigma", "out or plan 4 releases"),
+    ],
+)
+def test_what_promises_nothing_is_refused_in_words_of_the_settings(asked, setting, said):
+    with pytest.raises(BudgetError) as refused:
+        plan_budget(asked, 5)
+    assert refused.value.setting == setting
+    assert said in refused.value.advice
+
+
 def test_advice_names_ways_that_lead_there():
     plan = plan_budget(PrivacySettings(1.0, 1e-6, dp_epochs=50), 20)
     report = report_plan(plan, 200)

@@ -141,6 +141,47 @@ def test_too_little_weight_has_no_mean():
 # Refusals
 
 
+def test_nothing_that_a_site_sends_stops_a_release():
+    mechanism = PrivateSums(2, 1.0)
+    values = np.array([[0.5, np.nan, np.inf, -np.inf], [np.nan] * 4])
+    found = mechanism.sums(values, np.array([np.nan, 1.0, np.inf, -np.inf]))
+    assert found.values.tolist() == [mechanism.value_bound, 0]
+    assert found.weights.tolist() == [mechanism.weight_bound, 0]
+
+
+@pytest.mark.parametrize(
+    ("multiplier", "sites", "at_one"),
+    [
+        (0.5, 20, 0.9),
+        (0.5, 200, 0.98),
+        (0.5, 200, 0.5),
+        (2.0, 40, 0.7),
+        (2.0, 20, 1.0),
+        (2.0, 5, 1.0),
+    ],
+)
+def test_of_all_signals_few_are_told_with_an_interval_that_misses(multiplier, sites, at_one):
+    """Sites at the bounds, where values spread most, drawn anew each time; few of them, and many."""
+    mechanism, rng = PrivateSums(400, multiplier / math.sqrt(400 * 1.5)), np.random.default_rng(1)
+    least = 3.0 * 2.0**mechanism.sigma_bits / mechanism.weight_bound
+    missed = told = 0
+    for _ in range(10):
+        values = np.where(rng.random((400, sites)) < at_one, 1.0, -1.0)
+        means = mechanism.means(
+            mechanism.noisy(mechanism.sums(values, np.ones(sites)), rng.bytes), least, 1.96
+        )
+        truth = 2.0 * at_one - 1.0
+        shown = ~np.isnan(means.value)
+        assert np.all(means.lower[shown] <= means.value[shown])
+        assert np.all(means.value[shown] <= means.upper[shown])
+        told += np.count_nonzero(shown)
+        missed += np.count_nonzero(shown & ((means.lower > truth) | (means.upper < truth)))
+    # 5 % and four standard errors of what 4,000 draws can show.
+    assert missed / 4000 < 0.05 + 4.0 * math.sqrt(0.05 * 0.95 / 4000)
+    if told == 4000:
+        assert missed / 4000 > 0.02, "and they are not much wider than they need be"
+
+
 def test_what_cannot_be_done_is_refused():
     for signals, multiplier in ((0, 1.0), (1, 0.0), (1, math.nan), (1, math.inf), (10**9, 1e6)):
         with pytest.raises(ValueError, match=r"signals|noise"):
@@ -149,7 +190,6 @@ def test_what_cannot_be_done_is_refused():
     for values, weights in (
         (np.zeros((3, 1)), np.ones(1)),
         (np.zeros((2, 2)), np.ones(1)),
-        (np.zeros((2, 1)), np.array([np.nan])),
     ):
         with pytest.raises(ValueError, match=r"values|weights"):
             mechanism.sums(values, weights)

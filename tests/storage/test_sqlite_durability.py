@@ -413,10 +413,14 @@ async def test_nobody_changes_an_entry_of_the_privacy_ledger(tmp_path: Path) -> 
     entry = SpendRecord("care", 1, 7, 1_000, 0.5, "epoch")
     async with SqliteStore(path) as store:
         await store.spend(entry)
+    copied = "SELECT cohort, {}, spent_at_us, {}, history_epoch FROM privacy_ledger"
     with contextlib.closing(sqlite3.connect(path)) as connection:
         for change in (
             "UPDATE privacy_ledger SET rho = 0.1",
             "DELETE FROM privacy_ledger",
+            f"INSERT OR REPLACE INTO privacy_ledger {copied.format('number, period', 0.0)}",
+            f"INSERT INTO privacy_ledger {copied.format('9, period + 1', 0.5)}",
+            f"INSERT INTO privacy_ledger {copied.format('number + 1, period', 0.5)}",
             "DELETE FROM privacy_ledger WHERE number = 1",
         ):
             with pytest.raises(sqlite3.IntegrityError, match="append-only"):

@@ -495,8 +495,8 @@ Global___PolicySpec: _TypeAlias = PolicySpec  # noqa: Y015
 @_typing.final
 class PrivacySpec(_message.Message):
     """Differential privacy of a cohort, for everything that a site ever sends to it: adding or removing a site
-    with all its packets changes the probability of what the cohort releases, in its whole life, by no more than
-    (epsilon, delta) say. Every signal must be declared, with both bounds. See docs/privacy.md.
+    with all its packets changes the probability of what the cohort releases, from when privacy is put in force
+    on, by no more than (epsilon, delta) say. Every signal must be declared, with both bounds. See docs/privacy.md.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
