@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -15,6 +16,7 @@ from fmi.v1 import admin_service_pb2_grpc, interchange_service_pb2_grpc, registr
 from fmi_client._channel import TLSConfig, call_metadata, open_channel
 from fmi_client._fork import check_process, start_grpc
 from fmi_client._target import parse_target
+from fmi_client._token import TokenSource
 from fmi_client._translation import error_from_rpc
 from fmi_client.errors import (
     ClientClosedError,
@@ -47,7 +49,6 @@ class Caller:
         target: The gRPC target.
         retry: When to try again.
         timeout_s: Seconds that one attempt of a unary call, or the answer to one batch, may take.
-        metadata: What goes with every call.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Caller:
         target: str,
         *,
         tls: TLSConfig | None,
-        token: str | None,
+        token: str | Path | None,
         insecure: bool,
         retry: RetryPolicy,
         timeout_s: float,
@@ -66,10 +67,12 @@ class Caller:
         self.target = target
         self.retry = retry
         self.timeout_s = timeout_s
-        self.metadata = call_metadata(target, token=token, tls=tls, insecure=insecure)
         self._tls = tls
-        self._token = token
+        self._given_token = token
+        self._token = TokenSource(token)
         self._insecure = insecure
+        self._metadata: tuple[str | None, tuple[tuple[str, str], ...]] = (None, ())
+        _ = self.metadata  # a token that cannot be sent is refused here and not with the first call
         self._channel: grpc.aio.Channel | None = None
         self._stubs: Stubs | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -83,11 +86,24 @@ class Caller:
         return Caller(
             self.target,
             tls=self._tls,
-            token=self._token,
+            token=self._given_token,
             insecure=self._insecure,
             retry=retry,
             timeout_s=self.timeout_s,
         )
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes with every call, by the token as it is now.
+
+        Raises:
+            ConfigurationError: The token would cross a network in plain text, or is none.
+        """
+        token = self._token.text
+        if token != self._metadata[0]:
+            pairs = call_metadata(self.target, token=token, tls=self._tls, insecure=self._insecure)
+            self._metadata = (token, pairs)
+        return self._metadata[1]
 
     @property
     def closed(self) -> bool:

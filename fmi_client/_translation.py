@@ -92,6 +92,10 @@ REASON_CLASSES: Final[Mapping[error_pb2.ErrorReason.ValueType, type[FMIError]]] 
         error_pb2.ERROR_REASON_SUPERSEDED: SupersededError,
         error_pb2.ERROR_REASON_PRIVACY_BUDGET_EXHAUSTED: PrivacyBudgetExhaustedError,
         error_pb2.ERROR_REASON_RELEASE_SCHEDULED: ReleaseRefusedError,
+        error_pb2.ERROR_REASON_UNAUTHENTICATED: AccessDeniedError,
+        error_pb2.ERROR_REASON_ACCESS_DENIED: AccessDeniedError,
+        error_pb2.ERROR_REASON_DOMAIN_ID_MISMATCH: AccessDeniedError,
+        error_pb2.ERROR_REASON_UNAUTHORIZED: AccessDeniedError,
     }
 )
 """The class of each reason of the contract's catalogue."""

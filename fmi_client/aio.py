@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeAlias, TypeVar
 
@@ -82,7 +83,8 @@ class AsyncFMIClient:
         schema_hash: Hash of the cohort spec that the site was built against; empty means unsaid.
         provenance: Where packets come from, typed or as a mapping.
         tls: How the connection is secured. None means plain text.
-        token: A bearer token. Without TLS it is refused for targets beyond this machine.
+        token: A bearer token, or the `Path` of a file that has it, which is read again when it changes.
+            Without TLS it is refused for targets beyond this machine.
         insecure: Send the token in plain text all the same.
         retry: When to try again.
         timeout_s: Seconds that one attempt of a call, or the answer to one batch, may take.
@@ -111,7 +113,7 @@ class AsyncFMIClient:
         schema_hash: str = "",
         provenance: ProvenanceLike | None = None,
         tls: TLSConfig | None = None,
-        token: str | None = None,
+        token: str | Path | None = None,
         insecure: bool = False,
         retry: RetryPolicy = _DEFAULT_RETRY,
         timeout_s: float = 10.0,

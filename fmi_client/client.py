@@ -17,6 +17,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -75,7 +76,7 @@ class FMIClient:
         schema_hash: str = "",
         provenance: ProvenanceLike | None = None,
         tls: TLSConfig | None = None,
-        token: str | None = None,
+        token: str | Path | None = None,
         insecure: bool = False,
         retry: RetryPolicy = _DEFAULT_RETRY,
         timeout_s: float = 10.0,

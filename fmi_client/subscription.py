@@ -17,6 +17,7 @@ from fmi.v1 import interchange_service_pb2, update_pb2
 from fmi_client._calls import Caller
 from fmi_client._translation import error_from_rpc
 from fmi_client.errors import (
+    AccessDeniedError,
     CompactedError,
     ConfigurationError,
     ConnectionFailedError,
@@ -99,6 +100,7 @@ class Subscription:
         self._open_at = 0.0
         self._call: _SubscribeCall | None = None
         self._opened = 0
+        self._shown: tuple[tuple[str, str], ...] = ()
         # One read that outlives a cancelled `__anext__`: cancelling it would end the stream.
         self._read: asyncio.Task[interchange_service_pb2.SubscribeResponse] | None = None
         self._read_since = 0.0
@@ -301,7 +303,8 @@ class Subscription:
             if self.closed:
                 return None
             subscribe = self._caller.stubs().interchange.Subscribe
-            self._call = subscribe(self._request, metadata=self._caller.metadata)
+            self._shown = self._caller.metadata
+            self._call = subscribe(self._request, metadata=self._shown)
             self._opened += 1
         if self._read is None:
             self._read = loop.create_task(
@@ -373,6 +376,9 @@ class Subscription:
             self._request.resume_token = ""
             del self._request.start_revisions[:]
             error = ConnectionFailedError(error.message)  # the next attempt is another request
+        elif isinstance(error, AccessDeniedError) and self._caller.metadata != self._shown:
+            # The token was rotated while the stream was open; the next attempt shows the new one.
+            error = ConnectionFailedError(error.message)
         try:
             delay_s = self._backoff.delay_s(error)
         except FMIError:

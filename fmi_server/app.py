@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import signal
-import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,30 +17,44 @@ from typing import Any, Final
 import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 from prometheus_client import start_http_server
 
 from fmi.descriptors import CONTRACT_FILES, INGEST, SERVICE_NAMES
 from fmi.v1 import update_pb2
-from fmi_server.cohort_files import check_changes, read_cohort_folder
+from fmi_server.cohort_files import CohortFile, check_changes, read_cohort_folder
 from fmi_server.cohorts import CohortRegistry
 from fmi_server.config import RouterConfig, ServerSettings, SettingsError
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.envelope import EnvelopeLimits
+from fmi_server.listening import (
+    described,
+    probe_address,
+    warn_of_open_listening,
+    wrong_addresses,
+)
 from fmi_server.router import FMIRouter
 from fmi_server.service import FMIService
 from fmi_server.storage import MemoryStore, SqliteStore, Store
 from fmi_server.telemetry import FMITelemetry
 from fmi_server.transport.admin import AdminServicer
+from fmi_server.transport.foreign import for_operators
 from fmi_server.transport.handlers import bind
 from fmi_server.transport.interchange import InterchangeServicer
-from fmi_server.transport.parent import ParentLink
+from fmi_server.transport.parent import ParentLink, parent_credentials
 from fmi_server.transport.registry import RegistryServicer
+from fmi_server.transport.security import Security, wrong_credentials
 from fmi_server.update_log import PublishedUpdate
 from fmi_server.uplink import Uplink
 from fmi_server.version import VERSION
 
-__all__ = ["RunningServer", "check_settings", "running", "serve", "server_arguments"]
+__all__ = [
+    "RunningServer",
+    "check_settings",
+    "running",
+    "serve",
+    "server_arguments",
+]
 
 STORE_FILE: Final = "fmi.sqlite3"
 
@@ -103,7 +115,7 @@ def check_settings(settings: ServerSettings, *, own_store: bool = True) -> None:
     Raises:
         SettingsError: The server may not listen there, or cannot write to its folder; all of it is told.
     """
-    wrong = list(_wrong_addresses(settings))
+    wrong = [*wrong_addresses(settings), *wrong_credentials(settings)]
     if own_store and settings.store == "sqlite":
         try:
             _check_folder(settings.data_dir)
@@ -111,22 +123,6 @@ def check_settings(settings: ServerSettings, *, own_store: bool = True) -> None:
             wrong.append(str(error))
     if wrong:
         raise SettingsError("\n".join(wrong))
-
-
-def _wrong_addresses(settings: ServerSettings) -> Iterator[str]:
-    if not settings.insecure:
-        for name, address in _beyond_loopback(settings):
-            yield (
-                f"{name}: {address} is reachable from other machines, and this version has no TLS; "
-                "listen on 127.0.0.1, or say --insecure if the network itself is protected"
-            )
-        if settings.parent is not None and not _loopback(_host(settings.parent)):
-            yield (
-                f"parent: {settings.parent} is not on this machine, and this version has no TLS to it; say "
-                "--insecure if the network itself is protected"
-            )
-    if settings.parent is not None and _same(settings.parent, settings.listen):
-        yield f"parent: {settings.parent} is this server itself"
 
 
 @contextlib.asynccontextmanager
@@ -145,11 +141,19 @@ async def running(
         StoreError: The store cannot be opened.
     """
     check_settings(settings, own_store=store is None)
-    _warn_of_open_listening(settings)
+    warn_of_open_listening(settings)
     registry = FMIContractRegistry()
+    # A wrong file stops the start before anything is made or opened.
+    files: Sequence[CohortFile] = ()
+    if settings.cohorts:
+        files = read_cohort_folder(settings.cohorts, registry, authenticated=settings.authenticated)
+    security = Security(settings)
     telemetry = FMITelemetry()
     cohorts = CohortRegistry(
-        registry, open_cohorts=settings.open_cohorts, max_cohorts=settings.max_cohorts
+        registry,
+        open_cohorts=settings.open_cohorts,
+        max_cohorts=settings.max_cohorts,
+        authenticated=settings.authenticated,
     )
     router_config = RouterConfig(
         max_subscribers=settings.max_subscribers, progress_interval_s=settings.progress_interval_s
@@ -163,13 +167,17 @@ async def running(
         limits=EnvelopeLimits(settings.max_batch_bytes, settings.max_batch_packets),
         max_inflight=settings.max_inflight,
     )
-    # A wrong file stops the start before anything is opened.
-    files = read_cohort_folder(settings.cohorts, registry) if settings.cohorts else []
     server = grpc.aio.server(options=server_arguments(settings))
     health_servicer = health.aio.HealthServicer()
-    _add_services(server, service, health_servicer, settings)
-    port = _bind(server, settings.listen)
-    async with service, _uplinked(settings, service):
+    _add_services(server, service, health_servicer, settings, security)
+    port = _bind(server, settings.listen, security)
+    async with (
+        contextlib.AsyncExitStack() as closing,
+        service,
+        _uplinked(settings, service),
+        _beside(security.watch(service.router), "credentials"),
+    ):
+        closing.callback(security.close)
         if not settings.force_cohorts:
             check_changes(files, cohorts)
         for file in files:
@@ -190,6 +198,7 @@ async def running(
             else f"packets in {settings.data_dir}",
             len(cohorts),
         )
+        _log.info("%s", described(settings))
         stop = asyncio.Event()
         try:
             async with _beside(_tell_of_ingest(service, health_servicer), "health of ingest"):
@@ -226,7 +235,7 @@ async def _uplinked(settings: ServerSettings, service: FMIService) -> AsyncItera
     def newest(cohort: str) -> PublishedUpdate | None:
         return publisher.log.latest.get((cohort, update_pb2.UPDATE_KIND_PRIOR))
 
-    async with ParentLink(settings.parent) as parent:
+    async with ParentLink(settings.parent, parent_credentials(settings)) as parent:
         uplink = Uplink(
             settings.parent_domain_id,
             cohorts=lambda: [rules.name for rules in service.cohorts],
@@ -306,35 +315,56 @@ def _add_services(
     service: FMIService,
     health_servicer: health.aio.HealthServicer,
     settings: ServerSettings,
+    security: Security,
 ) -> None:
-    servicers = {
-        "fmi.v1.InterchangeService": InterchangeServicer(service),
-        "fmi.v1.RegistryService": RegistryServicer(service, version=VERSION),
-        "fmi.v1.AdminService": AdminServicer(service),
-    }
-    services = {
+    ours = {
         found.full_name: found
         for file in CONTRACT_FILES
         for found in file.services_by_name.values()
     }
+    servicers: list[tuple[Any, object]] = [  # of protobuf's two types of descriptors, or one
+        (
+            ours["fmi.v1.InterchangeService"],
+            InterchangeServicer(service, audit=security.audit),
+        ),
+        (ours["fmi.v1.RegistryService"], RegistryServicer(service, version=VERSION)),
+    ]
+    if settings.admin:
+        servicers.append((ours["fmi.v1.AdminService"], AdminServicer(service)))
+    if settings.reflection:
+        served = [name for name in SERVICE_NAMES if settings.admin or "Admin" not in name]
+        found = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"]
+        names = (*served, found.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        foreign = (
+            (found, channelz.aio.ChannelzServicer()),
+            (
+                reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"],
+                reflection.aio.ReflectionServicer(names),
+            ),
+        )
+        servicers += [
+            (found, for_operators(found, inner, service.gate)) for found, inner in foreign
+        ]
     server.add_generic_rpc_handlers(
         tuple(
-            bind(services[name], servicer, telemetry=service.telemetry)
-            for name, servicer in servicers.items()
+            bind(
+                found,
+                servicer,
+                telemetry=service.telemetry,
+                authenticator=security.authenticator,
+                audit=security.audit,
+            )
+            for found, servicer in servicers
         )
     )
+    # Whether it is well a server says to everybody: load balancers have no credentials.
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    if settings.reflection:
-        channelz.add_channelz_servicer(server)
-        channelz_name = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
-        names = (*SERVICE_NAMES, channelz_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
 
 
-def _bind(server: grpc.aio.Server, listen: str) -> int:
-    _probe(listen)
+def _bind(server: grpc.aio.Server, listen: str, security: Security) -> int:
+    probe_address(listen)
     try:
-        port = server.add_insecure_port(listen)
+        port = security.add_port(server, listen)
     except RuntimeError:
         port = 0
     if port == 0:
@@ -342,26 +372,6 @@ def _bind(server: grpc.aio.Server, listen: str) -> int:
             f"listen: cannot listen on {listen}; is something else listening there already?"
         )
     return port
-
-
-def _probe(listen: str) -> None:
-    """Find out why an address cannot be listened on, which gRPC's core tells in a log line only."""
-    host, _, port = listen.rpartition(":")
-    reasons = []
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise SettingsError(f"listen: {host} cannot be resolved: {error.strerror}") from None
-    for family, kind, protocol, _, address in found:
-        try:
-            with socket.socket(family, kind, protocol) as probe:
-                # As gRPC does: the connections of a server that has ended do not keep its port.
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-                return
-        except OSError as error:
-            reasons.append(error.strerror)
-    raise SettingsError(f"listen: cannot listen on {listen}: {reasons[0]}; choose another address")
 
 
 def _serve_metrics(settings: ServerSettings, telemetry: FMITelemetry) -> Callable[[], None]:
@@ -382,48 +392,3 @@ def _serve_metrics(settings: ServerSettings, telemetry: FMITelemetry) -> Callabl
         thread.join()
 
     return stop
-
-
-def _beyond_loopback(settings: ServerSettings) -> Iterator[tuple[str, str]]:
-    for name, address in (
-        ("listen", settings.listen),
-        ("metrics_listen", settings.metrics_listen),
-    ):
-        if address is not None and not _loopback(_host(address)):
-            yield name, address
-
-
-def _warn_of_open_listening(settings: ServerSettings) -> None:
-    for name, address in _beyond_loopback(settings):
-        what = (
-            "anybody who reaches it may emit in any site's name"
-            if name == "listen"
-            else "anybody who reaches it may read the metrics"
-        )
-        _log.warning("INSECURE: listening on %s without TLS; %s", address, what)
-
-
-def _host(address: str) -> str:
-    return address.rpartition(":")[0].strip("[]")
-
-
-def _same(address: str, listen: str) -> bool:
-    """Tell whether an address leads to where a server listens, by whatever name."""
-    if address.rpartition(":")[2] != listen.rpartition(":")[2]:
-        return False
-    theirs, ours = _resolved(_host(address)), _resolved(_host(listen))
-    everywhere = any(own.is_unspecified for own in ours)
-    return bool(theirs & ours) or (everywhere and any(found.is_loopback for found in theirs))
-
-
-def _resolved(host: str) -> set[ipaddress.IPv4Address | ipaddress.IPv6Address]:
-    try:
-        found = socket.getaddrinfo(host, None)
-    except OSError:
-        return set()
-    return {ipaddress.ip_address(item[4][0]) for item in found}
-
-
-def _loopback(host: str) -> bool:
-    found = _resolved(host)
-    return bool(found) and all(address.is_loopback for address in found)

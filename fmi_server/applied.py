@@ -1,8 +1,8 @@
 """Who applied what: the newest report of each subscriber on each cohort and kind, within bounds.
 
 Reports are an operator's view and nothing that the server acts on. They are kept in memory: after a restart
-each subscriber is seen again with its next report. Until names of subscribers are bound to credentials,
-whoever can call can report under any name.
+each subscriber is seen again with its next report. Where callers are not authenticated, whoever can call can
+report under any name.
 """
 
 from __future__ import annotations

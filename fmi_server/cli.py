@@ -8,7 +8,14 @@ from typing import Final
 
 __all__ = ["main"]
 
-_SERVER_MODULES: Final = ("grpc_health", "numpy", "pydantic_settings", "structlog", "yaml")
+_SERVER_MODULES: Final = (
+    "cryptography",
+    "grpc_health",
+    "numpy",
+    "pydantic_settings",
+    "structlog",
+    "yaml",
+)
 
 
 def main() -> None:

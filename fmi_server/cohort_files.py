@@ -12,7 +12,8 @@ from typing import Any, Final
 from fmi.specs import read_cohort_spec
 from fmi.v1 import cohort_pb2
 from fmi.yaml_text import YAMLTextError, read_yaml
-from fmi_server.cohorts import CohortRegistry
+from fmi_server.access import AccessRules
+from fmi_server.cohorts import UNKEPT, CohortRegistry
 from fmi_server.config import SettingsError
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.spec_checks import spec_violations
@@ -80,7 +81,9 @@ class CohortFile:
     spec: cohort_pb2.CohortSpec
 
 
-def read_cohort_folder(folder: Path, registry: FMIContractRegistry) -> list[CohortFile]:
+def read_cohort_folder(
+    folder: Path, registry: FMIContractRegistry, *, authenticated: bool = False
+) -> list[CohortFile]:
     """Read every `*.yaml`, `*.yml` and `*.json` file below a folder as a cohort spec, and check it.
 
     Links are followed. What begins with a dot is not read: editors keep their own files there, and
@@ -89,18 +92,19 @@ def read_cohort_folder(folder: Path, registry: FMIContractRegistry) -> list[Coho
     Args:
         folder: The folder.
         registry: Checks the contract's rules.
+        authenticated: Whether callers are authenticated; where they are not, access rules are refused.
 
     Returns:
         The files, by path.
 
     Raises:
         SettingsError: The folder is not there.
-        CohortFilesError: Files cannot be read, are no cohort specs, break rules, ask for what this version
-            does not have, or declare a cohort twice.
+        CohortFilesError: Files cannot be read, are no cohort specs, break rules, ask for what this server
+            cannot keep, or declare a cohort twice.
     """
     if not folder.is_dir():
         raise SettingsError(f"cohorts: {folder} is not a folder")
-    reading = _Reading(registry)
+    reading = _Reading(registry, authenticated=authenticated)
     for path in _cohort_files(folder):
         reading.read(path)
     if reading.problems:
@@ -149,6 +153,7 @@ class _Reading:
     """Reads one file after the other and keeps what is wrong with each."""
 
     registry: FMIContractRegistry
+    authenticated: bool
     files: dict[str, CohortFile] = field(default_factory=dict)
     problems: list[FileProblem] = field(default_factory=list)
 
@@ -163,6 +168,9 @@ class _Reading:
         violations = spec_violations(spec, self.registry, unreadable=unreadable)
         self.problems += [FileProblem(path, p.field, p.description) for p in untranslated]
         self.problems += [FileProblem(path, v.field, v.description) for v in violations]
+        if not self.authenticated:
+            unkept = AccessRules.of_spec(spec.access).names
+            self.problems += [FileProblem(path, f"access.{name}", UNKEPT) for name in unkept]
         self.problems += self._repeated(path, spec.name)
         self.files.setdefault(spec.name, CohortFile(path, spec))
 

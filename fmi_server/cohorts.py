@@ -19,6 +19,7 @@ from google.protobuf.duration_pb2 import Duration
 from numpy.typing import NDArray
 
 from fmi.v1 import cohort_pb2
+from fmi_server.access import AccessRules
 from fmi_server.aggregation import SignalInUse, SignalRule, TransformName
 from fmi_server.config import AggregationConfig
 from fmi_server.contracts import FMIContractRegistry
@@ -37,6 +38,7 @@ from fmi_server.private_specs import PRIVATE_INTERVAL_S, privacy_settings
 from fmi_server.spec_checks import spec_violations
 
 __all__ = [
+    "UNKEPT",
     "CohortRegistry",
     "CohortRules",
     "IngestRules",
@@ -46,6 +48,12 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 DAY_S: Final = 86_400.0
+
+UNKEPT: Final = (
+    "cannot be kept: this server authenticates nobody, so it could not tell who calls; set tls_client_ca or "
+    "tokens, or remove the access rules"
+)
+"""Why access rules are refused where callers are not authenticated."""
 
 MAX_OPENABLE: Final = 256
 """Rules kept of cohorts that were asked for and not opened; names are free, so it must be bounded."""
@@ -90,6 +98,7 @@ class CohortRules:
     site_ttl_s: float
     updates_kept: int
     packets_kept_s: float
+    access: AccessRules
     privacy: BudgetPlan | None = None
     first_release_at: float = 0.0
 
@@ -111,22 +120,17 @@ def compile_spec(
 
     Raises:
         SpecInvalidError: The spec breaks rules; all of them are told.
-        SettingUnsupportedError: It asks for access rules, which this version does not have.
     """
     spec = _with_default_privacy(spec, defaults)
-    found = spec_violations(spec, registry)
-    broken = [violation for violation in found if violation.reason != Reason.SETTING_UNSUPPORTED]
-    if broken:
+    if broken := spec_violations(spec, registry):
         raise SpecInvalidError(broken)
-    for lacking in found:
-        raise SettingUnsupportedError(lacking.field, lacking.description)
     filled = _fill(spec, defaults)
     aggregation = filled.aggregation
     asked = privacy_settings(filled.privacy)
     return CohortRules(
         name=filled.name,
         declared=declared,
-        schema_hash=hashlib.sha256(filled.SerializeToString(deterministic=True)).hexdigest(),
+        schema_hash=_schema_hash(filled),
         spec=filled,
         signals=MappingProxyType({signal.name: _signal_rule(signal) for signal in filled.signals}),
         guardrails=frozenset(signal.name for signal in filled.signals if signal.guardrail),
@@ -159,6 +163,7 @@ def compile_spec(
         site_ttl_s=_seconds(filled.retention.site_ttl),
         updates_kept=filled.retention.updates,
         packets_kept_s=_seconds(filled.retention.packets),
+        access=AccessRules.of_spec(filled.access),
         privacy=plan_budget(asked, len(filled.signals)) if asked.private else None,
         first_release_at=filled.privacy.first_release_at.ToNanoseconds() / 1e9,
     )
@@ -187,6 +192,8 @@ class CohortRegistry:
         open_cohorts: Whether an undeclared cohort comes into being with its first packet.
         defaults: Aggregation settings where a spec leaves them unset.
         max_cohorts: Cohorts at most; none is opened on demand past it.
+        authenticated: Whether callers are authenticated. Where they are not, a spec with access rules is
+            refused: nothing would keep them.
 
     Attributes:
         signals_in_use: Of a cohort, the signals that its sites send. An open cohort has no other vocabulary
@@ -202,11 +209,13 @@ class CohortRegistry:
         open_cohorts: bool = True,
         defaults: AggregationConfig | None = None,
         max_cohorts: int = 10_000,
+        authenticated: bool = False,
     ) -> None:
         self._registry = registry
         self._open_cohorts = open_cohorts
         self._defaults = defaults or AggregationConfig()
         self._max_cohorts = max_cohorts
+        self._authenticated = authenticated
         self.signals_in_use: Callable[[str], Mapping[str, SignalInUse]] = lambda _: {}
         self._rules: dict[str, CohortRules] = {}
         self._private: set[str] = set()
@@ -248,7 +257,18 @@ class CohortRegistry:
             SpecInvalidError: The spec breaks rules.
             SettingUnsupportedError: It asks for what this version does not have.
         """
-        return compile_spec(spec, self._registry, defaults=self._defaults, declared=declared)
+        rules = compile_spec(spec, self._registry, defaults=self._defaults, declared=declared)
+        if not self._authenticated:
+            for name in rules.access.names:
+                raise SettingUnsupportedError(
+                    f"access.{name}", f"of cohort {rules.name!r} {UNKEPT}"
+                )
+        return rules
+
+    def access(self, name: str) -> AccessRules | None:
+        """Return who may do what in a cohort; None where there is none of that name yet."""
+        known = self._rules.get(name)
+        return None if known is None else known.access
 
     def rules(self, name: str) -> CohortRules:
         """Return the rules of a cohort; of one that could be opened on demand, the defaults.
@@ -319,7 +339,8 @@ class CohortRegistry:
             raise SpecChangeUnsafeError(
                 [replace(change, description=f"{change.description}; {hint}") for change in unsafe]
             )
-        return rules, present.schema_hash != rules.schema_hash or not present.declared
+        same = (present.schema_hash, present.access) == (rules.schema_hash, rules.access)
+        return rules, not same or not present.declared
 
     def unsafe_changes(self, rules: CohortRules) -> list[Violation]:
         """List what rules would change that breaks sites which are built against those in force."""
@@ -334,8 +355,7 @@ class CohortRegistry:
         spec = cohort_pb2.CohortSpec()
         spec.CopyFrom(self._template.spec)
         spec.name = name
-        schema_hash = hashlib.sha256(spec.SerializeToString(deterministic=True)).hexdigest()
-        return replace(self._template, name=name, spec=spec, schema_hash=schema_hash)
+        return replace(self._template, name=name, spec=spec, schema_hash=_schema_hash(spec))
 
 
 _SECTIONS: Final = {
@@ -367,6 +387,14 @@ def _signal_rule(signal: cohort_pb2.SignalSpec) -> SignalRule:
         scale=signal.scale if signal.HasField("scale") else None,
         unit=signal.unit,
     )
+
+
+def _schema_hash(filled: cohort_pb2.CohortSpec) -> str:
+    """Hash what sites are built against; who may do what is no part of it."""
+    schema = cohort_pb2.CohortSpec()
+    schema.CopyFrom(filled)
+    schema.ClearField("access")
+    return hashlib.sha256(schema.SerializeToString(deterministic=True)).hexdigest()
 
 
 def _fill(spec: cohort_pb2.CohortSpec, defaults: AggregationConfig) -> cohort_pb2.CohortSpec:

@@ -14,7 +14,7 @@ import click
 import structlog
 import yaml
 
-from fmi_server import app, store_commands
+from fmi_server import app, security_commands, store_commands
 from fmi_server.cohort_files import CohortFile, read_cohort_folder
 from fmi_server.config import (
     PRIVACY_SETTINGS,
@@ -41,7 +41,7 @@ def cli() -> None:
     """
 
 
-for _command in store_commands.COMMANDS:
+for _command in (*store_commands.COMMANDS, *security_commands.COMMANDS):
     cli.add_command(_command)
 
 
@@ -60,8 +60,8 @@ def _setting_options(command: Any) -> Any:  # click's decorators carry no useful
         elif default is False:
             options.append(click.option(flag, is_flag=True, default=None, help=f"{text}."))
         else:
-            shown = "" if default is None else f" [{default}]"
-            kind = click.Path(path_type=Path) if name in ("data_dir", "cohorts") else None
+            shown = f" [{default}]" if default else ""
+            kind = click.Path(path_type=Path) if Path in _kinds(setting.annotation) else None
             metavar = _metavar(setting.annotation)
             options.append(click.option(flag, type=kind, metavar=metavar, help=f"{text}{shown}."))
     # They are taken to be refused with a reason.
@@ -71,6 +71,10 @@ def _setting_options(command: Any) -> Any:  # click's decorators carry no useful
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) or (annotation,)
 
 
 def _metavar(kind: Any) -> str | None:
@@ -115,7 +119,9 @@ def check_config(config: Path | None, **flags: Any) -> None:
         wrong.append(str(error))
     try:
         if settings.cohorts:
-            files = read_cohort_folder(settings.cohorts, FMIContractRegistry())
+            files = read_cohort_folder(
+                settings.cohorts, FMIContractRegistry(), authenticated=settings.authenticated
+            )
     except SettingsError as error:
         wrong.append(str(error))
     if wrong:

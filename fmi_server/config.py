@@ -14,12 +14,13 @@ import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
@@ -185,7 +186,9 @@ _PRIVACY_OF_A_COHORT: Final = (
     "is no setting of the server: privacy is asked for in a cohort file, under `privacy`, beside the bounds "
     "of the cohort's signals"
 )
-_CLIENT_VARIABLES: Final = frozenset({"FMI_TARGET", "FMI_TOKEN", "FMI_DOMAIN_ID", "FMI_DEBUG"})
+_CLIENT_VARIABLES: Final = frozenset(
+    {"FMI_TARGET", "FMI_TOKEN", "FMI_TOKEN_FILE", "FMI_DOMAIN_ID", "FMI_DEBUG"}
+)
 _SITE_NAME: Final = re.compile("[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
 _PLATFORM_VARIABLE: Final = re.compile(r"_SERVICE_HOST$|_PORT(_|$)")
 
@@ -197,6 +200,7 @@ class SettingsError(Exception):
 # Units, for docs/settings.md; `tools/generate_settings.py` writes it.
 _ADDRESS: Final[dict[str, Any]] = {"unit": "HOST:PORT"}
 _FOLDER: Final[dict[str, Any]] = {"unit": "folder"}
+_FILE: Final[dict[str, Any]] = {"unit": "file"}
 _BYTES: Final[dict[str, Any]] = {"unit": "bytes"}
 _SECONDS: Final[dict[str, Any]] = {"unit": "seconds"}
 
@@ -240,6 +244,24 @@ class ServerSettings(BaseSettings):
         description="the name of this server as a site of its parent",
         json_schema_extra={"unit": "site name"},
     )
+    parent_ca: Path | None = Field(
+        default=None,
+        description="PEM file of the authorities of the parent's certificate; none by default: plain text",
+        json_schema_extra=_FILE,
+    )
+    parent_cert: Path | None = Field(
+        default=None,
+        description="PEM file of the certificate that this server shows its parent",
+        json_schema_extra=_FILE,
+    )
+    parent_key: Path | None = Field(
+        default=None, description="PEM file of the key of parent_cert", json_schema_extra=_FILE
+    )
+    parent_token: Path | None = Field(
+        default=None,
+        description="file with the bearer token that this server shows its parent",
+        json_schema_extra=_FILE,
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="the least severe log line that is written"
     )
@@ -249,8 +271,47 @@ class ServerSettings(BaseSettings):
         description="address and port of the Prometheus page; none by default",
         json_schema_extra=_ADDRESS,
     )
-    insecure: bool = Field(default=False, description="allow to listen beyond loopback without TLS")
-    reflection: bool = Field(default=True, description="serve reflection and channelz")
+    tls_cert: Path | None = Field(
+        default=None,
+        description="PEM file of the server's certificate chain; none by default: plain text",
+        json_schema_extra=_FILE,
+    )
+    tls_key: Path | None = Field(
+        default=None, description="PEM file of the key of tls_cert", json_schema_extra=_FILE
+    )
+    tls_client_ca: Path | None = Field(
+        default=None,
+        description="PEM file of the authorities of client certificates, which are then required",
+        json_schema_extra=_FILE,
+    )
+    tls_crl: Path | None = Field(
+        default=None,
+        description="PEM file of the client certificates that their authorities revoked",
+        json_schema_extra=_FILE,
+    )
+    tokens: Path | None = Field(
+        default=None,
+        description="file of the bearer tokens that are taken; see `fmi-server tokens`",
+        json_schema_extra=_FILE,
+    )
+    operators: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="principals that operate the server; a list, or names with commas between them",
+        json_schema_extra={"unit": "principals"},
+    )
+    audit_log: Path | None = Field(
+        default=None,
+        description="file to which calls of operators and refusals are appended",
+        json_schema_extra=_FILE,
+    )
+    insecure: bool = Field(
+        default=False, description="allow to listen beyond loopback without TLS or authentication"
+    )
+    admin: bool = Field(default=True, description="serve AdminService")
+    reflection: bool = Field(
+        default=True,
+        description="serve reflection and channelz; to operators only where callers are authenticated",
+    )
     max_message_bytes: int = Field(
         default=8 * 2**20,
         ge=2**16,
@@ -330,6 +391,46 @@ class ServerSettings(BaseSettings):
                 "must be 1 to 128 letters, digits and ._:@- that begin with a letter or a digit"
             )
         return value
+
+    @field_validator("operators", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("operators")
+    @classmethod
+    def _principals(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not name or name == "*" or not name.isprintable():
+                raise ValueError("must be names of principals, each printable, and not `*`")
+        return value
+
+    @property
+    def authenticated(self) -> bool:
+        """Whether callers are authenticated. Then what is not allowed is denied."""
+        return self.tls_client_ca is not None or self.tokens is not None
+
+    @model_validator(mode="after")
+    def _what_security_needs(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key belong together: a certificate and its key")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca needs TLS: set tls_cert and tls_key too")
+        if self.tls_crl is not None and self.tls_client_ca is None:
+            raise ValueError("tls_crl is about client certificates: set tls_client_ca too")
+        if (self.parent_cert is None) != (self.parent_key is None):
+            raise ValueError(
+                "parent_cert and parent_key belong together: a certificate and its key"
+            )
+        if self.parent_cert is not None and self.parent_ca is None:
+            raise ValueError("parent_cert needs TLS to the parent: set parent_ca too")
+        if self.parent is None and (self.parent_ca or self.parent_token):
+            raise ValueError("parent_ca and parent_token are of no use without a parent")
+        if self.operators and not self.authenticated:
+            raise ValueError(
+                "operators needs callers that are authenticated: set tls_client_ca or tokens too"
+            )
+        return self
 
     @model_validator(mode="after")
     def _both_of_a_parent(self) -> Self:

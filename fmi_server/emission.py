@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 
 from fmi.plain import DEFAULT_COHORT
 from fmi.v1 import packet_pb2
+from fmi_server.access import TRUSTED, Principal
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.counted_time import NewestSignals, counted_at_us
 from fmi_server.errors import (
@@ -85,7 +86,9 @@ class Intake:
         self._registry = registry
         self._validator = validator
 
-    def inspect(self, packet: packet_pb2.Packet, *, received_at_us: int) -> Candidate:
+    def inspect(
+        self, packet: packet_pb2.Packet, *, received_at_us: int, caller: Principal = TRUSTED
+    ) -> Candidate:
         """Check a packet and make its record.
 
         Raises:
@@ -93,7 +96,7 @@ class Intake:
         """
         # Deterministic, so that the same packet sent in another way has the same hash.
         payload = packet.SerializeToString(deterministic=True)
-        inspection = self._validator.inspect(packet, size=len(payload))
+        inspection = self._validator.inspect(packet, size=len(payload), caller=caller)
         if inspection.violations:
             raise PacketRefusedError(inspection.violations)
         header = packet.header
@@ -114,16 +117,20 @@ class Intake:
         return Candidate(packet, record, inspection.warnings)
 
     def inspect_many(
-        self, items: Sequence[bytes | packet_pb2.Packet], *, received_at_us: int
+        self,
+        items: Sequence[bytes | packet_pb2.Packet],
+        *,
+        received_at_us: int,
+        caller: Principal = TRUSTED,
     ) -> list[Candidate | Answer]:
         """Check packets one by one: a candidate for each that keeps the rules, else its answer."""
         return [
-            self._inspect_item(item, f"packets[{index}]", received_at_us)
+            self._inspect_item(item, f"packets[{index}]", received_at_us, caller)
             for index, item in enumerate(items)
         ]
 
     def _inspect_item(
-        self, item: bytes | packet_pb2.Packet, path: str, received_at_us: int
+        self, item: bytes | packet_pb2.Packet, path: str, received_at_us: int, caller: Principal
     ) -> Candidate | Answer:
         if isinstance(item, bytes):
             try:
@@ -135,7 +142,7 @@ class Intake:
         else:
             packet = item
         try:
-            return self.inspect(packet, received_at_us=received_at_us)
+            return self.inspect(packet, received_at_us=received_at_us, caller=caller)
         except PacketRefusedError as refusal:
             return Answer(
                 packet.header.packet_id[:64],

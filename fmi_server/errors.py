@@ -15,6 +15,10 @@
     - CompactedError
     - InvalidFilterError
     - SupersededError
+    - UnauthenticatedError        there are no credentials, or they are not valid
+    - AccessDeniedError           the caller is known, and may not do this
+    - DomainIdMismatchError       the caller is known, and may not speak under this name
+    - UnauthorizedError           a subscription lost what allowed it
     - SpecInvalidError
     - DictionaryInvalidError
     - SpecChangeUnsafeError
@@ -37,10 +41,12 @@ from typing import ClassVar, Final
 from fmi.v1 import error_pb2
 
 __all__ = [
+    "AccessDeniedError",
     "CohortUnknownError",
     "CompactedError",
     "DictionaryInvalidError",
     "DictionaryUnknownError",
+    "DomainIdMismatchError",
     "EnvelopeMalformedError",
     "EnvelopeTooLargeError",
     "FMIError",
@@ -58,6 +64,8 @@ __all__ = [
     "SpecInvalidError",
     "SupersededError",
     "ThingNotFoundError",
+    "UnauthenticatedError",
+    "UnauthorizedError",
     "UpdateNotFoundError",
     "Violation",
     "reason_name",
@@ -97,6 +105,10 @@ class Reason:
     SUPERSEDED: Final = error_pb2.ERROR_REASON_SUPERSEDED
     PRIVACY_BUDGET_EXHAUSTED: Final = error_pb2.ERROR_REASON_PRIVACY_BUDGET_EXHAUSTED
     RELEASE_SCHEDULED: Final = error_pb2.ERROR_REASON_RELEASE_SCHEDULED
+    UNAUTHENTICATED: Final = error_pb2.ERROR_REASON_UNAUTHENTICATED
+    ACCESS_DENIED: Final = error_pb2.ERROR_REASON_ACCESS_DENIED
+    DOMAIN_ID_MISMATCH: Final = error_pb2.ERROR_REASON_DOMAIN_ID_MISMATCH
+    UNAUTHORIZED: Final = error_pb2.ERROR_REASON_UNAUTHORIZED
 
 
 def reason_name(reason: error_pb2.ErrorReason.ValueType) -> str:
@@ -176,7 +188,9 @@ _PRECEDENCE: Final = (
     Reason.CONTRACT_REVISION_UNSUPPORTED,
     Reason.PACKET_TOO_LARGE,
     Reason.CONTRACT_VIOLATION,
+    Reason.DOMAIN_ID_MISMATCH,
     Reason.COHORT_UNKNOWN,
+    Reason.ACCESS_DENIED,
     Reason.SCHEMA_HASH_MISMATCH,
     Reason.COHORT_RULE_VIOLATION,
     Reason.PRIVACY_REQUIRED,
@@ -410,6 +424,77 @@ class SupersededError(FMIError):
     def metadata(self) -> Mapping[str, str]:
         """Who subscribed again."""
         return {"subscriber": self.subscriber}
+
+
+class UnauthenticatedError(FMIError):
+    """A call has no credentials, or they are not valid. What exactly is wrong with a secret is not told."""
+
+    reason = Reason.UNAUTHENTICATED
+
+    def __init__(self, detail: str) -> None:
+        self.detail = detail
+        super().__init__(f"not authenticated: {detail}")
+
+
+class AccessDeniedError(FMIError):
+    """The caller is known, and may not do this."""
+
+    reason = Reason.ACCESS_DENIED
+
+    def __init__(self, principal: str, action: str, cohort: str = "") -> None:
+        self.principal = principal
+        self.action = action
+        self.cohort = cohort
+        place = f" in cohort {cohort!r}" if cohort else ""
+        super().__init__(
+            f"{principal!r} may not {action}{place}; an operator of the server can allow it"
+        )
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Who may not do what."""
+        told = {"principal": self.principal, "action": self.action}
+        return {**told, "cohort": self.cohort} if self.cohort else told
+
+
+class DomainIdMismatchError(FMIError):
+    """The caller is known, and may not speak under this name of a site."""
+
+    reason = Reason.DOMAIN_ID_MISMATCH
+
+    def __init__(self, principal: str, domain_id: str, field: str) -> None:
+        self.principal = principal
+        self.domain_id = domain_id
+        self.field = field
+        super().__init__(f"{field}: {_not_for(principal, domain_id)}")
+
+    @property
+    def violations(self) -> Sequence[Violation]:
+        """The field with the name."""
+        text = _not_for(self.principal, self.domain_id)
+        return (Violation(self.field, "fmi.access.domain_id", text, self.reason),)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Who may not use which name."""
+        return {"principal": self.principal, "domain_id": self.domain_id}
+
+
+def _not_for(principal: str, domain_id: str) -> str:
+    return (
+        f"is {domain_id!r}, which the credentials of {principal!r} are not for; use the name of the site "
+        "that they are for"
+    )
+
+
+class UnauthorizedError(FMIError):
+    """A subscription lost what allowed it: its credentials, or the right to see one of its cohorts."""
+
+    reason = Reason.UNAUTHORIZED
+
+    def __init__(self, detail: str) -> None:
+        self.detail = detail
+        super().__init__(f"the subscription ended: {detail}")
 
 
 class SettingUnsupportedError(FMIError):

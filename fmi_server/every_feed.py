@@ -28,6 +28,10 @@ class EveryFeed(Feed):
             return 0
         return self._log.head - (self._position or 0)
 
+    def admit(self, key: Key) -> None:
+        """Give a key from its next update on: what was released before was not for this subscriber."""
+        self._given[key] = self._log.newest_revision(key)
+
     async def _start(self) -> AsyncIterator[bytes]:
         """Give a snapshot, and every update from the start revisions or the token on."""
         request, log = self.request, self._log
@@ -60,7 +64,7 @@ class EveryFeed(Feed):
 
     async def _place_before(self, key: Key, revision: int) -> int:
         """Return the sequence behind which a start revision stands."""
-        if revision > self._log.newest_revision(key):
+        if revision > self._newest_revision(key):
             return self._log.head
         first = await self._reader.one(key, revision)
         if first is None:

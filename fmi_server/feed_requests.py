@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi.v1 import update_pb2
+from fmi_server.access import TRUSTED, Principal
 from fmi_server.errors import InvalidFilterError
 from fmi_server.patterns import PatternSet
 
-__all__ = ["PAUSE_S", "FeedRequest", "Handover", "Key", "kind_name"]
+__all__ = ["PAUSE_S", "FeedRequest", "Handover", "Key", "everything", "kind_name"]
 
 Key = tuple[str, int]
 """A cohort and a kind of update."""
@@ -63,6 +64,12 @@ class Handover:
         return answer
 
 
+def everything(cohort: str) -> bool:
+    """Permit every cohort."""
+    del cohort
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class FeedRequest:
     """What a subscriber asked for, checked.
@@ -77,6 +84,9 @@ class FeedRequest:
         history_changed: Whether a start or token was left out because it is of another history.
         subscriber: Who subscribes; empty where that was not said.
         instance_id: What tells its subscriptions apart; empty where that was not said.
+        caller: Who asks.
+        permits: Says of a cohort whether the caller may read it, at the moment when it is asked. What it
+            may not read is as if it did not exist.
     """
 
     patterns: tuple[str, ...]
@@ -88,6 +98,8 @@ class FeedRequest:
     history_changed: bool = False
     subscriber: str = ""
     instance_id: str = ""
+    caller: Principal = TRUSTED
+    permits: Callable[[str], bool] = everything
     _set: PatternSet = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -95,9 +107,22 @@ class FeedRequest:
 
     @classmethod
     def from_message(
-        cls, request: wire_pb2.SubscribeRequest, *, history_epoch: str, head: int
+        cls,
+        request: wire_pb2.SubscribeRequest,
+        *,
+        history_epoch: str,
+        head: int,
+        caller: Principal = TRUSTED,
+        permits: Callable[[str], bool] = everything,
     ) -> FeedRequest:
         """Read a request that keeps the contract's rules.
+
+        Args:
+            request: The request.
+            history_epoch: The present history.
+            head: The sequence of the last update.
+            caller: Who asks.
+            permits: Says of a cohort whether the caller may read it.
 
         Raises:
             InvalidFilterError: The start or the resume token cannot be meant.
@@ -131,9 +156,11 @@ class FeedRequest:
             history_changed=changed or left_out,
             subscriber=request.subscriber,
             instance_id=request.instance_id,
+            caller=caller,
+            permits=permits,
         )
         for cohort, kind in start:
-            if not result.wants((cohort, kind)):
+            if not (result.wants_kind(kind) and result.matches(cohort)):
                 raise InvalidFilterError(
                     "start_revisions",
                     f"names {kind_name(kind)} of cohort {cohort!r}, which the filter leaves out",
@@ -163,7 +190,11 @@ class FeedRequest:
         return not self.kinds or kind in self.kinds
 
     def wants_cohort(self, cohort: str) -> bool:
-        """Say whether something of a cohort is asked for."""
+        """Say whether something of a cohort is asked for, and may be read."""
+        return self._set.match(cohort) and self.permits(cohort)
+
+    def matches(self, cohort: str) -> bool:
+        """Say whether something of a cohort is asked for, whether or not it may be read."""
         return self._set.match(cohort)
 
     async def answers(self, cohorts: Iterable[str]) -> dict[str, bool]:

@@ -81,12 +81,18 @@ class Feed(ABC):
 
     def wants(self, key: Key) -> bool:
         """Say whether updates of a cohort and kind belong to the feed."""
-        return key in self._given or self.request.wants(key)
+        if key in self._given:
+            return self.request.permits(key[0])
+        return self.request.wants(key)
 
     def offer(self, key: Key) -> None:
         """Tell the feed that there is a new update of a key that it wants."""
         self._pending.add(key)
         self._wake.set()
+
+    @abstractmethod
+    def admit(self, key: Key) -> None:
+        """Tell the feed that from now on it may give a key that it wants, of which there are updates."""
 
     def progress(self) -> None:
         """Ask for a sign of life, to be sent behind all data."""
@@ -111,6 +117,7 @@ class Feed(ABC):
         """
         self._check_start()
         async for event in self._start():
+            self._check_end()  # it may have been waited for
             yield event
             self._check_end()
         self.live = True
@@ -125,6 +132,7 @@ class Feed(ABC):
             self._wake.clear()
             self._check_end()
             async for event in self._new():
+                self._check_end()
                 yield event
                 self._check_end()
             if self._progress_due:
@@ -140,10 +148,14 @@ class Feed(ABC):
     def _check_start(self) -> None:
         """Note what the start revisions say was had; refuse those ahead of the history."""
         for key, revision in self.request.start.items():
-            newest = self._log.newest_revision(key)
+            newest = self._newest_revision(key)
             if revision > newest + 1:
                 raise _ahead(key, revision, newest)
             self._given[key] = revision - 1
+
+    def _newest_revision(self, key: Key) -> int:
+        """Return the newest revision of a key, as far as the subscriber may know; 0 where there is none."""
+        return self._log.newest_revision(key) if self.request.permits(key[0]) else 0
 
     async def _answers(self, keys: Iterable[Key]) -> Mapping[str, bool]:
         return await self.request.answers(cohort for cohort, _ in keys)

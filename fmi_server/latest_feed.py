@@ -25,11 +25,20 @@ class LatestFeed(Feed):
     ) -> None:
         super().__init__(request, log, reader, page_updates=page_updates)
         self._planned = 0
+        self._admitted: set[Key] = set()
 
     @property
     def behind(self) -> int:
         """Cohorts and kinds with something that was not given yet."""
         return self._planned + len(self._pending)
+
+    def admit(self, key: Key) -> None:
+        """Give the newest update of a key at once; what lies before it is told of as left out.
+
+        Its token says nothing of a key that it was not for.
+        """
+        self._admitted.add(key)
+        self.offer(key)
 
     async def _start(self) -> AsyncIterator[bytes]:
         """Give the newest update of each key that the subscriber has not had."""
@@ -80,7 +89,8 @@ class LatestFeed(Feed):
         plan = []
         for key in keys:
             update = self._log.latest[key]
-            if update.sequence <= (self.request.after(key) or 0):
+            had = key not in self._admitted and update.sequence <= (self.request.after(key) or 0)
+            if had:
                 self._given[key] = update.revision
             elif update.revision > self._given.get(key, 0):
                 plan.append((update.sequence, update.revision, key))

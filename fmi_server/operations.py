@@ -12,6 +12,7 @@ import numpy as np
 
 from fmi.plain import DEFAULT_PROFILE_CLASS
 from fmi.v1 import cohort_pb2, packet_pb2
+from fmi_server.access import TRUSTED, Action, Principal
 from fmi_server.applied import Applied
 from fmi_server.cohort_state import CohortState
 from fmi_server.cohorts import CohortRules
@@ -74,6 +75,9 @@ class PrivacyOverview:
 class Operations:
     """The operator's view of a service, and the levers.
 
+    What is of one cohort is also for who may administer it. Each method refuses, with `AccessDeniedError`
+    or as a cohort that does not exist, what its caller may not do.
+
     Args:
         service: The service.
     """
@@ -81,12 +85,11 @@ class Operations:
     def __init__(self, service: FMIService) -> None:
         self._service = service
 
-    async def cohorts(self) -> list[CohortOverview]:
-        """List the cohorts, in order of name."""
+    async def cohorts(self, *, caller: Principal = TRUSTED) -> list[CohortOverview]:
+        """List the cohorts that the caller may administer, in order of name."""
         service = self._service
-        subscribers = await service.router.count_subscribers(
-            rules.name for rules in service.cohorts
-        )
+        administered = self._administered(caller)
+        subscribers = await service.router.count_subscribers(rules.name for rules in administered)
         overviews = {
             rules.name: CohortOverview(
                 rules.name,
@@ -96,7 +99,7 @@ class Operations:
                 released_at=service.releaser.released_at(rules.name),
                 subscribers=subscribers.get(rules.name, 0),
             )
-            for rules in service.cohorts
+            for rules in administered
         }
         for (cohort, kind), update in service.releaser.publisher.log.latest.items():
             if cohort in overviews:
@@ -109,14 +112,14 @@ class Operations:
                 overview.quarantined += site.quarantined_count
         return list(overviews.values())
 
-    async def sites(self, cohort: str = "") -> list[SiteOverview]:
+    async def sites(self, cohort: str = "", *, caller: Principal = TRUSTED) -> list[SiteOverview]:
         """List the sites of a cohort, or of all, in order of cohort and domain id.
 
         Raises:
             CohortUnknownError: There is no such cohort.
         """
         service = self._service
-        self._check_known(cohort)
+        self._check(caller, cohort)
         by_cohort: defaultdict[str, list[SiteRecord]] = defaultdict(list)
         for record in await service.store.sites(cohort or None):
             by_cohort[record.cohort].append(record)
@@ -134,35 +137,43 @@ class Operations:
         return overviews
 
     async def quarantine(
-        self, cohort: str = "", *, after: int = 0, limit: int = 100
+        self, cohort: str = "", *, after: int = 0, limit: int = 100, caller: Principal = TRUSTED
     ) -> list[tuple[StoredPacket, packet_pb2.Packet]]:
         """List the packets in quarantine, oldest first, behind a sequence."""
+        self._authorise(caller, cohort)
         stored = await self._service.store.quarantined(cohort or None, after=after, limit=limit)
         return [(item, packet_pb2.Packet.FromString(item.record.payload)) for item in stored]
 
     async def set_quarantine(
-        self, domain_id: str, packet_id: str, *, quarantined: bool, reason: str = ""
+        self,
+        domain_id: str,
+        packet_id: str,
+        *,
+        quarantined: bool,
+        reason: str = "",
+        caller: Principal = TRUSTED,
     ) -> bool:
         """Put a packet into quarantine or take it out; return whether that changed anything.
 
         The cohort is counted anew, so that its aggregates follow with the next release.
 
         Raises:
-            UnknownPacketError: There is no such packet.
+            UnknownPacketError: There is no such packet in a cohort that the caller may administer.
         """
-        change = self._set_quarantine(domain_id, packet_id, quarantined=quarantined, reason=reason)
+        key = PacketKey(domain_id, packet_id)
+        stored = await self._service.store.packet(key)
+        cohort = "" if stored is None else stored.record.cohort
+        if stored is None or not self._service.gate.may(caller, Action.ADMIN, cohort):
+            raise UnknownPacketError(packet=key)
+        change = self._set_quarantine(key, cohort, quarantined=quarantined, reason=reason)
         return await self._service.uninterrupted(change)
 
     async def _set_quarantine(
-        self, domain_id: str, packet_id: str, *, quarantined: bool, reason: str
+        self, key: PacketKey, cohort: str, *, quarantined: bool, reason: str
     ) -> bool:
         service = self._service
         store = service.store
-        key = PacketKey(domain_id, packet_id)
-        stored = await store.packet(key)
-        if stored is None:
-            raise UnknownPacketError(packet=key)
-        cohort = stored.record.cohort
+        domain_id, packet_id = key.domain_id, key.packet_id
         async with service.compactor.suspended(cohort, domain_id=domain_id):
             changed = await store.set_quarantine(key, quarantined=quarantined, reason=reason)
             if changed:
@@ -173,31 +184,39 @@ class Operations:
         return changed
 
     async def subscribers(
-        self, cohort: str = "", *, after: int = 0, limit: int = 100
+        self, cohort: str = "", *, after: int = 0, limit: int = 100, caller: Principal = TRUSTED
     ) -> list[OpenSubscription]:
         """List the open subscriptions that want something of a cohort, or all, behind a number.
 
         Raises:
             CohortUnknownError: There is no such cohort.
         """
-        self._check_known(cohort)
+        # A filter names cohorts that others may not know of.
+        self._service.gate.require_operator(caller, "list the subscribers")
+        self._check(caller, cohort)
         return await self._service.router.open_subscriptions(cohort, after=after, limit=limit)
 
     def applied(
-        self, cohort: str = "", *, after: int = 0, limit: int = 100
+        self, cohort: str = "", *, after: int = 0, limit: int = 100, caller: Principal = TRUSTED
     ) -> list[tuple[Applied, int]]:
         """List what subscribers reported of a cohort, or of all, each with the newest revision.
 
         Raises:
             CohortUnknownError: There is no such cohort.
         """
-        self._check_known(cohort)
+        self._check(caller, cohort)
         log = self._service.releaser.publisher.log
         found = self._service.applied.list(cohort, after=after, limit=limit)
         return [(applied, log.newest_revision(applied.key)) for applied in found]
 
     def plan_privacy(
-        self, settings: PrivacySettings, *, signals: int, sites: int, min_sites: int = 3
+        self,
+        settings: PrivacySettings,
+        *,
+        signals: int,
+        sites: int,
+        min_sites: int = 3,
+        caller: Principal = TRUSTED,
     ) -> tuple[BudgetPlan, PlanReport]:
         """Say what a privacy budget would mean; nothing is changed.
 
@@ -206,11 +225,14 @@ class Operations:
             signals: Signals that are released together.
             sites: Sites that send all of them.
             min_sites: Sites needed before a signal has a value.
+            caller: Who asks; one who may administer some cohort.
 
         Raises:
+            AccessDeniedError: The caller may administer no cohort.
             RequestInvalidError: There is no signal, or the settings contradict each other, or ask for
                 nothing.
         """
+        self._administered(caller)
         if not signals:
             raise RequestInvalidError(
                 [Violation("signals", "fmi.plan.signals", "say how many, or which (signal_specs)")]
@@ -243,13 +265,15 @@ class Operations:
         slopes = cells.transforms.unit_slope(cells.rows, np.zeros(len(cells.rows)))
         return dict(zip(cells.names, (slopes * noise_stderr).tolist(), strict=True))
 
-    def privacy_budgets(self, cohort: str = "") -> list[PrivacyOverview]:
+    def privacy_budgets(
+        self, cohort: str = "", *, caller: Principal = TRUSTED
+    ) -> list[PrivacyOverview]:
         """List the cohorts that are private, or were and have a ledger, in order of name.
 
         Raises:
             CohortUnknownError: There is no such cohort.
         """
-        self._check_known(cohort)
+        self._check(caller, cohort)
         private = self._service.releaser.private
         return [
             PrivacyOverview(rules, private.account(rules))
@@ -259,16 +283,31 @@ class Operations:
         ]
 
     async def privacy_spends(
-        self, cohort: str, *, after: int = 0, limit: int = 100
+        self, cohort: str, *, after: int = 0, limit: int = 100, caller: Principal = TRUSTED
     ) -> list[SpendRecord]:
         """List the privacy ledger of a cohort behind a number, oldest first.
 
         Raises:
             CohortUnknownError: There is no such cohort.
         """
-        self._check_known(cohort)
+        self._check(caller, cohort)
         return await self._service.store.spends(cohort, after_number=after, limit=limit)
 
-    def _check_known(self, cohort: str) -> None:
+    def _administered(self, caller: Principal) -> list[CohortRules]:
+        """Return the cohorts that a caller may administer; refuse who may administer none."""
+        service = self._service
+        found = [rules for rules in service.cohorts if rules.access.allow(caller, Action.ADMIN)]
+        if not found:
+            service.gate.require_operator(caller, "administer cohorts")
+        return found
+
+    def _authorise(self, caller: Principal, cohort: str) -> None:
+        if cohort:
+            self._service.gate.require(caller, Action.ADMIN, cohort)
+        else:
+            self._service.gate.require_operator(caller, "list this of all cohorts together")
+
+    def _check(self, caller: Principal, cohort: str) -> None:
+        self._authorise(caller, cohort)
         if cohort and cohort not in self._service.cohorts:
             raise CohortUnknownError(cohort)

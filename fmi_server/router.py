@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from fmi.v1 import packet_pb2
+from fmi_server.access import AccessRules, Action, Principal
 from fmi_server.config import RouterConfig
 from fmi_server.errors import (
+    FMIError,
     OverloadedError,
     ServerDrainingError,
     SupersededError,
     ThingNotFoundError,
+    UnauthorizedError,
 )
 from fmi_server.every_feed import EveryFeed
 from fmi_server.feed_requests import PAUSE_S, FeedRequest
@@ -158,9 +161,9 @@ class FMIRouter:
     async def count_subscribers(self, cohorts: Iterable[str]) -> dict[str, int]:
         """Return `subscribers_of` of each cohort, and let others run in between."""
         counts: dict[str, int] = {}
-        alike: defaultdict[tuple[str, ...], list[FeedRequest]] = defaultdict(list)
+        alike: defaultdict[object, list[FeedRequest]] = defaultdict(list)
         for feed in self._feeds:
-            alike[feed.request.patterns].append(feed.request)
+            alike[feed.request.patterns, feed.request.permits].append(feed.request)
         pause = time.monotonic() + PAUSE_S
         for cohort in list(cohorts):
             interested = self._interested.get(cohort)
@@ -215,6 +218,7 @@ class FMIRouter:
             SupersededError: The same subscriber and instance subscribed again.
             CompactedError: A revision that comes next is no longer kept.
             InvalidFilterError: A start revision is ahead of the history.
+            UnauthorizedError: What allowed the subscription is gone.
         """
         if self._reconnect_window_s is not None:
             raise _draining(self._reconnect_window_s * random.random())  # noqa: S311 - no secret
@@ -226,8 +230,10 @@ class FMIRouter:
         conflated = 0
         try:
             for cohort, wanted in (await request.answers(self._interested)).items():
-                if wanted:
-                    self._interested[cohort].add(feed)
+                interested = self._interested.get(cohort)
+                # Who may read it may have changed meanwhile; where it is found anew, the feed is in already.
+                if wanted and interested is not None and request.permits(cohort):
+                    interested.add(feed)
             async for event in feed.events(self._clock_ns):
                 if feed.conflated > conflated:
                     self._telemetry.conflated(feed.conflated - conflated)
@@ -267,6 +273,43 @@ class FMIRouter:
         for feed in interested:
             if feed.request.wants_kind(kind):
                 feed.offer(update.key)
+
+    def access_changed(
+        self, cohort: str, before: AccessRules, after: AccessRules, log: UpdateLog
+    ) -> None:
+        """Let a change of who may read a cohort take effect: end who lost it, admit who gained it.
+
+        It must not be interrupted between the change and this.
+        """
+        self._interested.pop(cohort, None)
+        kinds = [key for key in log.latest if key[0] == cohort]
+        for feed in self._feeds:
+            request = feed.request
+            had = before.allow(request.caller, Action.SUBSCRIBE)
+            has = after.allow(request.caller, Action.SUBSCRIBE)
+            if had == has or not request.matches(cohort):
+                continue
+            if had:
+                feed.stop(UnauthorizedError(f"cohort {cohort!r} may not be read any more"))
+                continue
+            for key in kinds:
+                if request.wants_kind(key[1]):
+                    feed.admit(key)
+
+    async def check_callers(self, refusal: Callable[[Principal], FMIError | None]) -> None:
+        """End the subscriptions of callers who are not what they were, and let others run in between.
+
+        Args:
+            refusal: Says why a caller may not go on; None where it may.
+        """
+        pause = time.monotonic() + PAUSE_S
+        for feed in list(self._feeds):
+            error = refusal(feed.request.caller)
+            if error is not None:
+                feed.stop(error)
+            if time.monotonic() > pause:
+                await asyncio.sleep(0)
+                pause = time.monotonic() + PAUSE_S
 
     async def give_signs_of_life(self) -> None:
         """Send progress on every subscription at each interval, until cancelled.

@@ -8,6 +8,9 @@
 and counted after that (`releases.Releaser`), which computes the aggregates of the cohorts that changed,
 stores them as updates, and only then tells subscribers. Everything else reads.
 
+Each call has a caller (`access.Principal`), which is the program itself where none is given. What it may
+not do is refused here, and cohorts that it may not see do not exist for it.
+
 The service knows neither gRPC nor a network. It belongs to one event loop and owns its tasks.
 """
 
@@ -34,6 +37,7 @@ from typing import Any, Final, Self, TypeVar, cast
 from fmi.plain import DEFAULT_PROFILE_CLASS
 from fmi.v1 import cohort_pb2, packet_pb2, update_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
+from fmi_server.access import TRUSTED, AccessRules, Action, Gate, Principal, View
 from fmi_server.aggregation import WarmStartRequest
 from fmi_server.aggregator import FMIAggregator
 from fmi_server.applied import AppliedBook, Report
@@ -62,7 +66,7 @@ from fmi_server.errors import (
     UpdateNotFoundError,
     reason_name,
 )
-from fmi_server.feed_requests import FeedRequest, kind_name
+from fmi_server.feed_requests import FeedRequest, everything, kind_name
 from fmi_server.private_messages import private_warm_start
 from fmi_server.releases import Releaser
 from fmi_server.router import AGGREGATOR, FMIRouter
@@ -107,6 +111,7 @@ class FMIService:
     Attributes:
         applied: What subscribers reported of the updates they got.
         closing: Set when the service takes nothing new.
+        gate: Decides who may do what.
         store_watch: Says whether the store takes writes.
     """
 
@@ -129,6 +134,7 @@ class FMIService:
         self.store = store or MemoryStore()
         # An empty registry is false.
         self.cohorts = CohortRegistry(self.registry) if cohorts is None else cohorts
+        self.gate = Gate(self.cohorts.access)
         self.validator = FMIValidator(self.registry, cohorts=self.cohorts, clock=clock)
         self.aggregator = aggregator or FMIAggregator(registry=self.registry, clock=clock)
         self.router = router or FMIRouter(telemetry=self.telemetry)
@@ -222,11 +228,14 @@ class FMIService:
 
     # Packets in
 
-    async def emit(self, packet: packet_pb2.Packet | Mapping[str, Any]) -> Answer:
+    async def emit(
+        self, packet: packet_pb2.Packet | Mapping[str, Any], *, caller: Principal = TRUSTED
+    ) -> Answer:
         """Take one packet; return when it is durable.
 
         Args:
             packet: Typed, or plain in any form that the registry takes.
+            caller: Who sends it.
 
         Raises:
             PacketRefusedError: It breaks rules; all of them are told.
@@ -240,8 +249,9 @@ class FMIService:
             try:
                 typed = self.registry.coerce(packet)
                 kind = typed.WhichOneof("body") or kind
+                received_at_us = int(self._clock() * 1e6)
                 candidate = self._open_cohort(
-                    self._intake.inspect(typed, received_at_us=int(self._clock() * 1e6))
+                    self._intake.inspect(typed, received_at_us=received_at_us, caller=caller)
                 )
                 outcome = await self._append(candidate)
                 answer = self._settled(candidate, outcome)
@@ -255,11 +265,14 @@ class FMIService:
                 answer = await self._count(candidate, answer)
             return answer
 
-    async def emit_batch(self, items: Sequence[bytes | packet_pb2.Packet]) -> list[Answer]:
+    async def emit_batch(
+        self, items: Sequence[bytes | packet_pb2.Packet], *, caller: Principal = TRUSTED
+    ) -> list[Answer]:
         """Take packets; return an answer for each, in order, when those that were taken are durable.
 
         Args:
             items: Packets, typed or serialised.
+            caller: Who sends them.
 
         Raises:
             OverloadedError: There is too much under way; nothing was stored.
@@ -267,15 +280,17 @@ class FMIService:
             StoreUnavailableError: They could not be stored now; nothing was stored.
         """
         with self._admitted():
-            return await self._emit_items(items)
+            return await self._emit_items(items, caller)
 
-    async def _emit_items(self, items: Sequence[bytes | packet_pb2.Packet]) -> list[Answer]:
+    async def _emit_items(
+        self, items: Sequence[bytes | packet_pb2.Packet], caller: Principal
+    ) -> list[Answer]:
         now_us = int(self._clock() * 1e6)
         if len(items) < THREAD_FROM_PACKETS:
-            inspected = self._intake.inspect_many(items, received_at_us=now_us)
+            inspected = self._intake.inspect_many(items, received_at_us=now_us, caller=caller)
         else:
             inspected = await asyncio.to_thread(
-                self._intake.inspect_many, items, received_at_us=now_us
+                self._intake.inspect_many, items, received_at_us=now_us, caller=caller
             )
         return await self.uninterrupted(self._keep_batch(inspected))
 
@@ -301,7 +316,9 @@ class FMIService:
             self.telemetry.packet(kind, status, count=count)
         return answers
 
-    async def emit_envelope(self, envelope: wire_pb2.EncodedPackets) -> list[Answer]:
+    async def emit_envelope(
+        self, envelope: wire_pb2.EncodedPackets, *, caller: Principal = TRUSTED
+    ) -> list[Answer]:
         """Take the packets of an envelope; see `emit_batch`.
 
         Raises:
@@ -313,7 +330,7 @@ class FMIService:
             self._decoder.refuse_too_large(envelope)
             async with self._decoding.spending(envelope.uncompressed_size):
                 return await self._emit_items(
-                    await asyncio.to_thread(self._decoder.decode, envelope)
+                    await asyncio.to_thread(self._decoder.decode, envelope), caller
                 )
 
     def check_batch_size(self, packets: int) -> None:
@@ -326,9 +343,9 @@ class FMIService:
         if packets > limit:
             raise EnvelopeTooLargeError(packets, limit, "packets")
 
-    def inspect(self, packet: packet_pb2.Packet) -> Inspection:
+    def inspect(self, packet: packet_pb2.Packet, *, caller: Principal = TRUSTED) -> Inspection:
         """Check a packet as `emit` would, and store nothing."""
-        found = self.validator.inspect(packet)
+        found = self.validator.inspect(packet, caller=caller)
         if found.violations or packet.header.cohort in self.cohorts:
             return found
         return replace(found, warnings=(*found.warnings, *opening_warnings(packet.header.cohort)))
@@ -444,10 +461,14 @@ class FMIService:
 
     # Updates out
 
-    def subscribe(self, request: wire_pb2.SubscribeRequest) -> AsyncIterator[bytes]:
+    def subscribe(
+        self, request: wire_pb2.SubscribeRequest, *, caller: Principal = TRUSTED
+    ) -> AsyncIterator[bytes]:
         """Give the events of a subscription as serialised `SubscribeResponse` messages, until it ends.
 
         Raises:
+            DomainIdMismatchError: The caller may not subscribe under that name.
+            UnauthorizedError: What allowed the subscription is gone.
             InvalidFilterError: The filter, the start or the resume token is wrong.
             CompactedError: A revision that comes next is no longer kept.
             OverloadedError: There are as many subscriptions as are allowed.
@@ -455,29 +476,55 @@ class FMIService:
             SupersededError: The same subscriber and instance subscribed again.
         """
         log = self.releaser.publisher.log
-        wanted = FeedRequest.from_message(request, history_epoch=log.history_epoch, head=log.head)
+        if request.subscriber:
+            self.gate.require_name(caller, request.subscriber, "subscriber")
+        wanted = FeedRequest.from_message(
+            request,
+            history_epoch=log.history_epoch,
+            head=log.head,
+            caller=caller,
+            permits=everything if caller.unrestricted else View(self.gate, caller),
+        )
         return self.router.subscribe(wanted, log, self.releaser.publisher.updates)
 
-    def report_applied(self, subscriber: str, reports: Sequence[Report]) -> int:
+    def report_applied(
+        self, subscriber: str, reports: Sequence[Report], *, caller: Principal = TRUSTED
+    ) -> int:
         """Keep what became of updates at a subscriber; return how many reports are of this history.
 
         Raises:
+            DomainIdMismatchError: The caller may not report under that name.
+            AccessDeniedError: A report is of a cohort that the caller may not read.
             UpdateNotFoundError: A report is of an update that was not released; none was kept.
         """
         log = self.releaser.publisher.log
+        self.gate.require_name(caller, subscriber, "subscriber")
+        for report in reports:
+            error = self.gate.refusal(caller, Action.SUBSCRIBE, report.key[0])
+            if isinstance(error, CohortUnknownError):
+                # Of a cohort that nobody has, no update was released either.
+                if report.history_epoch in ("", log.history_epoch):
+                    cohort, kind = report.key
+                    raise UpdateNotFoundError(cohort, kind_name(kind), report.revision)
+            elif error is not None:
+                raise error
         recorded = self.applied.record(subscriber, reports, log, int(self._clock() * 1e9))
         for report in reports:
             self.telemetry.report("applied" if report.failure is None else "failed")
         return recorded
 
-    async def update(self, cohort: str, kind: int, revision: int = 0) -> update_pb2.Update:
+    async def update(
+        self, cohort: str, kind: int, revision: int = 0, *, caller: Principal = TRUSTED
+    ) -> update_pb2.Update:
         """Read one update; the newest where no revision is given.
 
         Raises:
+            AccessDeniedError: The caller may not read the cohort.
             CohortUnknownError: There is no such cohort.
             UpdateNotFoundError: There is no such update yet.
             CompactedError: The revision is no longer kept.
         """
+        self.gate.require(caller, Action.SUBSCRIBE, cohort)
         latest = self.releaser.publisher.log.latest.get((cohort, kind))
         if latest is None:
             if cohort not in self.cohorts:
@@ -497,6 +544,7 @@ class FMIService:
         profile_class: str = "",
         regime_tag: str = "",
         concepts: Mapping[str, float] | None = None,
+        caller: Principal = TRUSTED,
     ) -> tuple[update_pb2.WarmStartProfile, int]:
         """Find the warm start for a site, and the revision of the prior that it goes with.
 
@@ -505,10 +553,13 @@ class FMIService:
             profile_class: The site's class of learner; empty for the default one.
             regime_tag: The regime that the site works in; empty where it does not know.
             concepts: Scores of the concepts that the site sees, to find the nearest regime.
+            caller: Who asks.
 
         Raises:
+            AccessDeniedError: The caller may not read the cohort.
             CohortUnknownError: There is no such cohort.
         """
+        self.gate.require(caller, Action.SUBSCRIBE, cohort)
         if cohort not in self.cohorts:
             raise CohortUnknownError(cohort)
         request = WarmStartRequest(
@@ -540,15 +591,17 @@ class FMIService:
                 return None
             return await asyncio.to_thread(self.aggregator.warm_start, state, request)
 
-    async def release(self, cohort: str) -> list[update_pb2.Update]:
+    async def release(self, cohort: str, *, caller: Principal = TRUSTED) -> list[update_pb2.Update]:
         """Release a cohort now; return what was published, which is nothing where nothing changed.
 
         Raises:
+            AccessDeniedError: The caller may not administer the cohort.
             CohortUnknownError: There is no such cohort.
             ReleaseScheduledError: It is private, and releases at fixed times only.
             PrivacyBudgetExhaustedError: It is private, and releases nothing more.
             StoreError: The updates could not be stored; nothing was published.
         """
+        self.gate.require(caller, Action.ADMIN, cohort)
         if cohort not in self.cohorts:
             raise CohortUnknownError(cohort)
         return await self.uninterrupted(self.releaser.release(cohort))
@@ -556,16 +609,23 @@ class FMIService:
     # Rules
 
     async def put_cohort_spec(
-        self, spec: cohort_pb2.CohortSpec, *, force: bool = False, dry_run: bool = False
+        self,
+        spec: cohort_pb2.CohortSpec,
+        *,
+        force: bool = False,
+        dry_run: bool = False,
+        caller: Principal = TRUSTED,
     ) -> tuple[CohortRules, bool]:
         """Declare a cohort, or change its spec; return the rules and whether anything changed.
 
         Raises:
+            AccessDeniedError: The caller is no operator.
             SpecInvalidError: The spec breaks rules.
             SpecChangeUnsafeError: The change would break sites, or promises a budget that is overspent
                 already, and `force` was not said.
             SettingUnsupportedError: It asks for what this version does not have.
         """
+        self.gate.require_operator(caller, "change the specs of cohorts")
         if spec.name in self.cohorts and not self.cohorts.rules(spec.name).declared:
             await self.uninterrupted(
                 self.releaser.reading(spec.name)
@@ -576,10 +636,17 @@ class FMIService:
 
     def _checked(self, spec: cohort_pb2.CohortSpec, *, force: bool) -> tuple[CohortRules, bool]:
         rules, changed = self.cohorts.check(spec, force=force)
+        if rules.schema_hash == self._declared_hash(rules.name):
+            return rules, changed  # who may do what promises no budget
         overspent = self.releaser.private.overspent(rules)
         if changed and overspent is not None and not force:
             raise SpecChangeUnsafeError([overspent])
         return rules, changed
+
+    def _declared_hash(self, name: str) -> str:
+        """Return the schema hash of a cohort that is declared; empty where it is not."""
+        rules = self.cohorts.rules(name) if name in self.cohorts else None
+        return rules.schema_hash if rules is not None and rules.declared else ""
 
     async def _put_in_force(
         self, spec: cohort_pb2.CohortSpec, *, force: bool
@@ -588,17 +655,28 @@ class FMIService:
             rules, changed = self._checked(spec, force=force)
             if not changed:
                 return rules, changed
+            known = self._declared_hash(rules.name)
             async with self.compactor.suspended(rules.name):
                 # Stored before it is in force: a crash in between changes nothing that anybody saw.
                 await self.store.put_cohort(rules.name, rules.spec.SerializeToString(), 1)
+                before = self.cohorts.access(rules.name) or AccessRules()
                 self.cohorts.declare(spec, force=force)
+                log = self.releaser.publisher.log
+                self.router.access_changed(rules.name, before, rules.access, log)
                 self.telemetry.cohorts(len(self.cohorts))
-                await self.releaser.rebuild(rules.name)
+                # Who may do what changes nothing of what the cohort's packets say.
+                if known != rules.schema_hash:
+                    await self.releaser.rebuild(rules.name)
         _log.info("cohort %s is declared, schema hash %s", rules.name, rules.schema_hash)
         return rules, changed
 
-    async def register_dictionary(self, data: bytes) -> int:
-        """Register a compression dictionary; return its id; see `DictionaryShelf.register`."""
+    async def register_dictionary(self, data: bytes, *, caller: Principal = TRUSTED) -> int:
+        """Register a compression dictionary; return its id; see `DictionaryShelf.register`.
+
+        Raises:
+            AccessDeniedError: The caller is no operator.
+        """
+        self.gate.require_operator(caller, "register dictionaries")
         return await self.uninterrupted(self._dictionaries.register(data))
 
     async def dictionary(self, dictionary_id: int = 0) -> tuple[int, bytes]:

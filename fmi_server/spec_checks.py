@@ -28,8 +28,7 @@ def spec_violations(
             go with others, is not told a second time.
 
     Returns:
-        The broken rules, and with the reason SETTING_UNSUPPORTED the settings that this version does not
-        have.
+        The broken rules.
     """
     lost = frozenset(unreadable)
     found = [v for v in registry.message_violations(spec) if not _inside(v.field, lost)]
@@ -39,7 +38,6 @@ def spec_violations(
         for broken in _cross_field_rules(spec)
         if not any(path in told or _inside(path, lost) for path in broken.reads)
     ]
-    found += _unsupported(spec)
     return found
 
 
@@ -130,17 +128,3 @@ def _broken(where: str, reads: tuple[str, ...], rule: str, description: str) -> 
     paths = tuple(f"{where}.{name}" if where else name for name in reads)
     violation = Violation(paths[0], f"fmi.cohort_spec.{rule}", description, Reason.SPEC_INVALID)
     return _Broken(violation, paths)
-
-
-def _unsupported(spec: cohort_pb2.CohortSpec) -> Iterator[Violation]:
-    for name in ("emit", "subscribe", "admin"):
-        if getattr(spec.access, name):
-            yield _lacking(
-                f"access.{name}",
-                "this version does not authenticate principals, so it cannot hold access rules; remove "
-                "them and keep the server on a network that only its sites reach",
-            )
-
-
-def _lacking(field: str, description: str) -> Violation:
-    return Violation(field, "fmi.cohort_spec.unsupported", description, Reason.SETTING_UNSUPPORTED)

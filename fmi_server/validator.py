@@ -10,6 +10,7 @@ from typing import Final
 
 from fmi.rules import MAX_PROBLEMS, SECTIONS
 from fmi.v1 import packet_pb2
+from fmi_server.access import TRUSTED, Gate, Principal
 from fmi_server.cohorts import CohortRegistry, CohortRules
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.errors import CohortUnknownError, Reason, Violation
@@ -58,6 +59,7 @@ class FMIValidator:
         self._registry = registry or FMIContractRegistry()
         # An empty registry is false.
         self._cohorts = CohortRegistry(self._registry) if cohorts is None else cohorts
+        self._gate = Gate(self._cohorts.access)
         self._clock = clock
 
     def validate(self, packet: packet_pb2.Packet) -> list[Violation]:
@@ -67,21 +69,28 @@ class FMIValidator:
         """
         return list(self.inspect(packet).violations)
 
-    def inspect(self, packet: packet_pb2.Packet, *, size: int | None = None) -> Inspection:
+    def inspect(
+        self, packet: packet_pb2.Packet, *, size: int | None = None, caller: Principal = TRUSTED
+    ) -> Inspection:
         """Check a packet against the contract, its cohort and the policy.
 
         Args:
             packet: The packet.
             size: Its size on the wire in bytes; measured where it is not given.
+            caller: Who sends it.
 
         Returns:
             All that is to be said of it. Rules of the cohort are checked only where the contract's hold,
-            since they would speak of fields that may not be there.
+            since they would speak of fields that may not be there, and where the caller may emit: they
+            would tell a stranger of the cohort.
         """
         found = self._registry.violations(packet)
         if found:
             return Inspection(tuple(found))
         header = packet.header
+        found = self._gate.violations(caller, header.domain_id, header.cohort)
+        if found:
+            return Inspection(tuple(found))
         try:
             rules = self._cohorts.rules(header.cohort)
         except CohortUnknownError as error:

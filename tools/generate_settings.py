@@ -60,7 +60,7 @@ def _flags() -> dict[str, str]:
 
 def _default(setting: FieldInfo) -> str:
     match setting.default:
-        case None:
+        case None | ():
             return "none"
         case bool() as flag:
             return f"`{str(flag).lower()}`"

@@ -30,7 +30,7 @@ from fmi_client.commands.output import (
 )
 from fmi_client.commands.session import open_client
 from fmi_client.commands.updates import headline, settings_line
-from fmi_client.errors import SpecError, Violation
+from fmi_client.errors import AccessDeniedError, SpecError, Violation
 
 __all__ = ["command"]
 
@@ -55,6 +55,8 @@ def command(_settings: Settings) -> None:
       fmi cohorts put healthcare.json --dry-run
       fmi cohorts release healthcare
 
+    Who may not administer any cohort gets the names of those that he may use.
+
     In the list, "quar." is the number of packets in quarantine, "subs." that of subscribers; an "open"
     cohort was never declared, a "dirty" one has news to release.
     """  # noqa: D301 - click wants the character
@@ -75,13 +77,25 @@ def _show(settings: Settings, name: str | None) -> int:
             else:
                 print_text(*_spec_view(answer.spec, answer.schema_hash))
             return ExitCode.OK
-        cohorts = client.admin.list_cohorts()
+        try:
+            cohorts = client.admin.list_cohorts()
+        except AccessDeniedError:
+            return _list_names(settings, [spec.name for spec in client.cohort_specs()])
     if settings.json:
         print_json({"cohorts": [message_data(cohort) for cohort in cohorts]})
     elif cohorts:
         print_text(_list_view(cohorts))
     else:
         print_text("no cohorts yet")
+    return ExitCode.OK
+
+
+def _list_names(settings: Settings, names: list[str]) -> int:
+    """List what a site sees that administers nothing: the cohorts that it may use."""
+    if settings.json:
+        print_json({"cohorts": [{"cohort": name} for name in names]})
+        return ExitCode.OK
+    print_text(*(Text(safe(name)) for name in names or ["no cohorts for these credentials"]))
     return ExitCode.OK
 
 

@@ -259,7 +259,7 @@ def _refused(step: str, error: grpc.RpcError) -> Finding:
             return fault(
                 step,
                 f"the server does not accept these credentials: {details}",
-                "Give --token (or FMI_TOKEN), or --cert and --key; ask the server's operator for them.",
+                "Give --token-file (or FMI_TOKEN), or --cert and --key; ask the server's operator for them.",
             )
         case grpc.StatusCode.UNIMPLEMENTED:
             return fault(

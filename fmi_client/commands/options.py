@@ -45,6 +45,7 @@ class Settings:
         key: PEM file of the key of `cert`.
         server_name: The name that the server's certificate must have, where it is not the target's.
         token: A bearer token.
+        token_file: A file with a bearer token.
         insecure: Whether the token may be sent in plain text beyond this machine.
         timeout_s: Seconds that a call may take, its repetitions included.
     """
@@ -57,8 +58,14 @@ class Settings:
     key: Path | None = None
     server_name: str | None = None
     token: str | None = None
+    token_file: Path | None = None
     insecure: bool = False
     timeout_s: float = DEFAULT_TIMEOUT_S
+
+    @property
+    def bearer(self) -> str | Path | None:
+        """The token, or the file that has it; a file named on the command line goes before FMI_TOKEN."""
+        return self.token_file or self.token
 
     @property
     def secure(self) -> bool:
@@ -117,7 +124,15 @@ _OPTIONS: Final = (
         "--token",
         metavar="TOKEN",
         envvar="FMI_TOKEN",
-        help="A bearer token. Better in FMI_TOKEN, which other users cannot see. [env: FMI_TOKEN]",
+        help="A bearer token. Better in a file, since other users see what a command line has. "
+        "[env: FMI_TOKEN]",
+    ),
+    _shared(
+        "--token-file",
+        type=_FILE,
+        metavar="FILE",
+        envvar="FMI_TOKEN_FILE",
+        help="A file with a bearer token; it goes before --token. [env: FMI_TOKEN_FILE]",
     ),
     _shared("--insecure", is_flag=True, help="Send the token in plain text beyond this machine."),
     _shared(

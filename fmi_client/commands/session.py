@@ -7,6 +7,7 @@ from typing import Final
 from fmi_client import FMIClient, RetryPolicy, TLSConfig
 from fmi_client._channel import call_metadata, shows_token
 from fmi_client._target import parse_target
+from fmi_client._token import TokenSource
 from fmi_client.commands.options import Settings
 from fmi_client.errors import ConfigurationError
 
@@ -42,7 +43,7 @@ def call_credentials(settings: Settings) -> tuple[tuple[str, str], ...]:
     Raises:
         ConfigurationError: The token would cross a network in plain text, or cannot be a header.
     """
-    if settings.token is not None and shows_token(
+    if settings.bearer is not None and shows_token(
         settings.target, secure=settings.secure, insecure=settings.insecure
     ):
         raise ConfigurationError(
@@ -51,7 +52,7 @@ def call_credentials(settings: Settings) -> tuple[tuple[str, str], ...]:
         )
     return call_metadata(
         settings.target,
-        token=settings.token,
+        token=TokenSource(settings.bearer).text,
         tls=tls_config(settings),
         insecure=settings.insecure,
     )
@@ -68,7 +69,7 @@ def open_client(settings: Settings) -> FMIClient:
     return FMIClient(
         settings.target,
         tls=tls_config(settings),
-        token=settings.token,
+        token=settings.bearer,
         insecure=settings.insecure,
         retry=RetryPolicy(max_attempts=_ATTEMPTS, deadline_s=settings.timeout_s),
         timeout_s=settings.timeout_s,

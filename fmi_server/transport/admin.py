@@ -8,6 +8,7 @@ from fmi.v1 import admin_service_pb2 as wire_pb2
 from fmi_server.operations import CohortOverview, Operations, SiteOverview
 from fmi_server.private_specs import privacy_settings
 from fmi_server.service import FMIService
+from fmi_server.transport.identity import Caller
 from fmi_server.transport.privacy import budget_message, plan_message, spend_message
 from fmi_server.transport.subscribers import applied_status, subscriber_status
 
@@ -26,37 +27,45 @@ class AdminServicer:
         self._operations = Operations(service)
 
     async def ListCohorts(
-        self, request: wire_pb2.ListCohortsRequest
+        self, request: wire_pb2.ListCohortsRequest, caller: Caller
     ) -> wire_pb2.ListCohortsResponse:
         """List the cohorts with what they hold."""
         del request
-        overviews = await self._operations.cohorts()
+        overviews = await self._operations.cohorts(caller=caller.principal)
         return wire_pb2.ListCohortsResponse(cohorts=[_cohort(overview) for overview in overviews])
 
     async def PutCohortSpec(
-        self, request: wire_pb2.PutCohortSpecRequest
+        self, request: wire_pb2.PutCohortSpecRequest, caller: Caller
     ) -> wire_pb2.PutCohortSpecResponse:
         """Declare a cohort or change its spec."""
         self._service.registry.check_request(request, skip="spec.")
         rules, changed = await self._service.put_cohort_spec(
-            request.spec, force=request.force, dry_run=request.dry_run
+            request.spec,
+            force=request.force,
+            dry_run=request.dry_run,
+            caller=caller.principal,
         )
         return wire_pb2.PutCohortSpecResponse(schema_hash=rules.schema_hash, changed=changed)
 
-    async def ListSites(self, request: wire_pb2.ListSitesRequest) -> wire_pb2.ListSitesResponse:
+    async def ListSites(
+        self, request: wire_pb2.ListSitesRequest, caller: Caller
+    ) -> wire_pb2.ListSitesResponse:
         """List the sites of a cohort, or of all."""
         self._service.registry.check_request(request)
-        overviews = await self._operations.sites(request.cohort)
+        overviews = await self._operations.sites(request.cohort, caller=caller.principal)
         return wire_pb2.ListSitesResponse(sites=[_site(overview) for overview in overviews])
 
     async def ListQuarantine(
-        self, request: wire_pb2.ListQuarantineRequest
+        self, request: wire_pb2.ListQuarantineRequest, caller: Caller
     ) -> wire_pb2.ListQuarantineResponse:
         """List the packets in quarantine."""
         self._service.registry.check_request(request)
         limit = request.page_size or DEFAULT_PAGE
         found = await self._operations.quarantine(
-            request.cohort, after=min(int(request.page_token or 0), MAX_SEQUENCE), limit=limit
+            request.cohort,
+            after=min(int(request.page_token or 0), MAX_SEQUENCE),
+            limit=limit,
+            caller=caller.principal,
         )
         response = wire_pb2.ListQuarantineResponse()
         for stored, packet in found:
@@ -69,7 +78,7 @@ class AdminServicer:
         return response
 
     async def SetQuarantine(
-        self, request: wire_pb2.SetQuarantineRequest
+        self, request: wire_pb2.SetQuarantineRequest, caller: Caller
     ) -> wire_pb2.SetQuarantineResponse:
         """Put a packet into quarantine or take it out."""
         self._service.registry.check_request(request)
@@ -78,31 +87,39 @@ class AdminServicer:
             request.packet_id,
             quarantined=request.quarantined,
             reason=request.reason,
+            caller=caller.principal,
         )
         return wire_pb2.SetQuarantineResponse(changed=changed)
 
-    async def ReleaseNow(self, request: wire_pb2.ReleaseNowRequest) -> wire_pb2.ReleaseNowResponse:
+    async def ReleaseNow(
+        self, request: wire_pb2.ReleaseNowRequest, caller: Caller
+    ) -> wire_pb2.ReleaseNowResponse:
         """Release a cohort's aggregates now."""
         self._service.registry.check_request(request)
-        updates = await self._service.release(request.cohort)
+        updates = await self._service.release(request.cohort, caller=caller.principal)
         return wire_pb2.ReleaseNowResponse(updates=updates)
 
     async def RegisterDictionary(
-        self, request: wire_pb2.RegisterDictionaryRequest
+        self, request: wire_pb2.RegisterDictionaryRequest, caller: Caller
     ) -> wire_pb2.RegisterDictionaryResponse:
         """Register a compression dictionary."""
         self._service.registry.check_request(request)
-        dictionary_id = await self._service.register_dictionary(request.data)
+        dictionary_id = await self._service.register_dictionary(
+            request.data, caller=caller.principal
+        )
         return wire_pb2.RegisterDictionaryResponse(dictionary_id=dictionary_id)
 
     async def ListSubscribers(
-        self, request: wire_pb2.ListSubscribersRequest
+        self, request: wire_pb2.ListSubscribersRequest, caller: Caller
     ) -> wire_pb2.ListSubscribersResponse:
         """List the open subscriptions."""
         self._service.registry.check_request(request)
         limit = request.page_size or DEFAULT_PAGE
         found = await self._operations.subscribers(
-            request.cohort, after=int(request.page_token or 0), limit=limit
+            request.cohort,
+            after=int(request.page_token or 0),
+            limit=limit,
+            caller=caller.principal,
         )
         return wire_pb2.ListSubscribersResponse(
             subscribers=[subscriber_status(subscription) for subscription in found],
@@ -110,13 +127,16 @@ class AdminServicer:
         )
 
     async def ListApplied(
-        self, request: wire_pb2.ListAppliedRequest
+        self, request: wire_pb2.ListAppliedRequest, caller: Caller
     ) -> wire_pb2.ListAppliedResponse:
         """List what subscribers reported."""
         self._service.registry.check_request(request)
         limit = request.page_size or DEFAULT_PAGE
         found = self._operations.applied(
-            request.cohort, after=int(request.page_token or 0), limit=limit
+            request.cohort,
+            after=int(request.page_token or 0),
+            limit=limit,
+            caller=caller.principal,
         )
         return wire_pb2.ListAppliedResponse(
             applied=[applied_status(applied, newest) for applied, newest in found],
@@ -124,7 +144,7 @@ class AdminServicer:
         )
 
     async def PlanPrivacy(
-        self, request: wire_pb2.PlanPrivacyRequest
+        self, request: wire_pb2.PlanPrivacyRequest, caller: Caller
     ) -> wire_pb2.PlanPrivacyResponse:
         """Say what a privacy budget would mean."""
         self._service.registry.check_request(request)
@@ -134,6 +154,7 @@ class AdminServicer:
             signals=request.signals or len(request.signal_specs),
             sites=request.sites,
             min_sites=request.vote_min_sites if given else DEFAULT_MIN_SITES,
+            caller=caller.principal,
         )
         of_signals = self._operations.noise_per_signal(request.signal_specs, report.noise_stderr)
         return wire_pb2.PlanPrivacyResponse(
@@ -146,23 +167,26 @@ class AdminServicer:
         )
 
     async def ListPrivacyBudgets(
-        self, request: wire_pb2.ListPrivacyBudgetsRequest
+        self, request: wire_pb2.ListPrivacyBudgetsRequest, caller: Caller
     ) -> wire_pb2.ListPrivacyBudgetsResponse:
         """List the private cohorts with what they spent."""
         self._service.registry.check_request(request)
-        found = self._operations.privacy_budgets(request.cohort)
+        found = self._operations.privacy_budgets(request.cohort, caller=caller.principal)
         return wire_pb2.ListPrivacyBudgetsResponse(
             budgets=[budget_message(overview) for overview in found]
         )
 
     async def ListPrivacySpends(
-        self, request: wire_pb2.ListPrivacySpendsRequest
+        self, request: wire_pb2.ListPrivacySpendsRequest, caller: Caller
     ) -> wire_pb2.ListPrivacySpendsResponse:
         """List the privacy ledger of a cohort."""
         self._service.registry.check_request(request)
         limit = request.page_size or DEFAULT_PAGE
         found = await self._operations.privacy_spends(
-            request.cohort, after=int(request.page_token or 0), limit=limit
+            request.cohort,
+            after=int(request.page_token or 0),
+            limit=limit,
+            caller=caller.principal,
         )
         return wire_pb2.ListPrivacySpendsResponse(
             spends=[spend_message(spend) for spend in found],

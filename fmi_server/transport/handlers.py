@@ -2,11 +2,13 @@
 
 The generated registration functions are not used, for three reasons: a message that cannot be parsed must
 get a typed answer, a subscription sends bytes that were serialised once, and every method must go through
-one guard that knows what to do with an error.
+one guard that asks who calls and knows what to do with an error.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,13 +20,27 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_status import rpc_status
 
+from fmi.v1 import error_pb2
+from fmi_server.access import TRUSTED, Principal
+from fmi_server.audit import AuditLog
 from fmi_server.errors import FMIError, Reason, RequestInvalidError, Violation, reason_name
 from fmi_server.telemetry import FMITelemetry
+from fmi_server.transport.auditing import AUDITED_REASONS, describe
+from fmi_server.transport.identity import Authenticator, Caller
 from fmi_server.transport.status import status_message
 
 __all__ = ["REQUEST_ID_KEY", "bind"]
 
+OPERATORS_SERVICE: Final = "fmi.v1.AdminService"
+"""The service of which the audit log has every call."""
+
 REQUEST_ID_KEY: Final = "fmi-request-id"
+
+FIRST_REQUEST_S: Final = 1.0
+"""Seconds for which a stream that is refused at once waits for its first request."""
+
+UNKNOWN: Final = Principal("")
+"""Stands for who calls where that could not be found out."""
 
 _log = logging.getLogger(__name__)
 
@@ -38,32 +54,42 @@ class _Malformed:
 
 
 def bind(
-    service: ServiceDescriptor, servicer: object, *, telemetry: FMITelemetry
+    service: ServiceDescriptor,
+    servicer: object,
+    *,
+    telemetry: FMITelemetry,
+    authenticator: Authenticator | None = None,
+    audit: AuditLog | None = None,
 ) -> grpc.GenericRpcHandler:
     """Bind every method of a service to the servicer's method of the same name.
 
-    A method takes the request (or an async iterator of requests) and returns the response (or an async
-    iterator of responses). A response may be bytes that were serialised already.
+    A method takes the request (or an async iterator of requests) and who calls, and returns the response (or
+    an async iterator of responses). A response may be bytes that were serialised already.
 
     Args:
         service: The service.
         servicer: Has a method for each of the service's.
         telemetry: Counts refusals.
+        authenticator: Says who calls; without it every call is trusted.
+        audit: Takes what operators do and who is refused.
 
     Raises:
         AttributeError: The servicer lacks a method.
     """
     handlers = {
-        method.name: _handler(method, getattr(servicer, method.name), telemetry)
+        method.name: _handler(
+            method,
+            getattr(servicer, method.name),
+            _Guard(method.full_name, telemetry, authenticator, audit),
+        )
         for method in service.methods
     }
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
 
 def _handler(
-    method: MethodDescriptor, call: Callable[[_Request], Any], telemetry: FMITelemetry
+    method: MethodDescriptor, call: Callable[[_Request, Caller], Any], guard: _Guard
 ) -> grpc.RpcMethodHandler[Any, Any]:
-    guard = _Guard(method.full_name, telemetry)
     parse = _parser(GetMessageClass(method.input_type))
     if method.client_streaming:
         return grpc.stream_stream_rpc_method_handler(
@@ -92,50 +118,131 @@ def _serialise(response: Message | bytes) -> bytes:
     return response if isinstance(response, bytes) else response.SerializeToString()
 
 
-class _Guard:
-    """Turns what a method raises into a status, with an id that finds it in the log."""
+class _Requests:
+    """The requests of a stream, as they are received."""
 
-    def __init__(self, method: str, telemetry: FMITelemetry) -> None:
+    def __init__(self, raw: AsyncIterator[_Request]) -> None:
+        self._raw = raw
+        self._begun = False
+
+    def __aiter__(self) -> _Requests:
+        return self
+
+    async def __anext__(self) -> _Request:
+        self._begun = True
+        return await anext(self._raw)
+
+    async def begun(self) -> None:
+        """Wait until the first one was received, but not for long.
+
+        A grpc.aio client that is refused while it writes its first message may report an error of its own
+        ("Internal error from Core") in place of the status.
+        """
+        if not self._begun:
+            with contextlib.suppress(TimeoutError, StopAsyncIteration):
+                async with asyncio.timeout(FIRST_REQUEST_S):
+                    await anext(self)
+
+
+class _Guard:
+    """Asks who calls, and turns what a method raises into a status, with an id that finds it in the log."""
+
+    def __init__(
+        self,
+        method: str,
+        telemetry: FMITelemetry,
+        authenticator: Authenticator | None,
+        audit: AuditLog | None,
+    ) -> None:
         self._method = method
         self._telemetry = telemetry
+        self._authenticator = authenticator
+        self._audit = audit
+        self._operating = method.startswith(f"{OPERATORS_SERVICE}.")
+        self._nobody = Caller(TRUSTED, method=method)
 
     def unary(
-        self, call: Callable[[_Request], Awaitable[Message]]
+        self, call: Callable[[_Request, Caller], Awaitable[Message]]
     ) -> Callable[[_Request, _Context], Awaitable[Message]]:
         async def handle(request: _Request, context: _Context) -> Message:
+            caller = self._nobody
             try:
-                return await call(_parsed(request))
+                caller = self._caller(context)
+                response = await call(_parsed(request), caller)
+                self._note_operation("OK", request, caller)
+                return response
+            except asyncio.CancelledError:
+                # What it began may go on to its end: who hangs up must not leave no trace.
+                self._note_operation("CANCELLED", request, caller)
+                raise
             except Exception as error:
-                status = self._status(error)
+                status = self._status(error, request, self._from(context, caller))
             await context.abort_with_status(status)
             raise AssertionError("abort_with_status returned")
 
         return handle
 
     def stream(
-        self, call: Callable[[_Request], AsyncIterator[Message | bytes]]
+        self, call: Callable[[_Request, Caller], AsyncIterator[Message | bytes]]
     ) -> Callable[[_Request, _Context], AsyncIterator[Message | bytes]]:
         async def handle(request: _Request, context: _Context) -> AsyncIterator[Message | bytes]:
+            caller = self._nobody
             try:
-                async for response in call(_parsed(request)):
+                caller = self._caller(context)
+                async for response in call(_parsed(request), caller):
                     yield response
                 return
             except Exception as error:
-                status = self._status(error)
+                status = self._status(error, request, self._from(context, caller))
+            if isinstance(request, _Requests):
+                await request.begun()
             await context.abort_with_status(status)
 
         return handle
 
     def streams(
-        self, call: Callable[[AsyncIterator[_Request]], AsyncIterator[Message | bytes]]
+        self, call: Callable[[AsyncIterator[_Request], Caller], AsyncIterator[Message | bytes]]
     ) -> Callable[[AsyncIterator[_Request], _Context], AsyncIterator[Message | bytes]]:
-        async def requests(raw: AsyncIterator[_Request]) -> AsyncIterator[_Request]:
+        async def requests(raw: AsyncIterator[_Request], caller: Caller) -> AsyncIterator[_Request]:
             async for request in raw:
+                # A stream may outlive the credentials that it began with.
+                if self._authenticator is not None:
+                    self._authenticator.check(caller.principal)
                 yield _parsed(request)
 
-        return self.stream(lambda raw: call(requests(raw)))
+        answer = self.stream(lambda raw, caller: call(requests(raw, caller), caller))
 
-    def _status(self, error: Exception) -> grpc.Status:
+        async def handle(
+            raw: AsyncIterator[_Request], context: _Context
+        ) -> AsyncIterator[Message | bytes]:  # gRPC looks for an async generator
+            async for response in answer(_Requests(raw), context):
+                yield response
+
+        return handle
+
+    def _caller(self, context: _Context) -> Caller:
+        if self._authenticator is None and self._audit is None:
+            return self._nobody
+        principal = TRUSTED if self._authenticator is None else self._authenticator(context)
+        return Caller(principal, context.peer(), self._method)
+
+    def _from(self, context: _Context, caller: Caller) -> Caller:
+        """Return who calls and from where, also where that could not be found out before."""
+        return caller if caller.peer else Caller(UNKNOWN, context.peer(), self._method)
+
+    def _note_operation(self, outcome: str, request: _Request, caller: Caller) -> None:
+        if self._operating and self._audit is not None:
+            self._audit.operated(outcome, describe(caller, request))
+
+    def _note(
+        self, reason: error_pb2.ErrorReason.ValueType, request: _Request, caller: Caller
+    ) -> None:
+        if self._audit is not None and reason in AUDITED_REASONS:
+            self._audit.refused(reason_name(reason), describe(caller, request))
+        else:
+            self._note_operation(reason_name(reason), request, caller)
+
+    def _status(self, error: Exception, request: _Request, caller: Caller) -> grpc.Status:
         # Only a call that fails gets an id: metadata on every answer would cost more than all that the
         # server does for an Emit.
         request_id = os.urandom(8).hex()
@@ -147,6 +254,7 @@ class _Guard:
             _log.debug("%s refused, request %s: %s", self._method, request_id, error)
         reason = error.reason if isinstance(error, FMIError) else Reason.INTERNAL
         self._telemetry.refusal(reason_name(reason))
+        self._note(reason, request, caller)
         status = rpc_status.to_status(status_message(error, request_id=request_id))
         metadata = (*(status.trailing_metadata or ()), (REQUEST_ID_KEY, request_id))
         # grpc.Status is an interface without methods: whatever has its attributes is one.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from google.protobuf import timestamp_pb2
 
 from fmi.v1 import error_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
+from fmi_server.audit import AuditLog
 from fmi_server.emission import Answer
 from fmi_server.errors import (
     DictionaryUnknownError,
@@ -19,6 +20,8 @@ from fmi_server.errors import (
     ServerDrainingError,
 )
 from fmi_server.service import FMIService
+from fmi_server.transport.auditing import note_items
+from fmi_server.transport.identity import Caller
 from fmi_server.transport.status import refusal_message
 from fmi_server.transport.subscribers import report_from_message
 
@@ -37,18 +40,25 @@ _STATUSES = {
 
 
 class InterchangeServicer:
-    """Converts, calls the service, and converts back. Methods have the names of the contract's."""
+    """Converts, calls the service, and converts back. Methods have the names of the contract's.
 
-    def __init__(self, service: FMIService) -> None:
+    Args:
+        service: What it serves.
+        audit: Takes who was refused an item of a batch.
+    """
+
+    def __init__(self, service: FMIService, *, audit: AuditLog | None = None) -> None:
         self._service = service
+        self._audit = audit
 
-    async def Emit(self, request: wire_pb2.EmitRequest) -> wire_pb2.EmitResponse:
+    async def Emit(self, request: wire_pb2.EmitRequest, caller: Caller) -> wire_pb2.EmitResponse:
         """Take a packet, or an envelope of packets."""
         if request.HasField("packet"):
-            answer = await self._service.emit(request.packet)
+            answer = await self._service.emit(request.packet, caller=caller.principal)
             return wire_pb2.EmitResponse(results=[_result(0, answer)])
         self._service.registry.check_request(request)
-        answers = await self._service.emit_envelope(request.encoded)
+        answers = await self._service.emit_envelope(request.encoded, caller=caller.principal)
+        self._note(answers, caller)
         if len(answers) == 1 and answers[0].error is not None:
             raise answers[0].error
         return wire_pb2.EmitResponse(
@@ -56,13 +66,13 @@ class InterchangeServicer:
         )
 
     async def EmitStream(
-        self, requests: AsyncIterator[wire_pb2.EmitStreamRequest]
+        self, requests: AsyncIterator[wire_pb2.EmitStreamRequest], caller: Caller
     ) -> AsyncIterator[wire_pb2.EmitStreamResponse]:
         """Take batches, and answer each when it is durable."""
         async for request in self._until_closing(requests):
             response = wire_pb2.EmitStreamResponse(batch_id=request.batch_id)
             try:
-                answers = await self._take(request)
+                answers = await self._take(request, caller)
             except (
                 RequestInvalidError,
                 EnvelopeMalformedError,
@@ -72,6 +82,7 @@ class InterchangeServicer:
                 # This batch is bad; the next one may be good.
                 response.refusal.CopyFrom(refusal_message(error))
             else:
+                self._note(answers, caller)
                 response.packets = len(answers)
                 exceptions = [
                     _result(index, answer)
@@ -82,20 +93,26 @@ class InterchangeServicer:
                 response.exceptions.extend(exceptions)
             yield response
 
-    async def Subscribe(self, request: wire_pb2.SubscribeRequest) -> AsyncIterator[bytes]:
+    async def Subscribe(
+        self, request: wire_pb2.SubscribeRequest, caller: Caller
+    ) -> AsyncIterator[bytes]:
         """Stream updates, as events that were serialised once."""
         self._service.registry.check_request(request, reason=Reason.INVALID_FILTER)
-        async for event in self._service.subscribe(request):
+        async for event in self._service.subscribe(request, caller=caller.principal):
             yield event
 
-    async def GetUpdate(self, request: wire_pb2.GetUpdateRequest) -> wire_pb2.GetUpdateResponse:
+    async def GetUpdate(
+        self, request: wire_pb2.GetUpdateRequest, caller: Caller
+    ) -> wire_pb2.GetUpdateResponse:
         """Read one update."""
         self._service.registry.check_request(request)
-        update = await self._service.update(request.cohort, request.kind, request.revision)
+        update = await self._service.update(
+            request.cohort, request.kind, request.revision, caller=caller.principal
+        )
         return wire_pb2.GetUpdateResponse(update=update)
 
     async def GetWarmStart(
-        self, request: wire_pb2.GetWarmStartRequest
+        self, request: wire_pb2.GetWarmStartRequest, caller: Caller
     ) -> wire_pb2.GetWarmStartResponse:
         """Read the warm start for a site."""
         self._service.registry.check_request(request)
@@ -104,16 +121,19 @@ class InterchangeServicer:
             profile_class=request.profile_class,
             regime_tag=request.regime_tag,
             concepts=dict(request.concepts),
+            caller=caller.principal,
         )
         return wire_pb2.GetWarmStartResponse(profile=profile, prior_revision=revision)
 
     async def ReportApplied(
-        self, request: wire_pb2.ReportAppliedRequest
+        self, request: wire_pb2.ReportAppliedRequest, caller: Caller
     ) -> wire_pb2.ReportAppliedResponse:
         """Take reports of what became of updates."""
         self._service.registry.check_request(request)
         reports = [report_from_message(report) for report in request.reports]
-        recorded = self._service.report_applied(request.subscriber, reports)
+        recorded = self._service.report_applied(
+            request.subscriber, reports, caller=caller.principal
+        )
         return wire_pb2.ReportAppliedResponse(
             recorded=recorded, other_history=len(reports) - recorded
         )
@@ -137,14 +157,19 @@ class InterchangeServicer:
         finally:
             closing.cancel()
 
-    async def _take(self, request: wire_pb2.EmitStreamRequest) -> list[Answer]:
+    def _note(self, answers: Sequence[Answer], caller: Caller) -> None:
+        if self._audit is not None:
+            note_items(self._audit, caller, answers)
+
+    async def _take(self, request: wire_pb2.EmitStreamRequest, caller: Caller) -> list[Answer]:
+        principal = caller.principal
         if request.HasField("packets") and request.packets.packets:
             self._service.check_batch_size(len(request.packets.packets))
-            return await self._service.emit_batch(request.packets.packets)
+            return await self._service.emit_batch(request.packets.packets, caller=principal)
         self._service.registry.check_request(request)
         if request.HasField("packets"):
             raise EnvelopeMalformedError("the batch has no packets")
-        return await self._service.emit_envelope(request.encoded)
+        return await self._service.emit_envelope(request.encoded, caller=principal)
 
 
 def _result(index: int, answer: Answer) -> wire_pb2.EmitResult:

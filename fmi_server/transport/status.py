@@ -57,6 +57,10 @@ STATUS_CODES: Final[Mapping[error_pb2.ErrorReason.ValueType, grpc.StatusCode]] =
     Reason.SUPERSEDED: grpc.StatusCode.ABORTED,
     Reason.PRIVACY_BUDGET_EXHAUSTED: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.RELEASE_SCHEDULED: grpc.StatusCode.FAILED_PRECONDITION,
+    Reason.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
+    Reason.ACCESS_DENIED: grpc.StatusCode.PERMISSION_DENIED,
+    Reason.DOMAIN_ID_MISMATCH: grpc.StatusCode.PERMISSION_DENIED,
+    Reason.UNAUTHORIZED: grpc.StatusCode.PERMISSION_DENIED,
 }
 
 

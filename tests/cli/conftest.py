@@ -23,7 +23,14 @@ def script() -> Iterator[Script]:
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FMI_TARGET", "FMI_TOKEN", "FMI_DOMAIN_ID", "FMI_DEBUG", "FORCE_COLOR"):
+    for name in (
+        "FMI_TARGET",
+        "FMI_TOKEN",
+        "FMI_TOKEN_FILE",
+        "FMI_DOMAIN_ID",
+        "FMI_DEBUG",
+        "FORCE_COLOR",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
 

@@ -149,6 +149,23 @@ def test_the_token_goes_along_and_not_in_plain_text_beyond_this_machine(fmi, scr
     assert "tls=" not in told  # that is for programs
 
 
+def test_a_token_file_keeps_the_token_off_the_command_line(fmi, script, tmp_path):
+    script["GetUpdate"] = update_answer
+    file = tmp_path / "site.token"
+    file.write_text("secret\n")
+    ask = ("get", "care", "--target", script.target)
+    assert fmi(*ask, "--token-file", str(file)).exit_code == 0
+    refused = fmi("get", "care", "--target", "192.0.2.1:1", "--token-file", str(file))
+    assert refused.exit_code == ExitCode.USAGE
+    assert "plain text" in refused.stderr
+    assert "secret" not in refused.output
+    file.write_text("")
+    told = fmi(*ask, "--token-file", str(file))
+    assert told.exit_code == ExitCode.USAGE
+    assert "is empty" in " ".join(told.stderr.split())
+    assert fmi(*ask, "--token-file", str(tmp_path / "none")).exit_code == ExitCode.USAGE
+
+
 def test_half_of_a_certificate_is_told_by_the_names_of_the_options(fmi, tmp_path):
     certificate = tmp_path / "site.pem"
     certificate.touch()

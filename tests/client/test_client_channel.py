@@ -10,6 +10,7 @@ from scripted_server import FAST, ScriptedServer
 from fmi.v1 import interchange_service_pb2_grpc
 from fmi_client import AsyncFMIClient, ConfigurationError, ConnectionFailedError, TLSConfig
 from fmi_client._channel import is_loopback
+from fmi_client._token import TokenSource
 
 
 @pytest.mark.parametrize(
@@ -155,3 +156,50 @@ async def test_mutual_tls(pki):
                     await client.emit_msp(controller={"tau": 1})
     finally:
         await server.stop(None)
+
+
+# A token in a file
+
+
+def test_a_token_file_is_read_again_when_it_changes(tmp_path):
+    file = tmp_path / "site.token"
+    file.write_text("one\n")
+    source = TokenSource(file)
+    assert source.text == "one"
+    file.with_name("new").write_text("two")
+    file.with_name("new").replace(file)
+    assert source.text == "two"
+    file.write_text("")  # it is just being written
+    assert source.text == "two"
+    file.unlink()
+    assert source.text == "two"
+    assert "two" not in repr(source)
+    assert "secret" not in repr(TokenSource("secret"))
+
+
+@pytest.mark.parametrize("content", [None, b"", b" \n", b"two words", b"\xff\xfe"])
+def test_a_file_without_a_token_is_told_before_anything_is_sent(tmp_path, content):
+    file = tmp_path / "site.token"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigurationError, match="token"):
+        AsyncFMIClient("localhost:50061", token=file)
+
+
+def test_a_token_in_a_file_does_not_leave_the_machine_in_plain_text_either(tmp_path):
+    file = tmp_path / "site.token"
+    file.write_text("t0ken")
+    with pytest.raises(ConfigurationError, match="plain text"):
+        AsyncFMIClient("fmi.example.org:50061", token=file)
+
+
+async def test_each_call_shows_the_token_that_the_file_has_then(server, connect, tmp_path):
+    file = tmp_path / "site.token"
+    file.write_text("one")
+    client = await connect(token=file)
+    assert (await client.emit_msp(controller={"tau": 1})).ok
+    file.with_name("new").write_text("two")
+    file.with_name("new").replace(file)
+    assert (await client.emit_msp(controller={"tau": 1})).ok
+    shown = [metadata["authorization"] for metadata in server.metadata]
+    assert shown == ["Bearer one", "Bearer two"]

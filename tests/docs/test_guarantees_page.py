@@ -20,7 +20,7 @@ NAMES = (
     "IDENTIFIED",
     "EXPLAINED",
 )
-NOT_MADE = {"IDENTIFIED"}
+NOT_MADE: set[str] = set()
 SECTIONS = dict(
     re.findall(r"^## ([A-Z, ]+)\n(.*?)(?=^## |\Z)", PAGE, flags=re.MULTILINE | re.DOTALL)
 )

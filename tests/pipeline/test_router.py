@@ -10,7 +10,13 @@ from parts import Clock, msp
 
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi_server import FMIRouter, RouterConfig
-from fmi_server.errors import OverloadedError, ServerDrainingError, ThingNotFoundError
+from fmi_server.access import AccessRules, Principal
+from fmi_server.errors import (
+    OverloadedError,
+    ServerDrainingError,
+    ThingNotFoundError,
+    UnauthorizedError,
+)
 from fmi_server.feed_requests import FeedRequest
 from fmi_server.router import AGGREGATOR, LEAST_RECONNECT_S
 from fmi_server.telemetry import FMITelemetry
@@ -292,5 +298,86 @@ async def test_signs_of_life_reach_every_idle_subscriber_once_per_interval():
     beating = asyncio.create_task(hub.router.give_signs_of_life())
     assert [await take(stream) for stream in streams] == ["progress"] * 30
     beating.cancel()
+    for stream in streams:
+        await stream.aclose()
+
+
+# Who may read a cohort
+
+
+READERS = AccessRules.of(subscribe=["ann"])
+
+
+def reading(hub: Hub, permits, **fields):
+    """A subscription of Ann's to all that `permits` lets her read."""
+    message = wire_pb2.SubscribeRequest(cohorts=["**"], **fields)
+    request = FeedRequest.from_message(
+        message,
+        history_epoch=EPOCH,
+        head=hub.history.log.head,
+        caller=Principal("ann"),
+        permits=permits,
+    )
+    return hub.router.subscribe(request, hub.history.log, hub.history)
+
+
+async def until_sent_away(stream) -> list[str]:
+    events = []
+    try:
+        while True:
+            events.append(await take(stream))
+    except UnauthorizedError:
+        return events
+
+
+@pytest.mark.parametrize("mode", [wire_pb2.DELIVERY_MODE_EVERY, wire_pb2.DELIVERY_MODE_LATEST])
+@pytest.mark.parametrize("moment", range(1, 4))
+async def test_a_right_that_is_lost_while_a_subscription_begins_gives_nothing_away(mode, moment):
+    """Whenever it is asked, also between an answer and its use."""
+    hub = Hub()
+    other = hub.subscribe()
+    assert await take(other) == "snapshot_end"
+    hub.publish(A)
+    asked = 0
+    allowed = True
+
+    def permits(_cohort: str) -> bool:
+        nonlocal asked, allowed
+        asked += 1
+        answer = allowed
+        if asked == moment:  # right after this answer
+            allowed = False
+            hub.router.access_changed("care", READERS, AccessRules(), hub.history.log)
+        return answer
+
+    stream = reading(hub, permits, mode=mode)
+    assert set(await until_sent_away(stream)) <= {"snapshot_end"}
+    hub.publish(A)
+    assert hub.router.subscribers == 1
+    await other.aclose()
+
+
+async def test_callers_who_are_not_what_they_were_are_sent_away():
+    hub = Hub()
+    ann, everybody = reading(hub, lambda _: True), hub.subscribe()
+    assert await take(ann) == await take(everybody) == "snapshot_end"
+    await hub.router.check_callers(lambda _: None)
+    hub.publish(A)
+    assert await take(ann) == await take(everybody) == "care.1@1"
+    gone = UnauthorizedError("the token was revoked")
+    await hub.router.check_callers(lambda caller: gone if caller.name == "ann" else None)
+    with pytest.raises(UnauthorizedError, match="revoked"):
+        await take(ann)
+    hub.publish(A)
+    assert await take(everybody) == "care.1@2"
+    await everybody.aclose()
+
+
+async def test_subscribers_are_counted_by_what_they_may_read():
+    hub = Hub()
+    streams = [reading(hub, lambda _: True), reading(hub, lambda name: name == "other")]
+    for stream in streams:
+        assert await take(stream) == "snapshot_end"
+    assert await hub.router.count_subscribers(["care", "other"]) == {"care": 1, "other": 2}
     for stream in streams:
         await stream.aclose()

@@ -249,7 +249,7 @@ async def test_a_parent_that_is_not_there_is_unavailable():
         (("--parent-domain-id", "region-1"), "belong together"),
         (("--parent", "region", "--parent-domain-id", "r"), "must be HOST:PORT"),
         (("--parent", "127.0.0.1:1", "--parent-domain-id", "a b"), "must be 1 to 128 letters"),
-        (("--parent", "192.0.2.1:1", "--parent-domain-id", "r"), "has no TLS to it"),
+        (("--parent", "192.0.2.1:1", "--parent-domain-id", "r"), "there is no TLS to it"),
         (("--parent", "127.0.0.1:50061", "--parent-domain-id", "r"), "is this server itself"),
         (("--parent", "localhost:50061", "--parent-domain-id", "r"), "is this server itself"),
         (("--parent", "127.0.0.1:0", "--parent-domain-id", "r"), "must name the port"),

@@ -115,7 +115,7 @@ class CohortStatus(_message.Message):
     subscribers: _builtins.int
     """Output only. Subscribers whose filter matches it."""
     schema_hash: _builtins.str
-    """Output only. SHA-256 of its spec, as hex."""
+    """Output only. SHA-256 of its spec without `access`, as hex."""
     @_builtins.property
     def revisions(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Output only. The newest revision of each kind, by the name of the kind."""
@@ -187,7 +187,7 @@ class PutCohortSpecResponse(_message.Message):
     SCHEMA_HASH_FIELD_NUMBER: _builtins.int
     CHANGED_FIELD_NUMBER: _builtins.int
     schema_hash: _builtins.str
-    """Output only. SHA-256 of the spec, as hex."""
+    """Output only. SHA-256 of the spec without `access`, as hex."""
     changed: _builtins.bool
     """Output only. Whether anything changed."""
     def __init__(

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class AdminServiceStub(object):
-    """The operator's view and levers.
+    """The operator's view and levers. Where the server authenticates its callers they are for operators, and those
+    of one cohort also for who may administer it (`AccessSpec.admin`), who must name it.
     """
 
     def __init__(self, channel):
@@ -98,18 +99,19 @@ class AdminServiceStub(object):
 
 
 class AdminServiceServicer(object):
-    """The operator's view and levers.
+    """The operator's view and levers. Where the server authenticates its callers they are for operators, and those
+    of one cohort also for who may administer it (`AccessSpec.admin`), who must name it.
     """
 
     def ListCohorts(self, request, context):
-        """Lists the cohorts with what they hold.
+        """Lists the cohorts with what they hold: those that the caller may administer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PutCohortSpec(self, request, context):
-        """Declares a cohort or changes its spec.
+        """Declares a cohort or changes its spec. For operators only.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -144,14 +146,14 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def RegisterDictionary(self, request, context):
-        """Registers a compression dictionary, so that sites can fetch and use it.
+        """Registers a compression dictionary, so that sites can fetch and use it. For operators only.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSubscribers(self, request, context):
-        """Lists the open subscriptions, and how far behind they are.
+        """Lists the open subscriptions, and how far behind they are. For operators only.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -258,7 +260,8 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService(object):
-    """The operator's view and levers.
+    """The operator's view and levers. Where the server authenticates its callers they are for operators, and those
+    of one cohort also for who may administer it (`AccessSpec.admin`), who must name it.
     """
 
     @staticmethod

@@ -13,13 +13,15 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdminServiceStub:
-    """The operator's view and levers."""
+    """The operator's view and levers. Where the server authenticates its callers they are for operators, and those
+    of one cohort also for who may administer it (`AccessSpec.admin`), who must name it.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListCohorts: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListCohortsRequest, _admin_service_pb2.ListCohortsResponse]
-    """Lists the cohorts with what they hold."""
+    """Lists the cohorts with what they hold: those that the caller may administer."""
     PutCohortSpec: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.PutCohortSpecRequest, _admin_service_pb2.PutCohortSpecResponse]
-    """Declares a cohort or changes its spec."""
+    """Declares a cohort or changes its spec. For operators only."""
     ListSites: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListSitesRequest, _admin_service_pb2.ListSitesResponse]
     """Lists the sites of a cohort, or of all, with what they sent."""
     ListQuarantine: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListQuarantineRequest, _admin_service_pb2.ListQuarantineResponse]
@@ -29,9 +31,9 @@ class AdminServiceStub:
     ReleaseNow: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ReleaseNowRequest, _admin_service_pb2.ReleaseNowResponse]
     """Releases a cohort's aggregates now, without waiting for its interval."""
     RegisterDictionary: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.RegisterDictionaryRequest, _admin_service_pb2.RegisterDictionaryResponse]
-    """Registers a compression dictionary, so that sites can fetch and use it."""
+    """Registers a compression dictionary, so that sites can fetch and use it. For operators only."""
     ListSubscribers: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListSubscribersRequest, _admin_service_pb2.ListSubscribersResponse]
-    """Lists the open subscriptions, and how far behind they are."""
+    """Lists the open subscriptions, and how far behind they are. For operators only."""
     ListApplied: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAppliedRequest, _admin_service_pb2.ListAppliedResponse]
     """Lists which revisions subscribers reported as applied or failed. The server keeps the newest report of
     each subscriber, cohort and kind in memory, within bounds; a restart forgets them.
@@ -44,7 +46,9 @@ class AdminServiceStub:
     """Lists the privacy ledger of a cohort: every release that it paid for."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The operator's view and levers."""
+    """The operator's view and levers. Where the server authenticates its callers they are for operators, and those
+    of one cohort also for who may administer it (`AccessSpec.admin`), who must name it.
+    """
 
     @_abc_1.abstractmethod
     def ListCohorts(
@@ -52,7 +56,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ListCohortsRequest,
         context: _aio.ServicerContext[_admin_service_pb2.ListCohortsRequest, _abc.Awaitable[_admin_service_pb2.ListCohortsResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.ListCohortsResponse]:
-        """Lists the cohorts with what they hold."""
+        """Lists the cohorts with what they hold: those that the caller may administer."""
 
     @_abc_1.abstractmethod
     def PutCohortSpec(
@@ -60,7 +64,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.PutCohortSpecRequest,
         context: _aio.ServicerContext[_admin_service_pb2.PutCohortSpecRequest, _abc.Awaitable[_admin_service_pb2.PutCohortSpecResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.PutCohortSpecResponse]:
-        """Declares a cohort or changes its spec."""
+        """Declares a cohort or changes its spec. For operators only."""
 
     @_abc_1.abstractmethod
     def ListSites(
@@ -100,7 +104,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.RegisterDictionaryRequest,
         context: _aio.ServicerContext[_admin_service_pb2.RegisterDictionaryRequest, _abc.Awaitable[_admin_service_pb2.RegisterDictionaryResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.RegisterDictionaryResponse]:
-        """Registers a compression dictionary, so that sites can fetch and use it."""
+        """Registers a compression dictionary, so that sites can fetch and use it. For operators only."""
 
     @_abc_1.abstractmethod
     def ListSubscribers(
@@ -108,7 +112,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ListSubscribersRequest,
         context: _aio.ServicerContext[_admin_service_pb2.ListSubscribersRequest, _abc.Awaitable[_admin_service_pb2.ListSubscribersResponse]],
     ) -> _abc.Awaitable[_admin_service_pb2.ListSubscribersResponse]:
-        """Lists the open subscriptions, and how far behind they are."""
+        """Lists the open subscriptions, and how far behind they are. For operators only."""
 
     @_abc_1.abstractmethod
     def ListApplied(

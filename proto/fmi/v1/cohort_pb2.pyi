@@ -180,7 +180,9 @@ class CohortSpec(_message.Message):
 
     @_builtins.property
     def access(self) -> Global___AccessSpec:
-        """Optional. Who may do what. Unset means everyone may emit and subscribe."""
+        """Optional. Who may do what, where the server authenticates its callers. Unset means nobody but
+        operators.
+        """
 
     @_builtins.property
     def retention(self) -> Global___RetentionSpec:
@@ -553,7 +555,11 @@ Global___PrivacySpec: _TypeAlias = PrivacySpec  # noqa: Y015
 
 @_typing.final
 class AccessSpec(_message.Message):
-    """Who may do what in a cohort. Names are principals: 1 to 256 bytes without control characters."""
+    """Who may do what in a cohort. Names are principals: 1 to 256 bytes without control characters; `*` stands
+    for every caller who is authenticated. Where the server does not authenticate its callers nothing of this
+    is looked at, and everyone may do everything. Whoever may do anything in a cohort sees that it exists and
+    reads its spec; to all others it does not exist. Not part of the schema hash, and shown to operators only.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -562,15 +568,19 @@ class AccessSpec(_message.Message):
     ADMIN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def emit(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Optional. Who may emit. Empty means everyone."""
+        """Optional. Who may emit, each under the names of sites that its credentials are for. Empty means nobody,
+        operators included.
+        """
 
     @_builtins.property
     def subscribe(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Optional. Who may subscribe and read. Empty means everyone."""
+        """Optional. Who may subscribe and read. Empty means nobody but operators."""
 
     @_builtins.property
     def admin(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Optional. Who may administer the cohort. Empty means everyone."""
+        """Optional. Who may administer the cohort: see its sites, its quarantine and what was applied, and
+        release it. Its spec stays the operators'. Empty means nobody but operators.
+        """
 
     def __init__(
         self,

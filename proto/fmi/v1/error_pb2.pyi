@@ -88,6 +88,16 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The privacy budget of the cohort is spent: it releases nothing more, and its last release stays served."""
     ERROR_REASON_RELEASE_SCHEDULED: _ErrorReason.ValueType  # 29
     """The cohort is private: it releases at fixed times, and at no others."""
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 30
+    """The call has no credentials, or they are not valid: unknown, expired or revoked."""
+    ERROR_REASON_ACCESS_DENIED: _ErrorReason.ValueType  # 31
+    """The caller is known, and may not do this."""
+    ERROR_REASON_DOMAIN_ID_MISMATCH: _ErrorReason.ValueType  # 32
+    """The caller is known, and may not speak under this name of a site."""
+    ERROR_REASON_UNAUTHORIZED: _ErrorReason.ValueType  # 33
+    """The subscription ended because its credentials expired or were revoked, or because the caller may not
+    see one of its cohorts any more.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why something was refused. The name is the `reason` of the `google.rpc.ErrorInfo` (domain `fmi`) that
@@ -156,6 +166,16 @@ ERROR_REASON_PRIVACY_BUDGET_EXHAUSTED: ErrorReason.ValueType  # 28
 """The privacy budget of the cohort is spent: it releases nothing more, and its last release stays served."""
 ERROR_REASON_RELEASE_SCHEDULED: ErrorReason.ValueType  # 29
 """The cohort is private: it releases at fixed times, and at no others."""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 30
+"""The call has no credentials, or they are not valid: unknown, expired or revoked."""
+ERROR_REASON_ACCESS_DENIED: ErrorReason.ValueType  # 31
+"""The caller is known, and may not do this."""
+ERROR_REASON_DOMAIN_ID_MISMATCH: ErrorReason.ValueType  # 32
+"""The caller is known, and may not speak under this name of a site."""
+ERROR_REASON_UNAUTHORIZED: ErrorReason.ValueType  # 33
+"""The subscription ended because its credentials expired or were revoked, or because the caller may not
+see one of its cohorts any more.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

@@ -355,7 +355,7 @@ class SubscribeRequest(_message.Message):
     """
     subscriber: _builtins.str
     """Optional. Who subscribes, under the name that it also reports and emits under; see
-    `PacketHeader.domain_id`. Operators see it.
+    `PacketHeader.domain_id`. Operators see it. Like that one, it is bound to the caller's credentials.
     """
     instance_id: _builtins.str
     """Optional. A random name of this subscription, kept across its reconnects and secret: a new stream of

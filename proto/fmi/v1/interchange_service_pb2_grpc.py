@@ -88,6 +88,7 @@ class InterchangeServiceServicer(object):
 
     def Subscribe(self, request, context):
         """Streams the updates of cohorts: first a snapshot or what was missed, then `snapshot_end`, then live.
+        Cohorts that the caller may not read are left out as if they did not exist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

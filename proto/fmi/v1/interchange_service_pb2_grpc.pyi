@@ -23,7 +23,9 @@ class InterchangeServiceStub:
     EmitStream: _aio.StreamStreamMultiCallable[_interchange_service_pb2.EmitStreamRequest, _interchange_service_pb2.EmitStreamResponse]
     """Takes batches of packets. Each is answered, in order, when it is durable."""
     Subscribe: _aio.UnaryStreamMultiCallable[_interchange_service_pb2.SubscribeRequest, _interchange_service_pb2.SubscribeResponse]
-    """Streams the updates of cohorts: first a snapshot or what was missed, then `snapshot_end`, then live."""
+    """Streams the updates of cohorts: first a snapshot or what was missed, then `snapshot_end`, then live.
+    Cohorts that the caller may not read are left out as if they did not exist.
+    """
     GetUpdate: _aio.UnaryUnaryMultiCallable[_interchange_service_pb2.GetUpdateRequest, _interchange_service_pb2.GetUpdateResponse]
     """Reads one update."""
     GetWarmStart: _aio.UnaryUnaryMultiCallable[_interchange_service_pb2.GetWarmStartRequest, _interchange_service_pb2.GetWarmStartResponse]
@@ -60,7 +62,9 @@ class InterchangeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _interchange_service_pb2.SubscribeRequest,
         context: _aio.ServicerContext[_interchange_service_pb2.SubscribeRequest, _abc.AsyncIterator[_interchange_service_pb2.SubscribeResponse]],
     ) -> _abc.AsyncIterator[_interchange_service_pb2.SubscribeResponse]:
-        """Streams the updates of cohorts: first a snapshot or what was missed, then `snapshot_end`, then live."""
+        """Streams the updates of cohorts: first a snapshot or what was missed, then `snapshot_end`, then live.
+        Cohorts that the caller may not read are left out as if they did not exist.
+        """
 
     @_abc_1.abstractmethod
     def GetUpdate(

@@ -134,7 +134,9 @@ class PacketHeader(_message.Message):
     keep it.
     """
     domain_id: _builtins.str
-    """Required. The site: 1 to 128 letters, digits and `._:@-`, beginning with a letter or a digit."""
+    """Required. The site: 1 to 128 letters, digits and `._:@-`, beginning with a letter or a digit. Where the
+    server authenticates its callers it must be a name that the caller's credentials are for.
+    """
     cohort: _builtins.str
     """Required. The cohort, for example `healthcare` or `retail/eu`: lower-case letters, digits and
     `._-` in segments joined by `/`, each segment beginning with a letter or a digit; at most 128 bytes.

@@ -121,10 +121,10 @@ class GetCohortSpecResponse(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     SCHEMA_HASH_FIELD_NUMBER: _builtins.int
     schema_hash: _builtins.str
-    """Output only. SHA-256 of the spec, as hex; see `PacketHeader.schema_hash`."""
+    """Output only. SHA-256 of the spec without `access`, as hex; see `PacketHeader.schema_hash`."""
     @_builtins.property
     def spec(self) -> _cohort_pb2.CohortSpec:
-        """Output only. The spec, defaults filled in."""
+        """Output only. The spec, defaults filled in. `access` is set for operators only."""
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class ListCohortSpecsResponse(_message.Message):
     SPECS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def specs(self) -> _containers.RepeatedCompositeFieldContainer[_cohort_pb2.CohortSpec]:
-        """Output only. The specs in order of name, defaults filled in."""
+        """Output only. The specs in order of name, defaults filled in. `access` is set for operators only."""
 
     def __init__(
         self,

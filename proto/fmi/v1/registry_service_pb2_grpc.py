@@ -81,7 +81,7 @@ class RegistryServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListCohortSpecs(self, request, context):
-        """Lists the specs of all cohorts.
+        """Lists the specs of all cohorts that the caller sees.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -21,7 +21,7 @@ class RegistryServiceStub:
     GetCohortSpec: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.GetCohortSpecRequest, _registry_service_pb2.GetCohortSpecResponse]
     """Reads the spec of a cohort."""
     ListCohortSpecs: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.ListCohortSpecsRequest, _registry_service_pb2.ListCohortSpecsResponse]
-    """Lists the specs of all cohorts."""
+    """Lists the specs of all cohorts that the caller sees."""
     GetDictionary: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.GetDictionaryRequest, _registry_service_pb2.GetDictionaryResponse]
     """Reads a compression dictionary."""
     ValidatePacket: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.ValidatePacketRequest, _registry_service_pb2.ValidatePacketResponse]
@@ -52,7 +52,7 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_service_pb2.ListCohortSpecsRequest,
         context: _aio.ServicerContext[_registry_service_pb2.ListCohortSpecsRequest, _abc.Awaitable[_registry_service_pb2.ListCohortSpecsResponse]],
     ) -> _abc.Awaitable[_registry_service_pb2.ListCohortSpecsResponse]:
-        """Lists the specs of all cohorts."""
+        """Lists the specs of all cohorts that the caller sees."""
 
     @_abc_1.abstractmethod
     def GetDictionary(

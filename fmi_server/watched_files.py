@@ -1,0 +1,67 @@
+"""Files that are read again when they change, and of which a bad version changes nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Generic, TypeVar
+
+__all__ = ["WatchedFiles"]
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+_Signature = tuple[tuple[int, int, int] | None, ...]
+
+
+class WatchedFiles(Generic[T]):
+    """What was read from files, kept up to date.
+
+    A version that cannot be read, or that is not in order, is told of once in the log, and what was read
+    before stays in force. Files that belong together are replaced one after the other; until they agree
+    they are such a version.
+
+    Args:
+        paths: The files.
+        read: Reads all of them.
+        what: What they are, for the log.
+
+    Raises:
+        Exception: What `read` raises at the first reading, when there is nothing else to go by.
+    """
+
+    def __init__(self, paths: Sequence[Path], read: Callable[[], T], *, what: str) -> None:
+        self._paths = tuple(paths)
+        self._read = read
+        self._what = what
+        # Before it is read: a change meanwhile is found at the next look.
+        self._seen = self._signature()
+        self.value: T = read()
+
+    def refresh(self) -> bool:
+        """Read again what changed since the last look; return whether there is something new."""
+        signature = self._signature()
+        if signature == self._seen:
+            return False
+        self._seen = signature
+        try:
+            value = self._read()
+        except Exception as error:
+            _log.error("%s: the new version is not taken, the old one stays: %s", self._what, error)
+            return False
+        self.value = value
+        _log.info("%s: a new version is in force", self._what)
+        return True
+
+    def _signature(self) -> _Signature:
+        return tuple(_version(path) for path in self._paths)
+
+
+def _version(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
