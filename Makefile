@@ -74,7 +74,7 @@ bench-confidence: $(VENV)/ready ## Simulate what a stated confidence holds, and 
 bench-jetstream: $(VENV)/ready ## Measure the store at NATS JetStream brokers beside bare publishing, in one run
 	$(BIN)/python -m benchmarks.jetstream
 
-bench-privacy: $(VENV)/ready ## Attack the private mechanism, and three broken ones
+bench-privacy: $(VENV)/ready ## Attack the private mechanism, and broken ones
 	$(BIN)/python -m benchmarks.privacy
 
 privacy-error: $(VENV)/ready ## Simulate the error of private releases by sites and signals, and draw it

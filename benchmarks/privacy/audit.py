@@ -1,9 +1,10 @@
 """How much an attacker learns of whether a site is there: a lower bound on epsilon, with its confidence.
 
 The attacker knows every other site, knows what the one in question would send, and sees the releases. It
-asks which of the two worlds it is in by the projection of what it sees on the difference between the worlds,
-which for Gaussian noise no test can better (Neyman and Pearson). From how often it errs follows what epsilon
-cannot be:
+asks which of the two worlds it is in by the best linear function of what it sees (Fisher), which for Gaussian
+noise no test can better (Neyman and Pearson). What noise there is on what, it finds out from runs of its own,
+so that a sum without noise gives the site away at once. From how often it errs follows what epsilon cannot
+be:
 
 * without any assumption, `epsilon >= ln((1 - delta - b) / a)` for errors a and b of a test (Kairouz, Oh and
   Viswanath, ICML 2015), with the upper Clopper-Pearson bounds of a and b;
@@ -11,7 +12,8 @@ cannot be:
   Roth and Su, J. R. Stat. Soc. B 84, 2022; Nasr et al., USENIX Security 2023): sharper, since the errors of
   the middle tell of the tails.
 
-The threshold is chosen on one half of the runs and judged on the other.
+The threshold is chosen on one half of the runs and judged on the other. None of them is among those that the
+noise was learned from.
 """
 
 from __future__ import annotations
@@ -32,6 +34,15 @@ CONFIDENCE = 0.999
 
 QUANTILES = np.linspace(0.0005, 0.9995, 400)
 
+LEARNING = 2_000
+"""Runs that the noise is learned from."""
+
+PART = 4_000
+"""Runs at a time, so that what is drawn stays small."""
+
+NO_NOISE = 1e-6
+"""The share of the mean variance that counts as none."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -44,6 +55,32 @@ class Finding:
 
     assumed_nothing: float
     assumed_gaussian: float
+
+
+def statistic(
+    seen: Callable[[bool, int], NDArray[np.float64]], moved: NDArray[np.float64]
+) -> Callable[[bool, int], NDArray[np.float64]]:
+    """Return the attacker's statistic: the linear function of what it sees that tells the worlds apart best.
+
+    Args:
+        seen: of whether the site is there, and a number of trials: what is seen, trials x numbers.
+        moved: what the site adds to these numbers.
+    """
+    learned = seen(False, LEARNING)
+    middle = learned.mean(axis=0)
+    noise = np.atleast_2d(np.cov(learned, rowvar=False))
+    least = NO_NOISE * float(np.trace(noise)) / len(noise) or 1.0
+    direction = np.linalg.solve(noise + least * np.eye(len(noise)), moved)
+
+    def projected(present: bool, trials: int) -> NDArray[np.float64]:
+        return np.concatenate(
+            [
+                (seen(present, min(PART, trials - start)) - middle) @ direction
+                for start in range(0, trials, PART)
+            ]
+        )
+
+    return projected
 
 
 def audit(seen: Callable[[bool, int], NDArray[np.float64]], delta: float, trials: int) -> Finding:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmi_server.privacy.accounting import zcdp_of_noise
+from fmi_server.privacy.discrete_gaussian import discrete_gaussian
 from fmi_server.privacy.noisy_means import MAX_SITES, NoisySums, PrivateSums
 
 ANYTHING = st.floats(allow_nan=True, allow_infinity=True)
@@ -82,6 +83,28 @@ def test_the_sums_of_the_most_sites_fit():
     for multiplier in (1e-6, 1.0):
         mechanism = PrivateSums(1, multiplier)
         assert mechanism.value_bound * MAX_SITES + 2 ** (mechanism.sigma_bits + 10) < 2**63
+
+
+# The noise
+
+
+@given(SHAPES, st.integers(0, 2**32))
+def test_noise_of_the_stated_size_is_added_to_every_sum(shape, seed):
+    """Values and weights alike, each with a draw of its own."""
+    signals, multiplier = shape
+    mechanism = PrivateSums(signals, multiplier)
+    exact = mechanism.sums(np.zeros((signals, 7)), np.ones(7))
+    noisy = mechanism.noisy(exact, stream(seed))
+    drawn = discrete_gaussian(2 * signals, mechanism.sigma_bits, stream(seed))
+    noise = np.concatenate([noisy.values - exact.values, noisy.weights - exact.weights])
+    assert noise.tolist() == drawn.tolist()
+
+
+def test_two_releases_have_noise_of_their_own():
+    mechanism = PrivateSums(3, 1.0)
+    exact = mechanism.sums(np.zeros((3, 1)), np.ones(1))
+    one, other = mechanism.noisy(exact), mechanism.noisy(exact)
+    assert moved_squared(one, other) > 0
 
 
 # What is told
