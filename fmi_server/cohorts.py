@@ -348,7 +348,8 @@ class CohortRegistry:
         if present is None:
             return []
         if not present.declared:
-            return list(_signals_shut_out(self.signals_in_use(rules.name), rules))
+            shut_out = _signals_shut_out(self.signals_in_use(rules.name), rules)
+            return [*shut_out, *_older_packets(present, rules)]
         return list(_unsafe_changes(present, rules))
 
     def _opened(self, name: str) -> CohortRules:

@@ -7,7 +7,7 @@ counts every packet as of the same time.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from typing import Final
 
 from fmi.v1 import packet_pb2
@@ -15,7 +15,7 @@ from fmi.v1 import packet_pb2
 __all__ = ["NewestSignals", "as_counted", "counted_at_us"]
 
 MAX_SITES: Final = 2**16
-"""Sites, each cohort's own, whose newest signals are remembered; past it the one longest silent goes."""
+"""Sites of a cohort whose newest signals are remembered; past it the one longest silent goes."""
 
 REORDERED_US: Final = 1_000_000
 """Microseconds by which packets that were sent side by side may pass each other: nothing to warn of."""
@@ -39,19 +39,22 @@ def as_counted(packet: packet_pb2.Packet, received_at_us: int) -> packet_pb2.Pac
 
 
 class NewestSignals:
-    """Remembers as of when the newest signals of each site count, to tell of a clock that fell back."""
+    """Remembers as of when the newest signals of each site count, to tell of a clock that fell back.
+
+    Each cohort has its own memory: what is forgotten in one must not tell who sends to another.
+    """
 
     def __init__(self, *, max_sites: int = MAX_SITES) -> None:
         self._max_sites = max_sites
-        self._newest_us: OrderedDict[tuple[str, str], int] = OrderedDict()
+        self._newest_us: defaultdict[str, OrderedDict[str, int]] = defaultdict(OrderedDict)
 
     def note(self, cohort: str, domain_id: str, counted_us: int) -> int:
         """Note signals that count; return by how many microseconds newer ones overtake them, 0 for none."""
-        site = (cohort, domain_id)
-        newest_us = self._newest_us.get(site, counted_us)
-        self._newest_us[site] = max(newest_us, counted_us)
-        self._newest_us.move_to_end(site)
-        if len(self._newest_us) > self._max_sites:
-            self._newest_us.popitem(last=False)
+        sites = self._newest_us[cohort]
+        newest_us = sites.get(domain_id, counted_us)
+        sites[domain_id] = max(newest_us, counted_us)
+        sites.move_to_end(domain_id)
+        if len(sites) > self._max_sites:
+            sites.popitem(last=False)
         behind_us = newest_us - counted_us
         return behind_us if behind_us > REORDERED_US else 0

@@ -447,8 +447,7 @@ class Releaser:
             await in_thread(state.replay, packets)
 
     def _note_newest(self, record: PacketRecord) -> None:
-        # Sites of private cohorts are not remembered: who is would be told by whom a warning of another
-        # cohort leaves out.
+        # Sites of private cohorts are not warned, so that no warning tells who is there.
         if record.kind == "msp" and self._private_rules(record.cohort) is None:
             counted_us = counted_at_us(record.emitted_at_us, record.received_at_us)
             self.newest.note(record.cohort, record.domain_id, counted_us)

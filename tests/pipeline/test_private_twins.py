@@ -25,6 +25,7 @@ from parts import NOW, ccs, msp, packet_id, pop
 from fmi.v1 import cohort_pb2, packet_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi.v1 import registry_service_pb2 as registry_pb2
+from fmi_server.access import TRUSTED
 from fmi_server.cohorts import DAY_S
 from fmi_server.counted_time import NewestSignals
 from fmi_server.errors import FMIError, SpecChangeUnsafeError
@@ -32,11 +33,15 @@ from fmi_server.feed_requests import kind_name
 from fmi_server.privacy.noisy_means import NoisySums, PrivateSums
 from fmi_server.service import FMIService
 from fmi_server.storage import MemoryStore
+from fmi_server.transport.identity import Caller
 from fmi_server.transport.interchange import InterchangeServicer
 from fmi_server.transport.registry import RegistryServicer
 from fmi_server.transport.status import status_message
 
 START = NOW // DAY_S * DAY_S + 3600.0
+NOBODY = Caller(TRUSTED)
+"""Who calls a server that authenticates nobody."""
+
 VICTIM = "victim"
 OTHERS = ("a", "b", "c")
 LOOK_S = 0.001
@@ -258,7 +263,7 @@ class Follower:
     async def _read(self) -> None:
         newest = 0
         request = wire_pb2.SubscribeRequest(cohorts=["**"], mode=self.mode)
-        async for raw in self._wire.Subscribe(request):
+        async for raw in self._wire.Subscribe(request, NOBODY):
             response = wire_pb2.SubscribeResponse.FromString(raw)
             self._events.append(response)
             newest = max(newest, response.update.sequence)
@@ -328,7 +333,7 @@ class World:
     async def _take(self, number: int, step: Step) -> None:
         await (self._send(number, step) or self._ask_for(number, step) or self._operate(step))
         asked = registry_pb2.GetCohortSpecRequest(cohort="care")
-        await self._ask("spec", self._registry.GetCohortSpec(asked))
+        await self._ask("spec", self._registry.GetCohortSpec(asked, NOBODY))
 
     def _send(self, number: int, step: Step) -> Coroutine[Any, Any, None] | None:
         match step:
@@ -345,15 +350,15 @@ class World:
         match step:
             case Validate(packet):
                 check = registry_pb2.ValidatePacketRequest(packet=packet.typed(number, self._base))
-                return self._ask("validate", self._registry.ValidatePacket(check))
+                return self._ask("validate", self._registry.ValidatePacket(check, NOBODY))
             case AskWarmStart(profile_class, regime, concepts):
                 wanted = wire_pb2.GetWarmStartRequest(
                     cohort="care", profile_class=profile_class, regime_tag=regime, concepts=concepts
                 )
-                return self._ask("warm start", self._wire.GetWarmStart(wanted))
+                return self._ask("warm start", self._wire.GetWarmStart(wanted, NOBODY))
             case AskUpdate(kind, revision):
                 one = wire_pb2.GetUpdateRequest(cohort="care", kind=kind, revision=revision)
-                return self._ask(f"get {kind_name(kind)}", self._wire.GetUpdate(one))
+                return self._ask(f"get {kind_name(kind)}", self._wire.GetUpdate(one, NOBODY))
             case Subscribe(mode, resume):
                 return self._subscribe(mode, self._token if resume else "")
         return None
@@ -379,7 +384,7 @@ class World:
 
     async def _emit(self, packet: packet_pb2.Packet) -> None:
         self._sent.append(packet)
-        call = self._wire.Emit(wire_pb2.EmitRequest(packet=packet))
+        call = self._wire.Emit(wire_pb2.EmitRequest(packet=packet), NOBODY)
         if packet.header.domain_id != VICTIM:
             await self._ask(f"emit {packet.WhichOneof('body')}", call)
         elif self.with_victim:
@@ -395,12 +400,12 @@ class World:
         async def requests() -> AsyncIterator[wire_pb2.EmitStreamRequest]:
             yield request
 
-        async for response in self._wire.EmitStream(requests()):
+        async for response in self._wire.EmitStream(requests(), NOBODY):
             self._saw("batch", response)
 
     async def _subscribe(self, mode: int, token: str) -> None:
         request = wire_pb2.SubscribeRequest(cohorts=["**"], mode=mode, resume_token=token)
-        events = self._wire.Subscribe(request)
+        events = self._wire.Subscribe(request, NOBODY)
         async with contextlib.aclosing(events):
             async for raw in events:
                 response = wire_pb2.SubscribeResponse.FromString(raw)
@@ -622,6 +627,7 @@ async def test_nor_on_whose_it_was_in_a_cohort_that_was_open():
     seen = await compare(
         None,
         [
+            signals("b"),  # so that the cohort is open with the victim and without
             signals(VICTIM),
             signals(VICTIM),
             Wait(8.0),
@@ -743,10 +749,10 @@ async def test_a_warm_start_that_waits_while_privacy_comes_into_force_tells_noth
     async with held(private=False) as waiting:
         world = waiting.world
         await world._emit(Packet("a", more={"controller": {"tau": 0.9}}).typed(99, START + 1.0))
-        answering = asyncio.ensure_future(world._wire.GetWarmStart(asked))
+        answering = asyncio.ensure_future(world._wire.GetWarmStart(asked, NOBODY))
         await waiting.wait_for(1)
         changing = await waiting.change(PutSpec())
         in_force = world.service.cohorts.rules("care").privacy is not None
-        released = await world._wire.GetWarmStart(asked) if in_force else None
+        released = await world._wire.GetWarmStart(asked, NOBODY) if in_force else None
     await changing
     assert await answering == released or not in_force

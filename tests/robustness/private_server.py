@@ -41,12 +41,12 @@ def leave_word(witness: str) -> None:
 def die_around(owner: type, name: str, *, before: bool) -> None:
     work = getattr(owner, name)
 
-    async def deadly(self: object, argument: Any, *more: Any) -> object:
+    async def deadly(self: object, argument: Any, *more: Any, **named: Any) -> object:
         if isinstance(argument, SpendRecord) and not argument.rho:
-            return await work(self, argument, *more)  # the opening entry pays for nothing
+            return await work(self, argument, *more, **named)  # the opening entry pays for nothing
         if before:
             die()
-        result = await work(self, argument, *more)
+        result = await work(self, argument, *more, **named)
         die()
         return result
 
