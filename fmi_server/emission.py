@@ -126,6 +126,9 @@ class Intake:
         self, item: bytes | packet_pb2.Packet, path: str, received_at_us: int
     ) -> Candidate | Answer:
         if isinstance(item, bytes):
+            if (too_large := self._validator.size_violation(len(item))) is not None:
+                error = PacketRefusedError([too_large])  # parsed it may take fifty times its size
+                return Answer("", "unknown", "refused", error=error)
             try:
                 packet = packet_pb2.Packet.FromString(item)
             except DecodeError:

@@ -78,6 +78,9 @@ class FMIValidator:
             All that is to be said of it. Rules of the cohort are checked only where the contract's hold,
             since they would speak of fields that may not be there.
         """
+        size = packet.ByteSize() if size is None else size
+        if (too_large := self.size_violation(size)) is not None:
+            return Inspection((too_large,))  # its rules are not worth its time
         found = self._registry.violations(packet)
         if found:
             return Inspection(tuple(found))
@@ -125,6 +128,16 @@ class FMIValidator:
             return _CLEAN
         return Inspection((), warnings, quarantine)
 
+    def size_violation(self, size: int) -> Violation | None:
+        """Tell what is wrong with a packet that is larger than every cohort takes, before it is looked into.
+
+        Args:
+            size: Its bytes on the wire.
+        """
+        if size <= self._cohorts.largest_packet_bytes:
+            return None
+        return _too_large(size, f"no cohort takes more than {self._cohorts.largest_packet_bytes}")
+
     def _clock_warnings(self, header: packet_pb2.PacketHeader) -> tuple[str, ...]:
         ahead_s = header.emitted_at.seconds + header.emitted_at.nanos / 1e9 - self._clock()
         if ahead_s <= AHEAD_S:
@@ -136,17 +149,11 @@ class FMIValidator:
         return (text,)
 
     def _policy_violations(
-        self, packet: packet_pb2.Packet, rules: CohortRules, size: int | None
+        self, packet: packet_pb2.Packet, rules: CohortRules, size: int
     ) -> Iterator[Violation]:
         ingest = rules.ingest
-        size = packet.ByteSize() if size is None else size
         if size > ingest.max_packet_bytes:
-            yield Violation(
-                "packet",
-                "fmi.policy.max_packet_bytes",
-                f"has {size} bytes, the cohort takes at most {ingest.max_packet_bytes}",
-                Reason.PACKET_TOO_LARGE,
-            )
+            yield _too_large(size, f"the cohort takes at most {ingest.max_packet_bytes}")
         emitted_at = packet.header.emitted_at
         at = emitted_at.seconds + emitted_at.nanos / 1e9
         age_s = self._clock() - at
@@ -191,6 +198,11 @@ class FMIValidator:
                     f"has norm {norm:g}, the cohort takes at most {ingest.max_norm:g}",
                     Reason.NORM_EXCEEDED,
                 )
+
+
+def _too_large(size: int, taken: str) -> Violation:
+    told = f"has {size} bytes, {taken}"
+    return Violation("packet", "fmi.policy.max_packet_bytes", told, Reason.PACKET_TOO_LARGE)
 
 
 def _vocabulary_violations(packet: packet_pb2.Packet, rules: CohortRules) -> Iterator[Violation]:
