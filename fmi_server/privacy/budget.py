@@ -158,6 +158,12 @@ def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
             "dp_epsilon",
             "is not set, and neither is dp_noise_sigma, so that nothing is asked for: set one",
         )
+    for name in ("dp_epsilon", "dp_delta", "dp_noise_sigma", "dp_sensitivity"):
+        given = getattr(settings, name)
+        if given is not None and not math.isfinite(given):
+            raise BudgetError(
+                name, f"is {given:g}, which nothing can be measured by: give a finite one"
+            )
     if not 0.0 < settings.dp_delta < 1.0:
         raise BudgetError(
             "dp_delta",
