@@ -111,7 +111,10 @@ class Intake:
             quarantine_reason=inspection.quarantine_reason,
             payload=payload,
         )
-        return Candidate(packet, record, inspection.warnings)
+        # What was parsed keeps the memory of all that was parsed with it: of its batch, and of what a later
+        # field took the place of. A packet may wait long to be counted, so it gets memory of its own.
+        own = packet_pb2.Packet.FromString(payload)
+        return Candidate(own, record, inspection.warnings)
 
     def inspect_many(
         self, items: Sequence[bytes | packet_pb2.Packet], *, received_at_us: int
