@@ -37,9 +37,9 @@ __all__ = [
 MAX_NESTING: Final = 16
 """Plain dicts nested deeper than this are refused: names joined by dots would say nothing any more."""
 
-MAX_ENTRIES: Final = 100_000
+MAX_ENTRIES: Final = 20_000
 """Entries read of one mapping or sequence, nested ones included: what refers to itself, or to one part many
-times, is endless although it is small. The contract takes a part of that."""
+times, is endless although it is small. The contract takes 4,096 of any at most."""
 
 MAX_FIELD: Final = 320
 MAX_DESCRIPTION: Final = 640

@@ -48,7 +48,7 @@ class _Odd:
 
 MAKERS: tuple[Callable[[], Any], ...] = (
     *(
-        (lambda value=value: value)
+        (lambda value=value: copy.deepcopy(value))
         for value in (
             None,
             True,
