@@ -78,7 +78,8 @@ def _cross_field_rules(spec: cohort_pb2.CohortSpec) -> Iterator[_Broken]:
     for index, signal in enumerate(spec.signals):
         where = f"signals[{index}]"
         if signal.name in seen:
-            yield _broken(where, ("name",), "signal_once", f"{signal.name!r} is declared twice")
+            told = f"{signal.name[:140]!r} is declared twice"
+            yield _broken(where, ("name",), "signal_once", told)
         seen.add(signal.name)
         yield from _transform_rules(where, signal)
         yield from _direction_rules(where, signal)

@@ -243,3 +243,15 @@ def test_a_first_release_at_no_time_is_refused(cohorts):
         with pytest.raises(SpecInvalidError) as refused:
             cohorts.declare(private)
         assert told(refused) == {"privacy.first_release_at": "valid_time"}
+
+
+def test_what_is_quoted_of_a_spec_of_many_faults_is_bounded_and_printable(cohorts):
+    """Past a hundred faults the contract's word on a name is not told, and the next rule speaks of it."""
+    private = spec(**PRIVATE, aggregation={"metricsAggregation": "\u202e\n" * 3000})
+    for _ in range(120):
+        private.signals.add(name="\u202e\n" * 3000)
+    with pytest.raises(SpecInvalidError) as refused:
+        cohorts.declare(private)
+    for violation in refused.value.violations:
+        assert f"{violation.field}{violation.description}".isprintable(), violation
+        assert len(violation.description) < 1000
