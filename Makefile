@@ -9,8 +9,9 @@ IMAGE := build/contract.binpb
 RELEASED_IMAGE := proto/released.binpb
 FMI_TORTURE_MINUTES ?= 60
 FMI_SOAK_MINUTES ?= 30
+FMI_FUZZ_INPUTS ?= 150000
 
-.PHONY: help demo test test-lowest torture soak check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-jetstream bench-peers bench-privacy bench-start bench-warm-start privacy-error wheel clean
+.PHONY: help demo test test-lowest torture soak fuzz check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-jetstream bench-peers bench-privacy bench-start bench-warm-start privacy-error wheel clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -30,6 +31,9 @@ torture: $(VENV)/ready ## Kill a server under load again and again, for FMI_TORT
 soak: $(VENV)/ready ## Watch a server under a steady load, for FMI_SOAK_MINUTES, and draw it
 	$(BIN)/python -m benchmarks.soak --minutes $(FMI_SOAK_MINUTES)
 
+fuzz: .venv-fuzz/ready ## Fuzz all that takes bytes from others, FMI_FUZZ_INPUTS inputs for each of eight targets
+	.venv-fuzz/bin/python tests/fuzz/fuzz.py --inputs $(FMI_FUZZ_INPUTS)
+
 check: $(VENV)/ready .venv-proto/ready ## Check format, lint, types, imports, contract, generated code
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -45,7 +49,10 @@ format: $(VENV)/ready .venv-proto/ready ## Format the code and the contract
 proto: .venv-proto/ready ## Generate the code of the contract
 	$(PROTO_BIN)/python tools/generate_proto.py
 
-proto-check: $(VENV)/ready .venv-proto/ready ## Check the contract and its generated code
+proto-fuzz: .venv-fuzz/ready ## Fuzz all that takes bytes from others, FMI_FUZZ_INPUTS inputs for each of eight targets
+	.venv-fuzz/bin/python tests/fuzz/fuzz.py --inputs $(FMI_FUZZ_INPUTS)
+
+check: $(VENV)/ready .venv-proto/ready ## Check the contract and its generated code
 	$(BIN)/buf format --diff --exit-code proto --path proto/fmi
 	$(PROTO_BIN)/python tools/generate_proto.py --image $(IMAGE)
 	$(BIN)/buf lint $(IMAGE) --config buf.yaml --path fmi
@@ -90,7 +97,7 @@ wheel: $(VENV)/ready ## Build the wheel and the source distribution
 	$(BIN)/python -m build
 
 clean: ## Remove environments and what was built
-	rm -rf $(VENV) .venv-proto .venv-demo .venv-bench .venv-bench-peers .venv-lowest build dist demo-output .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-proto .venv-demo .venv-bench .venv-bench-peers .venv-fuzz .venv-lowest build dist demo-output .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -110,6 +117,11 @@ $(VENV)/ready: pyproject.toml
 .venv-bench-peers/ready: requirements/bench-peers.txt
 	$(PYTHON) -m venv .venv-bench-peers
 	.venv-bench-peers/bin/python -m pip install --quiet --requirement requirements/bench-peers.txt
+	@touch $@
+
+.venv-fuzz/ready: pyproject.toml requirements/fuzz.txt
+	$(PYTHON) -m venv .venv-fuzz
+	.venv-fuzz/bin/python -m pip install --quiet --requirement requirements/fuzz.txt --editable '.[server]'
 	@touch $@
 
 .venv-lowest/ready: pyproject.toml requirements/lowest.txt

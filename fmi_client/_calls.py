@@ -63,6 +63,10 @@ class Caller:
     ) -> None:
         if timeout_s <= 0:
             raise ConfigurationError("timeout_s must be above 0")
+        if not isinstance(retry, RetryPolicy):  # None is what many write who want none
+            raise ConfigurationError(
+                "retry must be a RetryPolicy; RetryPolicy(max_attempts=1) tries once"
+            )
         parse_target(target)  # refuses what can be none
         self.target = target
         self.retry = retry

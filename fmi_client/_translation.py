@@ -150,6 +150,9 @@ def error_from_rpc(error: grpc.aio.AioRpcError, target: str = "") -> FMIError:
             kind = ConnectionFailedError
         elif kind is ConnectionFailedError:
             text = connection_cause(text)
+        elif code is grpc.StatusCode.UNIMPLEMENTED:
+            where = target or "the server"
+            text = f"{where} does not have this method ({text}): is it an FMI server, and as new as this SDK?"
     if target and kind in (ConnectionFailedError, DeadlineError):
         text = f"{target}: {text}"
     return kind(

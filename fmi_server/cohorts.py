@@ -235,6 +235,7 @@ class CohortRegistry:
             defaults=AggregationConfig() if not open_cohorts else self._defaults,
             declared=False,
         )
+        self._largest_packet_bytes = self._template.ingest.max_packet_bytes
 
     def __contains__(self, name: str) -> bool:
         return name in self._rules
@@ -244,6 +245,11 @@ class CohortRegistry:
 
     def __iter__(self) -> Iterator[CohortRules]:
         return iter([self._rules[name] for name in sorted(self._rules)])
+
+    @property
+    def largest_packet_bytes(self) -> int:
+        """Bytes of the largest packet that any cohort takes."""
+        return self._largest_packet_bytes
 
     @property
     def any_private(self) -> bool:
@@ -321,6 +327,7 @@ class CohortRegistry:
             forced = self.unsafe_changes(rules)
             self._rules[rules.name] = rules
             (self._private.discard if rules.privacy is None else self._private.add)(rules.name)
+            self._measure_packets()
             for change in forced:
                 _log.warning("cohort %s was changed by force: %s", rules.name, change)
         return rules, changed
@@ -351,6 +358,10 @@ class CohortRegistry:
             shut_out = _signals_shut_out(self.signals_in_use(rules.name), rules)
             return [*shut_out, *_older_packets(present, rules)]
         return list(_unsafe_changes(present, rules))
+
+    def _measure_packets(self) -> None:
+        taken = [rules.ingest.max_packet_bytes for rules in self._rules.values()]
+        self._largest_packet_bytes = max(self._template.ingest.max_packet_bytes, *taken)
 
     def _opened(self, name: str) -> CohortRules:
         spec = cohort_pb2.CohortSpec()

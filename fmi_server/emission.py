@@ -114,7 +114,10 @@ class Intake:
             quarantine_reason=inspection.quarantine_reason,
             payload=payload,
         )
-        return Candidate(packet, record, inspection.warnings)
+        # What was parsed keeps the memory of all that was parsed with it: of its batch, and of what a later
+        # field took the place of. A packet may wait long to be counted, so it gets memory of its own.
+        own = packet_pb2.Packet.FromString(payload)
+        return Candidate(own, record, inspection.warnings)
 
     def inspect_many(
         self,
@@ -133,6 +136,9 @@ class Intake:
         self, item: bytes | packet_pb2.Packet, path: str, received_at_us: int, caller: Principal
     ) -> Candidate | Answer:
         if isinstance(item, bytes):
+            if (too_large := self._validator.size_violation(len(item))) is not None:
+                error = PacketRefusedError([too_large])  # parsed it may take fifty times its size
+                return Answer("", "unknown", "refused", error=error)
             try:
                 packet = packet_pb2.Packet.FromString(item)
             except DecodeError:

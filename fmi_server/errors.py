@@ -41,6 +41,7 @@ from typing import ClassVar, Final
 from fmi.v1 import error_pb2
 
 __all__ = [
+    "LAST_MOMENT_S",
     "AccessDeniedError",
     "CohortUnknownError",
     "CompactedError",
@@ -559,11 +560,11 @@ class ReleaseScheduledError(FMIError):
 
 def utc(at: float) -> str:
     """Write Unix seconds as RFC 3339, to the second."""
-    moment = min(max(at, 0.0), _LAST_MOMENT_S)
+    moment = min(max(at, 0.0), LAST_MOMENT_S)
     return f"{datetime.fromtimestamp(moment, UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
-_LAST_MOMENT_S: Final = 253_402_300_799.0
+LAST_MOMENT_S: Final = 253_402_300_799.0
 """The end of the year 9999, after which nothing can be written as RFC 3339."""
 
 

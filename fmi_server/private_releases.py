@@ -326,7 +326,8 @@ def _plan_of(rules: CohortRules) -> BudgetPlan:
 
 def _left(plan: BudgetPlan, total: LedgerTotal | None) -> int:
     """Return how many releases the rest of a budget pays for."""
-    return max(0, math.floor((plan.rho - (total.rho if total else 0.0)) / plan.rho_per_release))
+    left = math.floor((plan.rho - (total.rho if total else 0.0)) / plan.rho_per_release)
+    return min(max(0, left), plan.epochs)  # of billions of them the division gives some more
 
 
 def _exhausted(rules: CohortRules) -> PrivacyBudgetExhaustedError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from fmi.plain_values import quoted
 from fmi.v1 import cohort_pb2
 from fmi_server.privacy.budget import BudgetError, PrivacySettings, plan_budget
 from fmi_server.privacy.noisy_means import PRIVATE_ESTIMATORS
@@ -107,11 +108,12 @@ def _vocabulary_problems(spec: cohort_pb2.CohortSpec) -> Iterator[Problem]:
 
 def _estimator_problems(aggregation: cohort_pb2.AggregationSpec) -> Iterator[Problem]:
     if aggregation.metrics_aggregation not in ("", *PRIVATE_ESTIMATORS):
+        named = quoted(aggregation.metrics_aggregation)[1:-1]
         yield Problem(
             "aggregation",
             ("metrics_aggregation",),
             "private_estimator",
-            f"is {aggregation.metrics_aggregation}, under which one site can move a value by more than its "
+            f"is {named}, under which one site can move a value by more than its "
             f"own; a private cohort takes {' or '.join(PRIVATE_ESTIMATORS)}",
         )
     guards = {"metrics_trim_alpha": 0.0, "weight_cap": 1.0, "max_byzantine": 0.0}

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Final
 
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from fmi.rules import has_too_much
 from fmi.v1 import cohort_pb2
 from fmi_server.contracts import FMIContractRegistry
-from fmi_server.errors import Reason, Violation
+from fmi_server.errors import LAST_MOMENT_S, Reason, Violation
 from fmi_server.private_specs import privacy_settings, private_spec_problems
 
 __all__ = ["spec_violations"]
@@ -32,7 +38,12 @@ def spec_violations(
     """
     lost = frozenset(unreadable)
     found = [v for v in registry.message_violations(spec) if not _inside(v.field, lost)]
+    if has_too_much(found):
+        return found  # what signals break with each other is not worth the time of so many
     told = {violation.field for violation in found}
+    if times := list(_invalid_times(spec)):
+        # The rules below reckon with them.
+        return found + [violation for violation in times if violation.field not in told]
     found += [
         broken.violation
         for broken in _cross_field_rules(spec)
@@ -65,7 +76,8 @@ def _cross_field_rules(spec: cohort_pb2.CohortSpec) -> Iterator[_Broken]:
     for index, signal in enumerate(spec.signals):
         where = f"signals[{index}]"
         if signal.name in seen:
-            yield _broken(where, ("name",), "signal_once", f"{signal.name!r} is declared twice")
+            told = f"{signal.name[:140]!r} is declared twice"
+            yield _broken(where, ("name",), "signal_once", told)
         seen.add(signal.name)
         yield from _transform_rules(where, signal)
         yield from _direction_rules(where, signal)
@@ -73,6 +85,36 @@ def _cross_field_rules(spec: cohort_pb2.CohortSpec) -> Iterator[_Broken]:
         yield _broken(*problem)
     if not privacy_settings(spec.privacy).private:
         yield from _release_rules(spec.release)
+
+
+def _invalid_times(spec: cohort_pb2.CohortSpec) -> Iterator[Violation]:
+    """Tell of durations and times that protobuf defines nothing for."""
+    for section, message in spec.ListFields():
+        if not isinstance(message, Message):
+            continue
+        for field, value in message.ListFields():
+            if isinstance(value, Duration):
+                valid = abs(value.seconds) <= _LONGEST_S and abs(value.nanos) < 1_000_000_000
+                valid = valid and value.seconds * value.nanos >= 0
+                allowed = (
+                    "duration: at most 10,000 years, nanos below 1e9 and of the sign of seconds"
+                )
+            elif isinstance(value, Timestamp):
+                valid = value.seconds <= LAST_MOMENT_S and 0 <= value.nanos < 1_000_000_000
+                allowed = "timestamp: up to the year 9999, nanos from 0 to 999999999"
+            else:
+                continue
+            if not valid:
+                yield Violation(
+                    f"{section.name}.{field.name}",
+                    "fmi.cohort_spec.valid_time",
+                    f"must be a valid {allowed}",
+                    Reason.SPEC_INVALID,
+                )
+
+
+_LONGEST_S: Final = 315_576_000_000
+"""The longest `google.protobuf.Duration` that is defined."""
 
 
 def _transform_rules(where: str, signal: cohort_pb2.SignalSpec) -> Iterator[_Broken]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -84,13 +84,11 @@ class FMIValidator:
             since they would speak of fields that may not be there, and where the caller may emit: they
             would tell a stranger of the cohort.
         """
-        found = self._registry.violations(packet)
+        size = packet.ByteSize() if size is None else size
+        found = self._refused_unread(packet, size, caller)
         if found:
             return Inspection(tuple(found))
         header = packet.header
-        found = self._gate.violations(caller, header.domain_id, header.cohort)
-        if found:
-            return Inspection(tuple(found))
         try:
             rules = self._cohorts.rules(header.cohort)
         except CohortUnknownError as error:
@@ -134,6 +132,28 @@ class FMIValidator:
             return _CLEAN
         return Inspection((), warnings, quarantine)
 
+    def _refused_unread(
+        self, packet: packet_pb2.Packet, size: int, caller: Principal
+    ) -> Sequence[Violation]:
+        """List why a packet is refused before its cohort is looked at; nothing where it is not."""
+        too_large = self.size_violation(size)
+        if too_large is not None:
+            return [too_large]  # its rules are not worth its time
+        header = packet.header
+        return self._registry.violations(packet) or self._gate.violations(
+            caller, header.domain_id, header.cohort
+        )
+
+    def size_violation(self, size: int) -> Violation | None:
+        """Tell what is wrong with a packet that is larger than every cohort takes, before it is looked into.
+
+        Args:
+            size: Its bytes on the wire.
+        """
+        if size <= self._cohorts.largest_packet_bytes:
+            return None
+        return _too_large(size, f"no cohort takes more than {self._cohorts.largest_packet_bytes}")
+
     def _clock_warnings(self, header: packet_pb2.PacketHeader) -> tuple[str, ...]:
         ahead_s = header.emitted_at.seconds + header.emitted_at.nanos / 1e9 - self._clock()
         if ahead_s <= AHEAD_S:
@@ -145,17 +165,11 @@ class FMIValidator:
         return (text,)
 
     def _policy_violations(
-        self, packet: packet_pb2.Packet, rules: CohortRules, size: int | None
+        self, packet: packet_pb2.Packet, rules: CohortRules, size: int
     ) -> Iterator[Violation]:
         ingest = rules.ingest
-        size = packet.ByteSize() if size is None else size
         if size > ingest.max_packet_bytes:
-            yield Violation(
-                "packet",
-                "fmi.policy.max_packet_bytes",
-                f"has {size} bytes, the cohort takes at most {ingest.max_packet_bytes}",
-                Reason.PACKET_TOO_LARGE,
-            )
+            yield _too_large(size, f"the cohort takes at most {ingest.max_packet_bytes}")
         emitted_at = packet.header.emitted_at
         at = emitted_at.seconds + emitted_at.nanos / 1e9
         age_s = self._clock() - at
@@ -200,6 +214,11 @@ class FMIValidator:
                     f"has norm {norm:g}, the cohort takes at most {ingest.max_norm:g}",
                     Reason.NORM_EXCEEDED,
                 )
+
+
+def _too_large(size: int, taken: str) -> Violation:
+    told = f"has {size} bytes, {taken}"
+    return Violation("packet", "fmi.policy.max_packet_bytes", told, Reason.PACKET_TOO_LARGE)
 
 
 def _vocabulary_violations(packet: packet_pb2.Packet, rules: CohortRules) -> Iterator[Violation]:

@@ -11,6 +11,7 @@ from typing import IO, Any, Final
 
 import click
 
+from fmi.plain_values import quoted
 from fmi.v1 import error_pb2, packet_pb2
 from fmi_client.emitter import HeaderDefaults
 from fmi_client.errors import ContractError, Violation
@@ -28,7 +29,45 @@ def _whole_number(digits: str) -> int:
     return int(digits[:_MAX_DIGITS])
 
 
-_DECODER: Final = json.JSONDecoder(parse_int=_whole_number)
+class _Repeated(dict[str, Any]):
+    """An object of JSON in which a name stands twice. Python keeps the last value without a word."""
+
+    def __init__(self, pairs: Iterable[tuple[str, Any]], name: str) -> None:
+        super().__init__(pairs)
+        self.name = name
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) == len(pairs):
+        return fields
+    return _Repeated(pairs, _first_repeated(name for name, _ in pairs))
+
+
+def _first_repeated(names: Iterable[str]) -> str:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    raise ValueError("no name is repeated")
+
+
+def _repeated_name(value: object) -> str | None:
+    """Return a name that stands twice in one object somewhere in a value; None where there is none."""
+    left = [value]
+    while left:
+        found = left.pop()
+        if isinstance(found, _Repeated):
+            return found.name
+        if isinstance(found, dict):
+            left.extend(found.values())
+        elif isinstance(found, list):
+            left.extend(found)
+    return None
+
+
+_DECODER: Final = json.JSONDecoder(parse_int=_whole_number, object_pairs_hook=_object)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +176,9 @@ def _entry(origin: Origin, value: Any, defaults: HeaderDefaults) -> Entry:
         return _not_json(origin.file, value)
     if not isinstance(value, Mapping):
         return _unreadable(origin, "no packet", "packet", "is not a JSON object")
+    if (name := _repeated_name(value)) is not None:
+        told = "stands twice in one object; leave one of them out"
+        return _unreadable(origin, "no packet", quoted(name), told)
     try:
         return Entry(defaults.packet(value), _own_id(value), origin)
     except ContractError as error:

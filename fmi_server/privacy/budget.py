@@ -159,28 +159,7 @@ def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
     Raises:
         BudgetError: The settings contradict each other, or say too little to promise anything.
     """
-    if not settings.private:
-        raise BudgetError(
-            "dp_epsilon",
-            "is not set, and neither is dp_noise_sigma, so that nothing is asked for: set one",
-        )
-    if not 0.0 < settings.dp_delta < 1.0:
-        raise BudgetError(
-            "dp_delta",
-            f"is {settings.dp_delta:g}; Gaussian noise promises nothing without a delta above 0: choose one "
-            "well below 1 / (number of sites), for example 1e-6",
-        )
-    if settings.dp_epsilon > MAX_EPSILON:
-        raise BudgetError(
-            "dp_epsilon",
-            f"is {settings.dp_epsilon:g}, which promises nothing: choose one below 10, or leave privacy out",
-        )
-    if settings.dp_delta > MAX_DELTA:
-        raise BudgetError(
-            "dp_delta",
-            f"is {settings.dp_delta:g}, which promises nothing: choose one well below 1 / (number of sites), "
-            "for example 1e-6",
-        )
+    _check_measures(settings)
     stretch = _stretch(settings.dp_sensitivity, signals)
     if settings.dp_noise_sigma:
         _mechanism(signals, settings.dp_noise_sigma * stretch, "dp_noise_sigma")
@@ -216,6 +195,38 @@ def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
             "and promises nothing: raise it, or say a dp_epsilon and leave it out",
         )
     return BudgetPlan(epsilon, settings.dp_delta, epochs, rho, multiplier, sums)
+
+
+def _check_measures(settings: PrivacySettings) -> None:
+    """Refuse settings that promise nothing, each by itself."""
+    if not settings.private:
+        raise BudgetError(
+            "dp_epsilon",
+            "is not set, and neither is dp_noise_sigma, so that nothing is asked for: set one",
+        )
+    for name in ("dp_epsilon", "dp_delta", "dp_noise_sigma", "dp_sensitivity"):
+        given = getattr(settings, name)
+        if given is not None and not math.isfinite(given):
+            raise BudgetError(
+                name, f"is {given:g}, which nothing can be measured by: give a finite one"
+            )
+    if not 0.0 < settings.dp_delta < 1.0:
+        raise BudgetError(
+            "dp_delta",
+            f"is {settings.dp_delta:g}; Gaussian noise promises nothing without a delta above 0: choose one "
+            "well below 1 / (number of sites), for example 1e-6",
+        )
+    if settings.dp_epsilon > MAX_EPSILON:
+        raise BudgetError(
+            "dp_epsilon",
+            f"is {settings.dp_epsilon:g}, which promises nothing: choose one below 10, or leave privacy out",
+        )
+    if settings.dp_delta > MAX_DELTA:
+        raise BudgetError(
+            "dp_delta",
+            f"is {settings.dp_delta:g}, which promises nothing: choose one well below 1 / (number of sites), "
+            "for example 1e-6",
+        )
 
 
 def _mechanism(signals: int, multiplier: float, setting: str) -> PrivateSums:

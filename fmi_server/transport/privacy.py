@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fmi.v1 import admin_service_pb2 as wire_pb2
+from fmi_server.errors import LAST_MOMENT_S
 from fmi_server.operations import PrivacyOverview
 from fmi_server.privacy.budget import BudgetPlan, natural_sensitivity
 from fmi_server.storage.records import SpendRecord
@@ -35,7 +36,9 @@ def budget_message(overview: PrivacyOverview) -> wire_pb2.PrivacyBudget:
     if overview.rules.privacy is not None:
         message.plan.CopyFrom(plan_message(overview.rules.privacy))
     if account.next_release_at is not None:
-        message.next_release_at.FromNanoseconds(round(account.next_release_at * 1e9))
+        # A period may be so long that the next begins past all dates.
+        due = min(account.next_release_at, LAST_MOMENT_S)
+        message.next_release_at.FromNanoseconds(round(due * 1e9))
     return message
 
 

@@ -30,6 +30,8 @@ from fmi.plain_values import (
     ValueReader,
     is_numeric,
     is_sequence,
+    name_of,
+    quoted,
     shown,
 )
 from fmi.v1 import packet_pb2
@@ -229,7 +231,7 @@ class _PacketReader(ValueReader):
             match name:
                 case "bundle":
                     for key, item in self.leaves(value, path, is_leaf=_is_param):
-                        where = f'{path}["{key}"]'
+                        where = f"{path}[{quoted(key)}]"
                         if key in pack.bundle:
                             self.collision(where)
                         pack.bundle[key].CopyFrom(self.param(item, where))
@@ -277,8 +279,8 @@ class _PacketReader(ValueReader):
         flat: dict[str, float] = {}
         for name, value in self.leaves(values, path):
             if name in flat:
-                self.collision(f'{path}["{name}"]')
-            flat[name] = self.number(value, f'{path}["{name}"]')
+                self.collision(f"{path}[{quoted(name)}]")
+            flat[name] = self.number(value, f"{path}[{quoted(name)}]")
         return flat
 
     def param(self, value: object, path: str) -> packet_pb2.ParamValue:
@@ -299,8 +301,9 @@ class _PacketReader(ValueReader):
             return value
         if isinstance(value, Mapping):
             ends: list[Any] = [value.get("start", 0), value.get("end", 0)]
-            if unknown := sorted(set(map(str, value)) - {"start", "end"}):
-                self.problem(path, "unknown_field", f"has unknown fields: {', '.join(unknown)}")
+            if unknown := sorted(set(map(name_of, value)) - {"start", "end"}):
+                told = ", ".join(quoted(name)[1:-1] for name in unknown[:5])
+                self.problem(path, "unknown_field", f"has unknown fields: {told}")
         else:
             ends = list(self.items(value, path)) if is_sequence(value) else []
         if len(ends) != 2:
@@ -314,19 +317,19 @@ class _PacketReader(ValueReader):
         if isinstance(value, packet_pb2.Evidence):
             return value
         evidence = packet_pb2.Evidence()
-        for name, item in self.mapping(value, path).items():
+        for key, item in self.mapping(value, path).items():
+            name = self.text(name_of(key), path)
             if name in _EVIDENCE_FIELDS and isinstance(item, Mapping):
                 for signal, number in self.leaves(item, f"{path}.{name}"):
-                    self._evidence_number(
-                        evidence.signals[signal], name, number, f'{path}.{name}["{signal}"]'
-                    )
+                    where = f"{path}.{name}[{quoted(signal)}]"
+                    self._evidence_number(evidence.signals[signal], name, number, where)
             elif name in ("confidence", "samples", "sites") and not isinstance(item, Mapping):
                 self._evidence_number(evidence, name, item, f"{path}.{name}")
             elif name == "signals":
                 for signal, fields in self.mapping(item, f"{path}.signals").items():
-                    self._signal_evidence(evidence, self.text(str(signal), path), fields, path)
+                    self._signal_evidence(evidence, self.text(name_of(signal), path), fields, path)
             elif isinstance(item, Mapping):
-                self._signal_evidence(evidence, self.text(str(name), path), item, path)
+                self._signal_evidence(evidence, name, item, path)
             else:
                 self.problem(
                     f"{path}.{name}",
@@ -339,9 +342,10 @@ class _PacketReader(ValueReader):
     def _signal_evidence(
         self, evidence: packet_pb2.Evidence, signal: str, fields: object, path: str
     ) -> None:
-        where = f'{path}.signals["{signal}"]'
+        where = f"{path}.signals[{quoted(signal)}]"
         evidence.signals[signal].SetInParent()
-        for name, number in self.mapping(fields, where).items():
+        for key, number in self.mapping(fields, where).items():
+            name = name_of(key)
             if name in _EVIDENCE_FIELDS:
                 self._evidence_number(evidence.signals[signal], name, number, f"{where}.{name}")
             else:
@@ -383,7 +387,8 @@ class _PacketReader(ValueReader):
     def _named(self, data: Mapping[str, Any]) -> dict[str, Any]:
         named: dict[str, Any] = {}
         for key, value in data.items():
-            name = _CAMEL.get(str(key), _ALIASES.get(str(key), str(key)))
+            given = name_of(key)
+            name = _CAMEL.get(given, _ALIASES.get(given, given))
             if name in named:
                 self.problem(name, "name_collision", "is given twice")
             named[name] = value

@@ -10,16 +10,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from itertools import chain
+from functools import lru_cache
+from itertools import chain, islice
 from typing import Final, Protocol, TypeVar
 
 import protovalidate
 from google.protobuf.message import Message
 
-from fmi.plain import Problem
+from fmi.parts import Excess, Part, parts
+from fmi.plain_values import Problem, quoted
 from fmi.v1 import packet_pb2
 
-__all__ = ["MAX_PROBLEMS", "SECTIONS", "ContractRules", "without_follow_ups"]
+__all__ = ["MAX_PROBLEMS", "SECTIONS", "ContractRules", "has_too_much", "without_follow_ups"]
 
 SECTIONS: Final = ("metrics", "controller", "evaluator", "operators")
 """The sections of an MSP in which signals stand."""
@@ -43,21 +45,39 @@ class ContractRules:
 
     def problems(self, message: Message) -> list[Problem]:
         """List the rules that a message breaks, at most `MAX_PROBLEMS`; of a packet, use the next."""
-        found = self._validator.collect_violations(message)
-        return _in_order([_told(violation) for violation in found[:MAX_SORTED]])[:MAX_PROBLEMS]
+        if not self._validator.collect_violations(message, fail_fast=True):
+            return []
+        return _in_order(list(islice(self._all_problems(message), MAX_SORTED)))[:MAX_PROBLEMS]
 
     def packet_problems(self, packet: packet_pb2.Packet) -> list[Problem]:
         """List the rules that a packet breaks, those across its sections too, at most `MAX_PROBLEMS`."""
         found = self.problems(packet)
+        if has_too_much(found):
+            return found  # what is across such sections is not worth its time
         found.extend(_time_problems(packet.header))
         kind = packet.WhichOneof("body")
         if kind == "msp":
-            found.extend(_signal_problems(packet.msp))
+            found.extend(islice(_signal_problems(packet.msp), MAX_PROBLEMS))
         elif kind == "pop":
             found.extend(_outcome_problems(packet.pop))
         elif kind == "ccs":
-            found.extend(_summary_problems(packet.ccs))
+            found.extend(islice(_summary_problems(packet.ccs), MAX_PROBLEMS))
         return found[:MAX_PROBLEMS]
+
+    def _all_problems(self, message: Message) -> Iterator[Problem]:
+        for part in parts(message):
+            if isinstance(part, Excess):
+                yield Problem(*part)
+                continue
+            for violation in self._validator.collect_violations(part.message):
+                problem = _told(violation, part)
+                if problem is not None:
+                    yield problem
+
+
+def has_too_much(found: Iterable[_Broken]) -> bool:
+    """Say whether a list or map has more than the contract allows."""
+    return any(broken.rule_id in TOO_MUCH for broken in found)
 
 
 _SIGNALS: Final = tuple(f"msp.{section}" for section in SECTIONS)
@@ -69,7 +89,7 @@ _LOOKS_AT: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """What rules look at that tell of another field. Names are enough for them."""
 
-_TOO_MUCH: Final = ("max_pairs", "max_items")
+TOO_MUCH: Final = ("map.max_pairs", "repeated.max_items")
 """Rules that nothing breaks by being lost."""
 
 _ENTRY: Final = '["'
@@ -82,6 +102,12 @@ _FIELDS: Final = sorted(
         for field in message.fields
     }
 )
+
+
+@lru_cache(maxsize=1024)
+def _meant_by(name: str) -> tuple[str, ...]:
+    """Return the field that a name may be a misspelling of, or nothing."""
+    return tuple(get_close_matches(name, _FIELDS, 1))
 
 
 class _Broken(Protocol):
@@ -116,7 +142,7 @@ def _follows(rule: _Broken, lost: _Lost, lost_names: _Lost) -> bool:
         return any(map(lost_names.touches, _LOOKS_AT[rule.rule_id]))
     if rule.description.startswith(_THE_NAME):
         return lost_names.touches(rule.field)
-    if rule.rule_id.endswith(_TOO_MUCH):
+    if rule.rule_id in TOO_MUCH:
         return lost.holds(rule.field)
     return lost.touches(rule.field)
 
@@ -132,11 +158,11 @@ class _Lost:
         self._fields = frozenset("body" if p.field == "type" else p.field for p in problems)
         self._around = frozenset(path for field in self._fields for path in _with_parents(field))
         self._all = "packet" in self._fields
+        unknown = (p for p in problems if p.rule_id == "fmi.plain.unknown_field")
         self._misspelt = frozenset(
             meant
-            for problem in problems
-            if problem.rule_id == "fmi.plain.unknown_field"
-            for meant in get_close_matches(problem.field.rpartition(".")[2][:64], _FIELDS, 1)
+            for problem in islice(unknown, MAX_PROBLEMS)  # each costs a millisecond
+            for meant in _meant_by(problem.field.rpartition(".")[2][:64])
         )
 
     def holds(self, path: str) -> bool:
@@ -185,9 +211,13 @@ _LAST_SECOND: Final = 253_402_300_799
 """The last second of the year 9999, up to which `google.protobuf.Timestamp` is defined."""
 
 
-def _told(violation: protovalidate.Violation) -> Problem:
+def _told(violation: protovalidate.Violation, part: Part) -> Problem | None:
+    """Tell a violation in a part of a message; None where the part alone is what breaks the rule."""
     raw = violation.proto
-    path = _path(raw.field.elements) if raw.field is not None else ""
+    elements = raw.field.elements if raw.field is not None else ()
+    if part.only and not (elements and elements[0].field_name == part.only):
+        return None
+    path = ".".join(filter(None, (part.path, _path(elements, part.offset))))
     description = _description(raw.message or "breaks a rule")
     value = violation.field_value
     if raw.for_key:
@@ -219,23 +249,18 @@ def _description(message: str) -> str:
     return _LONG_NUMBER.sub(lambda number: f"{float(number[0]):g}", message)
 
 
-def _path(elements: Iterable[protovalidate.FieldPathElementPb]) -> str:
-    parts = []
+def _path(elements: Iterable[protovalidate.FieldPathElementPb], offset: int = 0) -> str:
+    """Write a path. An index of the first element counts from `offset`."""
+    steps = []
     for element in elements:
         key = element.subscript
         if key is None:
-            parts.append(str(element.field_name))
+            steps.append(str(element.field_name))
         elif key.field == "index":
-            parts.append(f"{element.field_name}[{key.value}]")
+            steps.append(f"{element.field_name}[{key.value + (0 if steps else offset)}]")
         else:
-            parts.append(f"{element.field_name}[{_quoted(str(key.value))}]")
-    return ".".join(parts)
-
-
-def _quoted(name: str) -> str:
-    """Quote a name that a site chose: bounded, and without line breaks or control characters."""
-    shown = name if len(name) <= 140 else name[:137] + "..."
-    return '"' + shown.encode("unicode_escape").decode("ascii").replace('"', '\\"') + '"'
+            steps.append(f"{element.field_name}[{quoted(str(key.value))}]")
+    return ".".join(steps)
 
 
 def _time_problems(header: packet_pb2.PacketHeader) -> Iterator[Problem]:
@@ -261,14 +286,14 @@ def _signal_problems(msp: packet_pb2.MetaSignalPack) -> Iterator[Problem]:
                 first = homes.setdefault(name, section)
                 if first != section:
                     yield Problem(
-                        f"msp.{section}[{_quoted(name)}]",
+                        f"msp.{section}[{quoted(name)}]",
                         "fmi.msp.signal_in_one_section",
                         f"stands in {first} too; a signal has one section",
                     )
     if msp.HasField("evidence"):
         for name in sorted(msp.evidence.signals.keys() - set(names)):
             yield Problem(
-                f"msp.evidence.signals[{_quoted(name)}]",
+                f"msp.evidence.signals[{quoted(name)}]",
                 "fmi.msp.evidence_of_a_signal",
                 "is evidence of a signal that is not in the packet",
             )

@@ -55,6 +55,11 @@ def parse_yaml(text: str) -> object:
         # ValueError: a date or a number that YAML knows and Python does not.
         reason = str(error).replace('in "<unicode string>", ', "at ")
         raise YAMLTextError(f"is not YAML: {_line(reason)}") from error
+    except (AttributeError, LookupError) as error:
+        # What PyYAML does with a tag whose value is none of its kind: `!!timestamp soon`, `!!bool si`.
+        raise YAMLTextError(
+            "is not YAML: a value is not of the kind that its !! tag says"
+        ) from error
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -81,7 +86,8 @@ def _shown(key: yaml.Node) -> str:
 
 
 def _line(text: str) -> str:
-    return _cut(" ".join(text.split()), _MAX_REASON)
+    line = _cut(" ".join(text.split()), _MAX_REASON)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def _cut(text: str, length: int) -> str:

@@ -80,6 +80,23 @@ async def test_a_number_of_thousands_of_digits_is_refused_alone(emit, text):
         assert len(json.dumps(told[1])) < 1000
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        LINE.replace('"type"', '"type": "pop", "type"'),
+        LINE.replace("0.9", '0.9, "tau": 0.1'),
+        LINE.replace('"controller"', '"evidence": [{"a": 1, "a": 2}], "controller"'),
+    ],
+)
+async def test_a_name_that_stands_twice_is_refused_alone(emit, line):
+    """Python would keep the last value, and lose the other without a word."""
+    result, receipts = await emit(f"{LINE}\n{line}\n{LINE}")
+    assert result.exit_code == ExitCode.REFUSED, result.output
+    assert places(receipts) == [(1, "accepted"), (2, "refused"), (3, "accepted")]
+    (violation,) = receipts[1]["error"]["violations"]
+    assert violation["description"] == "stands twice in one object; leave one of them out"
+
+
 async def test_training_tells_of_a_number_of_thousands_of_digits(fmi, tmp_path):
     file = tmp_path / "packets.jsonl"
     file.write_text(f"{LINE}\n{LONG}\n")

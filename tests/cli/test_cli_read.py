@@ -393,6 +393,8 @@ def test_cohorts_put_without_pyyaml_says_what_to_do(ask, tmp_path, monkeypatch):
     ("name", "content", "told"),
     [
         ("a.json", b"{", "is not JSON"),
+        ("a.json", b'{"name": "a", "name": "b"}', '"name" stands twice in one object'),
+        ("a.json", b'{"name": ' + b"9" * 5000 + b"}", "is not JSON that can be read"),
         ("a.json", b"[]", "must have the fields of a CohortSpec"),
         ("a.json", b"\xff", "is not UTF-8"),
         ("a.yaml", b"a: [", "is not YAML"),

@@ -13,7 +13,7 @@ from scripted_server import aborts, status
 import fmi_client
 from fmi.plain import PlainDataError, Problem
 from fmi.v1 import error_pb2
-from fmi_client import errors
+from fmi_client import AsyncFMIClient, FMIClient, errors
 from fmi_client._translation import (
     REASON_CLASSES,
     error_from_plain_data,
@@ -278,3 +278,15 @@ def test_how_many_rules_more_were_broken_than_the_answer_held(said, untold):
     violations = [Violation("a", "r", "d"), Violation("b", "r", "d")]
     assert FMIError("no", violations=violations, metadata={"violations": said}).untold == untold
     assert FMIError("no", violations=violations).untold == 0
+
+
+def test_a_server_that_is_another_is_told_as_such():
+    error = error_from_rpc(bare_error(grpc.StatusCode.UNIMPLEMENTED), "example.org:443")
+    assert "example.org:443 does not have this method" in str(error)
+    assert "is it an FMI server" in str(error)
+
+
+@pytest.mark.parametrize("client", [FMIClient, AsyncFMIClient])
+def test_a_retry_that_is_none_is_refused_at_once(client):
+    with pytest.raises(errors.ConfigurationError, match="retry must be a RetryPolicy"):
+        client("127.0.0.1:1", domain_id="s", retry=None)

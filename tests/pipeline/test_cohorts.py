@@ -417,3 +417,22 @@ def test_no_more_cohorts_are_opened_than_allowed():
     assert few.open("a").name == "a", "what is open stays open"
     few.declare(spec(name="d"))
     assert [rules.name for rules in few] == ["a", "b", "d"]
+
+
+@pytest.mark.parametrize(
+    "section", ["retention.site_ttl", "ingest.max_age", "release.max_interval"]
+)
+@pytest.mark.parametrize(
+    ("seconds", "nanos"), [(2**62, 0), (315_576_000_001, 0), (1, -1), (1, 2**31 - 1), (1, 10**9)]
+)
+def test_a_duration_that_protobuf_does_not_define_is_refused(section, seconds, nanos):
+    """Reckoned with, it is past what a store can count, or is another one in each language."""
+    spec = cohort_pb2.CohortSpec(name="care")
+    message, _, field = section.partition(".")
+    duration = getattr(getattr(spec, message), field)
+    duration.seconds, duration.nanos = seconds, nanos
+    with pytest.raises(SpecInvalidError) as refused:
+        CohortRegistry(CONTRACT).declare(spec)
+    assert [(v.field, v.rule_id) for v in refused.value.violations] == [
+        (section, "fmi.cohort_spec.valid_time")
+    ]

@@ -21,12 +21,15 @@ from fmi_server.counted_time import as_counted
 from fmi_server.emission import Intake
 from fmi_server.errors import PrivacyBudgetExhaustedError, ReleaseScheduledError
 from fmi_server.feed_requests import kind_name
+from fmi_server.operations import PrivacyOverview
 from fmi_server.privacy.noisy_means import NoisySums, PrivateSums
+from fmi_server.private_releases import PrivateReleases
 from fmi_server.releases import RETRY_S, Releaser
 from fmi_server.router import FMIRouter
 from fmi_server.storage import MemoryStore, SqliteStore, sqlite_backup
 from fmi_server.storage.base import LedgerConflictError, StoreUnavailableError
 from fmi_server.telemetry import FMITelemetry
+from fmi_server.transport.privacy import budget_message
 from fmi_server.uplink import summary_packet
 from fmi_server.validator import FMIValidator
 
@@ -575,6 +578,26 @@ async def test_a_budget_that_is_overspent_is_no_promise(server):
     assert "promises epsilon 0.5" in found.description
     assert "has spent 40" in found.description.replace("39.9999", "40")
     assert server.releaser.private.overspent(server.rules) is None
+
+
+def test_as_many_releases_as_there_can_be_are_not_said_to_be_more(clock):
+    """Their number was divided out of the budget, came out larger, and fitted no message."""
+    privacy = {"dpEpsilon": 2.0, "dpDelta": 1e-6, "dpEpochs": 2**32 - 1}
+    spec = json_format.ParseDict({**SPEC, "privacy": privacy}, cohort_pb2.CohortSpec())
+    rules, _ = CohortRegistry(CONTRACT).declare(spec)
+    private = PrivateReleases(MemoryStore(), FMIAggregator(), None, clock=clock)
+    overview = PrivacyOverview(rules, private.account(rules))
+    assert budget_message(overview).releases_left == 2**32 - 1
+
+
+@pytest.mark.parametrize("max_interval_s", [315_576_000_000, 200_000_000_000])
+def test_a_next_release_past_all_dates_is_told_as_the_last_of_them(clock, max_interval_s):
+    spec = json_format.ParseDict(SPEC, cohort_pb2.CohortSpec())
+    spec.release.max_interval.seconds = max_interval_s
+    rules, _ = CohortRegistry(CONTRACT).declare(spec)
+    private = PrivateReleases(MemoryStore(), FMIAggregator(), None, clock=clock)
+    message = budget_message(PrivacyOverview(rules, private.account(rules)))
+    assert message.next_release_at.seconds == pytest.approx(min(max_interval_s, 253_402_300_799))
 
 
 # Backups

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from google.protobuf import json_format
-from parts import msp
+from parts import NOW, msp
 
 from fmi.v1 import cohort_pb2
 from fmi_server.aggregator import FMIAggregator
@@ -12,7 +12,8 @@ from fmi_server.cohorts import CohortRegistry
 from fmi_server.config import AggregationConfig
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.errors import SettingUnsupportedError, SpecChangeUnsafeError, SpecInvalidError
-from fmi_server.privacy.budget import natural_sensitivity
+from fmi_server.privacy.budget import BudgetError, natural_sensitivity, plan_budget
+from fmi_server.private_specs import privacy_settings
 
 CONTRACT = FMIContractRegistry()
 TAU = {"name": "tau", "section": "SIGNAL_SECTION_CONTROLLER", "lower": 0.0, "upper": 1.0}
@@ -240,3 +241,37 @@ def test_no_site_chooses_the_time_of_a_private_aggregate():
     assert not result.policy_hint.hint_id
     assert "private" in result.policy_hint.reason
     assert not result.causal_consensus.edges
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["dp_epsilon", "dp_delta", "dp_noise_sigma", "dp_sensitivity"])
+def test_a_number_that_measures_nothing_is_refused(cohorts, name, number):
+    private = spec(**PRIVATE)
+    setattr(private.privacy, name, number)
+    with pytest.raises(SpecInvalidError) as refused:
+        cohorts.declare(private)
+    assert set(told(refused)) == {f"privacy.{name}"}
+    with pytest.raises(BudgetError):
+        plan_budget(privacy_settings(private.privacy), 2)
+
+
+def test_a_first_release_at_no_time_is_refused(cohorts):
+    private = spec(**PRIVATE)
+    for nanos, seconds in ((2**31 - 1, NOW), (-1, NOW), (0, 2**62)):
+        private.privacy.first_release_at.seconds = int(seconds)
+        private.privacy.first_release_at.nanos = nanos
+        with pytest.raises(SpecInvalidError) as refused:
+            cohorts.declare(private)
+        assert told(refused) == {"privacy.first_release_at": "valid_time"}
+
+
+def test_what_is_quoted_of_a_spec_of_many_faults_is_bounded_and_printable(cohorts):
+    """Past a hundred faults the contract's word on a name is not told, and the next rule speaks of it."""
+    private = spec(**PRIVATE, aggregation={"metricsAggregation": "\u202e\n" * 3000})
+    for _ in range(120):
+        private.signals.add(name="\u202e\n" * 3000)
+    with pytest.raises(SpecInvalidError) as refused:
+        cohorts.declare(private)
+    for violation in refused.value.violations:
+        assert f"{violation.field}{violation.description}".isprintable(), violation
+        assert len(violation.description) < 1000

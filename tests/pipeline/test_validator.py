@@ -272,3 +272,12 @@ def test_the_answer_to_a_hostile_packet_is_bounded():
         bad.msp.metrics[f"m{number}"] = 1.0
         bad.msp.controller[f"c{number}"] = 1.0
     assert len(validator(signals=SIGNALS).validate(bad)) == MAX_PROBLEMS
+
+
+def test_a_packet_larger_than_any_cohort_takes_is_not_looked_into():
+    checks = validator(ingest={"max_packet_bytes": 300_000})
+    huge = msp(cohort="care", metrics={f"{'m' * 100} {n}": math.nan for n in range(4000)})
+    (found,) = checks.validate(huge)
+    assert (found.field, found.rule_id) == ("packet", "fmi.policy.max_packet_bytes")
+    assert found.reason == Reason.PACKET_TOO_LARGE
+    assert "no cohort takes more than 300000" in found.description
