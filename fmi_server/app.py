@@ -56,6 +56,10 @@ in as the server stopped, which grpc.aio neither hands out nor refuses before th
 HANDSHAKE_MS: Final = 20_000
 """Milliseconds until a new connection has to have said TLS's and HTTP/2's words of greeting."""
 
+READ_BYTES: Final = 2**20
+"""Bytes that are read of a connection at once. gRPC doubles them for as long as more is there: a flood of
+frames that are read quicker than they are worked on took hundreds of MiB. Ignored before grpcio 1.84."""
+
 IDLE_MS: Final = 600_000
 """Milliseconds after which a connection without a call is closed; clients connect again when they need it."""
 
@@ -114,6 +118,7 @@ def server_arguments(settings: ServerSettings) -> Sequence[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 60_000),
         ("grpc.http2.max_ping_strikes", 2),
+        ("grpc.experimental.tcp_max_read_buffer_size", READ_BYTES),
         ("grpc.so_reuseport", 0),
     )
 
