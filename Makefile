@@ -10,7 +10,7 @@ RELEASED_IMAGE := proto/released.binpb
 FMI_TORTURE_MINUTES ?= 60
 FMI_SOAK_MINUTES ?= 30
 
-.PHONY: help demo test test-lowest torture soak check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-peers bench-privacy bench-start bench-warm-start wheel clean
+.PHONY: help demo test test-lowest torture soak check format proto proto-check proto-release serve bench bench-abuse bench-aggregation bench-confidence bench-peers bench-privacy bench-start bench-warm-start wheel clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -58,6 +58,9 @@ proto-release: $(VENV)/ready .venv-proto/ready ## Keep the contract as the one t
 
 serve: $(VENV)/ready ## Run a development server on 127.0.0.1:50061
 	$(BIN)/fmi-server serve --data-dir fmi-data
+
+bench-abuse: $(VENV)/ready ## Attack a server from the network, and see what an honest site feels of it
+	$(BIN)/python -m benchmarks.abuse
 
 bench: $(VENV)/ready ## Measure the hot paths beside bare references, in one run
 	$(BIN)/python benchmarks/emit.py
