@@ -60,6 +60,9 @@ READ_BYTES: Final = 2**20
 """Bytes that are read of a connection at once. gRPC doubles them for as long as more is there: a flood of
 frames that are read quicker than they are worked on took hundreds of MiB. Ignored before grpcio 1.84."""
 
+BOUNDED_READS: Final = (1, 84)
+"""The version of grpcio that knows that bound."""
+
 IDLE_MS: Final = 600_000
 """Milliseconds after which a connection without a call is closed; clients connect again when they need it."""
 
@@ -149,6 +152,17 @@ def _warn_of_few_files(settings: ServerSettings) -> None:
         )
 
 
+def _warn_of_old_grpc(settings: ServerSettings) -> None:
+    version = tuple(int(part) for part in grpc.__version__.split(".")[:2])
+    if version < BOUNDED_READS and any(True for _ in _beyond_loopback(settings)):
+        _log.warning(
+            "grpcio %s reads ahead without bound: a flood of frames takes hundreds of MiB, "
+            "and others wait; install %d.%d or newer",
+            grpc.__version__,
+            *BOUNDED_READS,
+        )
+
+
 def check_settings(settings: ServerSettings, *, own_store: bool = True) -> None:
     """Check what can be known of settings before a server starts. Nothing that it makes stays.
 
@@ -203,6 +217,7 @@ async def running(
     check_settings(settings, own_store=store is None)
     _warn_of_open_listening(settings)
     _warn_of_few_files(settings)
+    _warn_of_old_grpc(settings)
     registry = FMIContractRegistry()
     telemetry = FMITelemetry()
     cohorts = CohortRegistry(

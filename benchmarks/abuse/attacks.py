@@ -69,6 +69,9 @@ class Ground:
         except OSError:
             self.tally["refused connections"] += 1
             return None
+        except asyncio.CancelledError:
+            made.abort()
+            raise
         self.peers.append(made)
         self.tally["connections"] += 1
         return made

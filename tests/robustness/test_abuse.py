@@ -52,6 +52,16 @@ GROWTHS = {
 """What an attack may take where that is not `GROWTH`: 20 messages are sent, of the largest size there is."""
 
 
+READS_WITHOUT_BOUND = pytest.mark.skipif(
+    tuple(map(int, grpc.__version__.split(".")[:2])) < app.BOUNDED_READS,
+    reason="this grpcio reads ahead without bound; the server says so where it can be reached",
+)
+FRAMES = (
+    "endless-headers",
+    *(f"{kind}-flood" for kind in ("ping", "settings", "window", "priority", "empty")),
+)
+
+
 @contextlib.asynccontextmanager
 async def peak_of(pid: int) -> AsyncIterator[Callable[[], int]]:
     """Watch how far a process grows over what it has now."""
@@ -90,7 +100,10 @@ async def released(client: Client) -> bool:
     return bool((await client.cohorts())[COHORT].revisions)
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=READS_WITHOUT_BOUND if name in FRAMES else ()) for name in ATTACKS],
+)
 async def test_an_attack_harms_nobody(server: ServerProcess, name: str):
     files, said = descriptors(server.pid), len(server.err)
     longest, answers = 0.0, 0
@@ -186,6 +199,17 @@ async def test_who_does_not_greet_in_time_is_sent_away(monkeypatch: pytest.Monke
             await eventually(lambda: len(ground.peers) == 30)
             await eventually(lambda: all(peer.closed.is_set() for peer in ground.peers))
         await site.emit(msp())
+
+
+@pytest.mark.parametrize(("version", "warns"), [("1.83.2", True), ("1.84.0", False)])
+async def test_grpc_that_reads_without_bound_is_told_of(
+    version: str, warns: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(grpc, "__version__", version)
+    for listen, told in (("0.0.0.0:0", warns), ("127.0.0.1:0", False)):
+        caplog.clear()
+        async with running_server(listen=listen, insecure=True):
+            assert (f"grpcio {version} reads ahead" in caplog.text) == told
 
 
 async def test_connections_past_the_bound_are_closed_at_once():
