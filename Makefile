@@ -11,7 +11,7 @@ FMI_TORTURE_MINUTES ?= 60
 FMI_SOAK_MINUTES ?= 30
 FMI_FUZZ_INPUTS ?= 150000
 
-.PHONY: help demo test test-lowest torture soak fuzz check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-jetstream bench-peers bench-privacy bench-start bench-warm-start privacy-error wheel clean
+.PHONY: help demo test test-lowest torture soak fuzz check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-jetstream bench-peers bench-privacy bench-start bench-warm-start privacy-error bench-abuse wheel clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -49,10 +49,7 @@ format: $(VENV)/ready .venv-proto/ready ## Format the code and the contract
 proto: .venv-proto/ready ## Generate the code of the contract
 	$(PROTO_BIN)/python tools/generate_proto.py
 
-proto-fuzz: .venv-fuzz/ready ## Fuzz all that takes bytes from others, FMI_FUZZ_INPUTS inputs for each of eight targets
-	.venv-fuzz/bin/python tests/fuzz/fuzz.py --inputs $(FMI_FUZZ_INPUTS)
-
-check: $(VENV)/ready .venv-proto/ready ## Check the contract and its generated code
+proto-check: $(VENV)/ready .venv-proto/ready ## Check the contract and its generated code
 	$(BIN)/buf format --diff --exit-code proto --path proto/fmi
 	$(PROTO_BIN)/python tools/generate_proto.py --image $(IMAGE)
 	$(BIN)/buf lint $(IMAGE) --config buf.yaml --path fmi
@@ -65,6 +62,9 @@ proto-release: $(VENV)/ready .venv-proto/ready ## Keep the contract as the one t
 
 serve: $(VENV)/ready ## Run a development server on 127.0.0.1:50061
 	$(BIN)/fmi-server serve --data-dir fmi-data
+
+bench-abuse: $(VENV)/ready ## Attack a server from the network, and see what an honest site feels of it
+	$(BIN)/python -m benchmarks.abuse
 
 bench: $(VENV)/ready ## Measure the hot paths beside bare references, in one run
 	$(BIN)/python benchmarks/emit.py

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import tempfile
 import time
@@ -30,14 +31,17 @@ from fmi_server.envelope import EnvelopeLimits
 from fmi_server.listening import (
     described,
     probe_address,
+    reaches_beyond_loopback,
     warn_of_open_listening,
     wrong_addresses,
 )
+from fmi_server.memory_watch import default_limit
 from fmi_server.router import FMIRouter
 from fmi_server.service import FMIService
 from fmi_server.storage import MemoryStore, SqliteStore, Store
 from fmi_server.telemetry import FMITelemetry
 from fmi_server.transport.admin import AdminServicer
+from fmi_server.transport.admission import Admission
 from fmi_server.transport.foreign import for_operators
 from fmi_server.transport.handlers import bind
 from fmi_server.transport.interchange import InterchangeServicer
@@ -61,6 +65,25 @@ STORE_FILE: Final = "fmi.sqlite3"
 LAST_CALLS_S: Final = 1.0
 """Seconds for what is still open when every Emit is answered: reads, watchers of health, and calls that came
 in as the server stopped, which grpc.aio neither hands out nor refuses before this time is over."""
+
+HANDSHAKE_MS: Final = 20_000
+"""Milliseconds until a new connection has to have said TLS's and HTTP/2's words of greeting."""
+
+READ_BYTES: Final = 2**20
+"""Bytes that are read of a connection at once. gRPC doubles them for as long as more is there: a flood of
+frames that are read quicker than they are worked on took hundreds of MiB. Ignored before grpcio 1.84."""
+
+BOUNDED_READS: Final = (1, 84)
+"""The version of grpcio that knows that bound."""
+
+IDLE_MS: Final = 600_000
+"""Milliseconds after which a connection without a call is closed; clients connect again when they need it."""
+
+METADATA_BYTES: Final = 8 * 1024
+"""Bytes of the headers of a call. Past it calls are refused at random, past twice that all of them."""
+
+OTHER_FILES: Final = 128
+"""Files that the process needs besides its connections: the store, its readers, a backup, the log."""
 
 _log = logging.getLogger(__name__)
 
@@ -88,12 +111,22 @@ def server_arguments(settings: ServerSettings) -> Sequence[tuple[str, int]]:
 
     With gRPC's own bounds on pending requests, more than about a thousand streams that open at once are
     rejected at random with a bare CANCELLED; a reconnect storm of all subscribers must fit.
+
+    The bound on the calls of a connection is what protects from rapid resets and floods of streams: past it
+    gRPC refuses streams before they cost more than a frame, and counts those that were reset until they are
+    gone. gRPC's own compression is off: a message is decompressed whole before its size is checked.
     """
     pending = settings.max_subscribers + settings.max_inflight
     return (
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", -1),
-        ("grpc.max_concurrent_streams", pending),
+        ("grpc.max_concurrent_streams", settings.max_connection_calls),
+        ("grpc.max_allowed_incoming_connections", _most_connections(settings)),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+        ("grpc.max_connection_idle_ms", IDLE_MS),
+        ("grpc.max_metadata_size", METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", 2 * METADATA_BYTES),
+        ("grpc.compression_enabled_algorithms_bitset", 1),
         ("grpc.server.max_pending_requests", pending),
         ("grpc.server.max_pending_requests_hard_limit", 2 * pending),
         ("grpc.keepalive_time_ms", 120_000),
@@ -101,8 +134,46 @@ def server_arguments(settings: ServerSettings) -> Sequence[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 60_000),
         ("grpc.http2.max_ping_strikes", 2),
+        ("grpc.experimental.tcp_max_read_buffer_size", READ_BYTES),
         ("grpc.so_reuseport", 0),
     )
+
+
+def _most_connections(settings: ServerSettings) -> int:
+    """Return how many connections are taken: the store needs files too, which must not run out."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return settings.max_connections
+    return max(1, min(settings.max_connections, files - OTHER_FILES))
+
+
+def _take_files() -> None:
+    """Let this process open as many files as it may: the default of most systems is 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _warn_of_few_files(settings: ServerSettings) -> None:
+    taken = _most_connections(settings)
+    if taken < settings.max_connections:
+        _log.warning(
+            "%d connections are taken at the same time, and not max_connections (%d): the process may open "
+            "no more files (ulimit -n)",
+            taken,
+            settings.max_connections,
+        )
+
+
+def _warn_of_old_grpc(settings: ServerSettings) -> None:
+    version = tuple(int(part) for part in grpc.__version__.split(".")[:2])
+    if version < BOUNDED_READS and reaches_beyond_loopback(settings):
+        _log.warning(
+            "grpcio %s reads ahead without bound: a flood of frames takes hundreds of MiB, "
+            "and others wait; install %d.%d or newer",
+            grpc.__version__,
+            *BOUNDED_READS,
+        )
 
 
 def check_settings(settings: ServerSettings, *, own_store: bool = True) -> None:
@@ -142,6 +213,8 @@ async def running(
     """
     check_settings(settings, own_store=store is None)
     warn_of_open_listening(settings)
+    _warn_of_few_files(settings)
+    _warn_of_old_grpc(settings)
     registry = FMIContractRegistry()
     # A wrong file stops the start before anything is made or opened.
     files: Sequence[CohortFile] = ()
@@ -167,7 +240,15 @@ async def running(
         limits=EnvelopeLimits(settings.max_batch_bytes, settings.max_batch_packets),
         max_inflight=settings.max_inflight,
     )
-    server = grpc.aio.server(options=server_arguments(settings))
+    asked = settings.max_memory_bytes
+    service.memory_watch.limit_bytes = default_limit() if asked is None else asked
+    admission = Admission(
+        max_calls=settings.max_subscribers + settings.max_inflight,
+        pressed=lambda: service.memory_watch.pressed,
+        telemetry=telemetry,
+    )
+    service.memory_watch.on_pressure(admission.relieve)
+    server = grpc.aio.server(interceptors=[admission], options=server_arguments(settings))
     health_servicer = health.aio.HealthServicer()
     _add_services(server, service, health_servicer, settings, security)
     port = _bind(server, settings.listen, security)
@@ -274,6 +355,7 @@ def _tell_of_the_end(task: asyncio.Task[None]) -> None:
 
 async def serve(settings: ServerSettings) -> None:
     """Run a server until SIGTERM or SIGINT, then drain. Prints a line when it listens."""
+    _take_files()
     async with running(settings) as server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):

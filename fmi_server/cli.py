@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from typing import Final
 
 __all__ = ["main"]
@@ -26,4 +27,7 @@ def main() -> None:
             f"fmi-server needs {', '.join(missing)}, which a base install does not have: "
             "in the checkout, pip install '.[server]'"
         )
+    # gRPC's core writes a line for much that a peer gets wrong: whoever likes could fill the disk. It reads
+    # this when it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     importlib.import_module("fmi_server.commands").cli.main(prog_name="fmi-server")

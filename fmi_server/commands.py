@@ -161,6 +161,13 @@ def _configure_logging(settings: ServerSettings) -> None:
     # At debug they tell of each event loop and each connection, and drown what the server says.
     for noisy in ("grpc", "asyncio"):
         logging.getLogger(noisy).setLevel(max(logging.INFO, root.level))
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_no_fault_of_ours)
+
+
+def _no_fault_of_ours(record: logging.LogRecord) -> bool:
+    """Leave out that a peer went away while it was answered: else it writes a dozen lines for each call."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or kind.__name__ != "ExecuteBatchError"
 
 
 def _one_line(

@@ -333,6 +333,25 @@ class ServerSettings(BaseSettings):
         description="most bytes an envelope may decode to",
         json_schema_extra=_BYTES,
     )
+    max_connections: int = Field(
+        default=10_000,
+        ge=1,
+        description="connections at the same time; further ones are closed at once",
+        json_schema_extra={"unit": "connections"},
+    )
+    max_connection_calls: int = Field(
+        default=128,
+        ge=1,
+        le=100_000,
+        description="calls at the same time on one connection; further ones wait at the client",
+        json_schema_extra={"unit": "calls"},
+    )
+    max_memory_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        description="resident memory past which calls are refused; by default 80 % of all, 0 for any",
+        json_schema_extra=_BYTES,
+    )
     max_inflight: int = Field(
         default=10_000,
         ge=1,

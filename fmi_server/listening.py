@@ -9,7 +9,13 @@ from collections.abc import Iterator
 
 from fmi_server.config import ServerSettings, SettingsError
 
-__all__ = ["described", "probe_address", "warn_of_open_listening", "wrong_addresses"]
+__all__ = [
+    "described",
+    "probe_address",
+    "reaches_beyond_loopback",
+    "warn_of_open_listening",
+    "wrong_addresses",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +84,11 @@ def _lacking(settings: ServerSettings) -> str:
     if not settings.authenticated:
         return "nobody is authenticated (tls_client_ca or tokens)"
     return ""
+
+
+def reaches_beyond_loopback(settings: ServerSettings) -> bool:
+    """Say whether other machines reach the server's port."""
+    return not _loopback(_host(settings.listen))
 
 
 def warn_of_open_listening(settings: ServerSettings) -> None:

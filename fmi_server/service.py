@@ -67,6 +67,7 @@ from fmi_server.errors import (
     reason_name,
 )
 from fmi_server.feed_requests import FeedRequest, everything, kind_name
+from fmi_server.memory_watch import MemoryWatch
 from fmi_server.private_messages import private_warm_start
 from fmi_server.releases import Releaser
 from fmi_server.router import AGGREGATOR, FMIRouter
@@ -112,6 +113,7 @@ class FMIService:
         applied: What subscribers reported of the updates they got.
         closing: Set when the service takes nothing new.
         gate: Decides who may do what.
+        memory_watch: Says whether memory is short; it has no limit until it is given one.
         store_watch: Says whether the store takes writes.
     """
 
@@ -148,6 +150,7 @@ class FMIService:
         )
         self.applied = AppliedBook()
         self.store_watch = StoreWatch(self.store, telemetry=self.telemetry)
+        self.memory_watch = MemoryWatch(telemetry=self.telemetry)
         self.cohorts.signals_in_use = self.aggregator.signals_in_use
         self.compactor = Compactor(self.store, self.cohorts, self.releaser, clock=clock)
         self._intake = Intake(self.registry, self.validator)
@@ -181,6 +184,7 @@ class FMIService:
             self._tasks.create_task(self.releaser.sweep(), name="sweep"),
             self._tasks.create_task(self.compactor.run(), name="compaction"),
             self._tasks.create_task(self.store_watch.run(), name="store watch"),
+            self._tasks.create_task(self.memory_watch.run(), name="memory watch"),
             self._tasks.create_task(self.router.give_signs_of_life(), name="signs of life"),
         ]
         if self._bus is not None:
@@ -356,6 +360,8 @@ class FMIService:
             raise ServerDrainingError
         if self._inflight >= self._max_inflight:
             raise OverloadedError("calls at work")
+        if self.memory_watch.pressed:
+            raise OverloadedError("memory")
         self._inflight += 1
         self._idle.clear()
         try:

@@ -78,6 +78,14 @@ class FMITelemetry:
             "Whether a read or a write came upon damage in the store: 0, or 1 until a restart.",
             registry=self.registry,
         )
+        self._memory = Gauge(
+            "fmi_resident_memory_bytes", "Resident memory of the process.", registry=self.registry
+        )
+        self._memory_pressed = Gauge(
+            "fmi_memory_pressed",
+            "Whether calls are refused because memory is short: 0, or 1 while they are.",
+            registry=self.registry,
+        )
         self._release_seconds = Histogram(
             "fmi_release_seconds",
             "Seconds from the start of a release until it is durable.",
@@ -153,6 +161,11 @@ class FMITelemetry:
     def store_is_damaged(self) -> None:
         """Set that the store is damaged."""
         self._store_damaged.set(1)
+
+    def memory(self, held: int, *, pressed: bool) -> None:
+        """Set the resident memory, in bytes, and whether calls are refused for it."""
+        self._memory.set(held)
+        self._memory_pressed.set(pressed)
 
     def snapshot(self) -> Mapping[str, float]:
         """Return every count by name and labels, for example `fmi_packets_total{type="msp",...}`."""

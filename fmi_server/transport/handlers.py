@@ -29,7 +29,7 @@ from fmi_server.transport.auditing import AUDITED_REASONS, describe
 from fmi_server.transport.identity import Authenticator, Caller
 from fmi_server.transport.status import status_message
 
-__all__ = ["REQUEST_ID_KEY", "bind"]
+__all__ = ["REQUEST_ID_KEY", "bind", "status_of"]
 
 OPERATORS_SERVICE: Final = "fmi.v1.AdminService"
 """The service of which the audit log has every call."""
@@ -163,12 +163,13 @@ class _Guard:
 
     def unary(
         self, call: Callable[[_Request, Caller], Awaitable[Message]]
-    ) -> Callable[[_Request, _Context], Awaitable[Message]]:
-        async def handle(request: _Request, context: _Context) -> Message:
+    ) -> Callable[[_Request, _Context], Awaitable[bytes]]:
+        async def handle(request: _Request, context: _Context) -> bytes:
             caller = self._nobody
             try:
                 caller = self._caller(context)
-                response = await call(_parsed(request), caller)
+                # As bytes: a peer that does not read its answer would keep the message, ten times as large.
+                response = _serialise(await call(_parsed(request), caller))
                 self._note_operation("OK", request, caller)
                 return response
             except asyncio.CancelledError:
@@ -243,22 +244,34 @@ class _Guard:
             self._note_operation(reason_name(reason), request, caller)
 
     def _status(self, error: Exception, request: _Request, caller: Caller) -> grpc.Status:
-        # Only a call that fails gets an id: metadata on every answer would cost more than all that the
-        # server does for an Emit.
-        request_id = os.urandom(8).hex()
-        if not isinstance(error, FMIError):
-            _log.error("%s failed, request %s", self._method, request_id, exc_info=error)
-        elif error.reason == Reason.INTERNAL:
-            _log.error("%s failed, request %s: %s", self._method, request_id, error)
-        else:
-            _log.debug("%s refused, request %s: %s", self._method, request_id, error)
         reason = error.reason if isinstance(error, FMIError) else Reason.INTERNAL
-        self._telemetry.refusal(reason_name(reason))
         self._note(reason, request, caller)
-        status = rpc_status.to_status(status_message(error, request_id=request_id))
-        metadata = (*(status.trailing_metadata or ()), (REQUEST_ID_KEY, request_id))
-        # grpc.Status is an interface without methods: whatever has its attributes is one.
-        return cast("grpc.Status", _Status(status.code, status.details, metadata))
+        return status_of(error, self._method, self._telemetry)
+
+
+def status_of(error: Exception, method: str, telemetry: FMITelemetry) -> grpc.Status:
+    """Write an error as the status of a call, log it and count it.
+
+    Args:
+        error: What the call was refused for.
+        method: The method, for the log.
+        telemetry: Counts the refusal.
+    """
+    # Only a call that fails gets an id: metadata on every answer would cost more than all that the
+    # server does for an Emit.
+    request_id = os.urandom(8).hex()
+    if not isinstance(error, FMIError):
+        _log.error("%s failed, request %s", method, request_id, exc_info=error)
+    elif error.reason == Reason.INTERNAL:
+        _log.error("%s failed, request %s: %s", method, request_id, error)
+    else:
+        _log.debug("%s refused, request %s: %s", method, request_id, error)
+    reason = error.reason if isinstance(error, FMIError) else Reason.INTERNAL
+    telemetry.refusal(reason_name(reason))
+    status = rpc_status.to_status(status_message(error, request_id=request_id))
+    metadata = (*(status.trailing_metadata or ()), (REQUEST_ID_KEY, request_id))
+    # grpc.Status is an interface without methods: whatever has its attributes is one.
+    return cast("grpc.Status", _Status(status.code, status.details, metadata))
 
 
 class _Status(NamedTuple):

@@ -1,0 +1,1 @@
+"""Attacks from the network on a real server, and what an honest site feels of them."""
