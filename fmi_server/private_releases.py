@@ -36,7 +36,7 @@ from fmi_server.storage import Store
 from fmi_server.storage.records import LedgerTotal, LostSpan, SpendRecord
 from fmi_server.threads import in_thread
 
-__all__ = ["Account", "PrivateReleases", "period_length_us"]
+__all__ = ["Account", "PrivateReleases"]
 
 _MICROSECONDS: Final = 1_000_000
 
@@ -286,20 +286,20 @@ class PrivateReleases:
         await self._spend(rules, period_us, charged * plan.rho_per_release)
 
 
-def period_length_us(rules: CohortRules) -> int:
+def _period_length_us(rules: CohortRules) -> int:
     """Return how long the periods of a private cohort are, in microseconds."""
     return round(rules.max_interval_s * _MICROSECONDS)
 
 
 def _period_us(rules: CohortRules, now: float) -> int:
     """Return when the period began that a moment is in."""
-    length_us = period_length_us(rules)
+    length_us = _period_length_us(rules)
     return int(now * _MICROSECONDS) // length_us * length_us
 
 
 def _next_period_s(rules: CohortRules, after_us: int) -> float:
     """Return when the first period begins after a moment, or a later first release is due."""
-    length_us = period_length_us(rules)
+    length_us = _period_length_us(rules)
     starts_s = (after_us // length_us + 1) * length_us / _MICROSECONDS
     return max(starts_s, rules.first_release_at)
 
@@ -310,7 +310,7 @@ def _lost_periods(rules: CohortRules, total: LedgerTotal | None, lost: Iterable[
     A span begins within a period whose release the backup may have just missed, and ends within one that may
     have had its release already. Of the periods the ledger has, none counts.
     """
-    length_us = period_length_us(rules)
+    length_us = _period_length_us(rules)
     known = -1 if total is None else total.last_period // length_us
     return sum(
         max(0, span.until_us // length_us - max(known + 1, span.from_us // length_us) + 1)

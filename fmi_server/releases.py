@@ -341,11 +341,18 @@ class Releaser:
         return self._state(self._cohorts.rules(cohort)), work.lock
 
     @contextlib.asynccontextmanager
-    async def settled(self, cohort: str) -> AsyncIterator[CohortState]:
-        """Hold the state of a cohort, everything that waited counted; nothing changes it meanwhile."""
+    async def settled(self, cohort: str, *, expire: bool = False) -> AsyncIterator[CohortState]:
+        """Hold the state of a cohort, everything that waited counted; nothing changes it meanwhile.
+
+        Args:
+            cohort: The cohort.
+            expire: Whether what is past its time goes first.
+        """
         work = self._work[cohort]
         async with work.lock:
             await self._count_waiting(cohort, work)
+            if expire:
+                await self._drop_expired(cohort, work)
             yield self._state(self._cohorts.rules(cohort))
 
     def _state(self, rules: CohortRules) -> CohortState:

@@ -591,8 +591,7 @@ class FMIService:
         self, cohort: str, request: WarmStartRequest
     ) -> update_pb2.WarmStartProfile | None:
         """Find it in what is held; None where that is private by the time that it can be read."""
-        await self.releaser.reading(cohort)  # what is past its time goes
-        async with self.releaser.settled(cohort) as state:
+        async with self.releaser.settled(cohort, expire=True) as state:
             if state.rules.privacy is not None:
                 return None
             return await asyncio.to_thread(self.aggregator.warm_start, state, request)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,6 +12,7 @@ from cli_server import Script, contract_answer, serve
 from click.testing import CliRunner, Result
 
 from fmi_client.cli import cli
+from fmi_server.testing import running_server
 
 
 @pytest.fixture
@@ -54,6 +57,44 @@ def ask(script: Script, fmi: Run) -> Run:
 
     def run(*args: str, stdin: str | bytes | None = None) -> Result:
         return fmi(*args, "--target", script.target, stdin=stdin)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def real_target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server with its own store on disk, in a thread."""
+    folder = tmp_path_factory.mktemp("server")
+    told: list[str] = []
+    ready = threading.Event()
+    loop = asyncio.new_event_loop()
+    stopping = asyncio.Event()
+
+    async def run() -> None:
+        async with running_server(folder) as server:
+            told.append(server.target)
+            ready.set()
+            await stopping.wait()
+
+    def work() -> None:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.run(run())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert ready.wait(20)
+    yield told[0]
+    loop.call_soon_threadsafe(stopping.set)
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def ask_real(fmi: Run, real_target: str) -> Run:
+    """Run `fmi` in this process against that server; the first argument is a line to be split."""
+
+    def run(line: str, *more: str, stdin: str | None = None) -> Result:
+        return fmi(*line.split(), *more, "--target", real_target, stdin=stdin)
 
     return run
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import re
-import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from fmi_client import FMIClient, FMIEmitter
 from fmi_client.commands.exits import ExitCode
-from fmi_server.testing import running_server
 
 COHORT = """
 name: care
@@ -26,51 +22,15 @@ privacy: {dp_epsilon: 60, dp_delta: 1e-6, dp_epochs: 3}
 """
 
 
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server with its own store on disk, in a thread."""
-    folder = tmp_path_factory.mktemp("server")
-    told: list[str] = []
-    ready = threading.Event()
-    loop = asyncio.new_event_loop()
-    stopping = asyncio.Event()
-
-    async def run() -> None:
-        async with running_server(folder) as server:
-            told.append(server.target)
-            ready.set()
-            await stopping.wait()
-
-    def work() -> None:
-        with asyncio.Runner(loop_factory=lambda: loop) as runner:
-            runner.run(run())
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    assert ready.wait(20)
-    yield told[0]
-    loop.call_soon_threadsafe(stopping.set)
-    thread.join(20)
-    assert not thread.is_alive()
-
-
-@pytest.fixture
-def ask(fmi, target):
-    def run(line: str, *more: str, stdin: str | None = None):
-        return fmi(*line.split(), *more, "--target", target, stdin=stdin)
-
-    return run
-
-
 @pytest.mark.timeout(60)
-def test_the_life_of_a_budget(ask, target, tmp_path):
-    assert "no cohort is private" in ask("privacy ledger").stdout
+def test_the_life_of_a_budget(ask_real, real_target, tmp_path):
+    assert "no cohort is private" in ask_real("privacy ledger").stdout
     file = tmp_path / "care.yaml"
     file.write_text(COHORT)
     # The sites are there before the budget runs: the cohort is declared without it first.
     file.write_text(COHORT[: COHORT.index("privacy")].replace("0.2s", "60s"))
-    assert ask("cohorts put", str(file)).exit_code == 0
-    with FMIClient(target) as client:
+    assert ask_real("cohorts put", str(file)).exit_code == 0
+    with FMIClient(real_target) as client:
         for number in range(60):
             client.emit(
                 FMIEmitter(domain_id=f"s{number}", cohort="care").emit_msp(
@@ -78,7 +38,7 @@ def test_the_life_of_a_budget(ask, target, tmp_path):
                 )
             )
         file.write_text(COHORT)
-        assert ask("cohorts put", str(file)).exit_code == 0
+        assert ask_real("cohorts put", str(file)).exit_code == 0
         deadline = time.monotonic() + 20.0
         while client.admin.list_privacy_budgets("care")[0].releases_left:
             assert time.monotonic() < deadline
@@ -88,46 +48,46 @@ def test_the_life_of_a_budget(ask, target, tmp_path):
         )
         assert receipt.status == "accepted"
         assert receipt.sequence is None, "the places of two packets would count those between them"
-    told = ask("privacy ledger care").stdout
+    told = ask_real("privacy ledger care").stdout
     assert re.search(r"care +60 +60 +1e-06 +3 +0 +exhausted", told), told
     assert re.search(r"1 +20.+Z +opened", told), told
     assert len(re.findall(r"^ +\d  20", told, re.MULTILINE)) == 4
-    data = json.loads(ask("privacy ledger care --json").stdout)
+    data = json.loads(ask_real("privacy ledger care --json").stdout)
     (budget,) = data["budgets"]
     assert budget["rho_spent"] == pytest.approx(
         sum(spend.get("rho", 0) for spend in data["spends"])
     )
     assert budget["epsilon_spent"] == pytest.approx(60.0, rel=1e-3)
-    assert "spends" not in json.loads(ask("privacy ledger --json").stdout)
+    assert "spends" not in json.loads(ask_real("privacy ledger --json").stdout)
 
-    shown = ask("get care").stdout
+    shown = ask_real("get care").stdout
     assert "private, confidence" in shown
     assert "epsilon 60 spent" in shown
     assert "site" not in shown.partition("signal")[0]
     assert max(map(len, shown.splitlines())) <= 80
-    assert "tau" in ask("get care --kind warm_start").stdout
-    hint = ask("get care --kind policy_hint")
+    assert "tau" in ask_real("get care --kind warm_start").stdout
+    hint = ask_real("get care --kind policy_hint")
     assert hint.exit_code == ExitCode.NOT_FOUND or "private" in hint.stdout
-    refused = ask("cohorts release care")
+    refused = ask_real("cohorts release care")
     assert refused.exit_code == ExitCode.REFUSED
     assert "PRIVACY_BUDGET_EXHAUSTED" in refused.output
 
     weaker = tmp_path / "weaker.yaml"
     weaker.write_text(COHORT.replace("dp_epsilon: 60", "dp_epsilon: 90"))
-    refused = ask("cohorts put", str(weaker))
+    refused = ask_real("cohorts put", str(weaker))
     assert refused.exit_code == ExitCode.REFUSED
     assert "more than sites were promised" in " ".join(refused.output.split())
 
 
-def test_a_plan_says_what_a_budget_means_and_what_to_change(ask):
+def test_a_plan_says_what_a_budget_means_and_what_to_change(ask_real):
     line = "privacy plan --sites 200 --signals 20 --epsilon 1 --delta 1e-6 --epochs 50"
-    told = ask(line)
+    told = ask_real(line)
     assert told.exit_code == 0
     assert max(map(len, told.stdout.splitlines()[:-4])) <= 80
     said = " ".join(told.stdout.split())
     for words in ("sensitivity 5.477", "noise 32.04", "error by noise 0.877", "and there are 200"):
         assert words in said
-    data = json.loads(ask(line, "--json").stdout)
+    data = json.loads(ask_real(line, "--json").stdout)
     assert data["noise_stderr"] == pytest.approx(0.8774, abs=1e-4)
     assert data["plan"]["epochs"] == 50
 
@@ -147,14 +107,14 @@ def test_a_plan_says_what_a_budget_means_and_what_to_change(ask):
         ("--sites 200 --cohort nowhere", "nowhere"),
     ],
 )
-def test_a_plan_that_is_none_says_why(ask, line, said):
-    told = ask(f"privacy plan {line}")
+def test_a_plan_that_is_none_says_why(ask_real, line, said):
+    told = ask_real(f"privacy plan {line}")
     assert told.exit_code in (ExitCode.REFUSED, ExitCode.USAGE, ExitCode.NOT_FOUND)
     assert said in told.output
     assert "Traceback" not in told.output
 
 
-def test_a_plan_for_a_cohort_tells_the_error_of_each_signal_in_its_unit(ask, tmp_path):
+def test_a_plan_for_a_cohort_tells_the_error_of_each_signal_in_its_unit(ask_real, tmp_path):
     file = tmp_path / "plant.yaml"
     file.write_text(
         """
@@ -165,9 +125,9 @@ def test_a_plan_for_a_cohort_tells_the_error_of_each_signal_in_its_unit(ask, tmp
           - {name: share, section: controller, lower: 0.01, upper: 0.99, transform: logit}
         """
     )
-    assert ask("cohorts put", str(file)).exit_code == 0
+    assert ask_real("cohorts put", str(file)).exit_code == 0
     line = "privacy plan --cohort plant --sites 100 --epsilon 4 --delta 1e-6 --epochs 10"
-    data = json.loads(ask(line, "--json").stdout)
+    data = json.loads(ask_real(line, "--json").stdout)
     noise = data["noise_stderr"]
     assert data["signal_stderr"] == {
         "temperature": pytest.approx(50.0 * noise),
@@ -176,5 +136,5 @@ def test_a_plan_for_a_cohort_tells_the_error_of_each_signal_in_its_unit(ask, tmp
         # Log odds end a millionth of the width before the bounds, so that they are wide.
         "share": pytest.approx(0.25 * 0.98 * math.log(1e6 - 1.0) * noise, rel=1e-4),
     }
-    shown = ask(line).stdout
+    shown = ask_real(line).stdout
     assert re.search(r"temperature +20 \.\. 120 +[0-9.]+ +K", shown), shown
