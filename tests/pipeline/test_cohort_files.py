@@ -413,8 +413,9 @@ def test_many_problems_take_no_more_time_each_than_a_few():
         return time.process_time() - begun
 
     seconds(1)  # compiles the rules
-    few = seconds(400)
-    assert seconds(4000) < 30 * few
+    # The best of three: a collection of garbage falls into one of them.
+    few, many = (min(seconds(signals) for _ in range(3)) for signals in (400, 4000))
+    assert many < 30 * few
 
 
 def test_a_path_that_is_long_is_cut(tmp_path):

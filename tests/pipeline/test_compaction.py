@@ -426,3 +426,15 @@ async def test_a_cohort_that_cannot_be_compacted_does_not_hold_up_the_others(
     finally:
         running.cancel()
     assert "cohort broken was not compacted" in caplog.text
+
+
+async def test_a_warm_start_is_not_made_of_what_is_past_its_time(clock):
+    """Nobody emits and nothing was released since: the question itself lets it go."""
+    async with FMIService(clock=clock) as service:
+        for site in ("a", "b", "c"):
+            await service.emit(msp(site, controller={"tau": 0.4}, at=NOW))
+        found, _ = await service.warm_start("care")
+        assert dict(found.init) == {"tau": pytest.approx(0.4)}
+        clock.advance(service.cohorts.rules("care").site_ttl_s + 1.0)
+        found, _ = await service.warm_start("care")
+        assert not found.init
