@@ -37,6 +37,7 @@ HERE = Path(__file__).parent
 SOUND = (sys.executable, str(HERE / "outbox_site.py"))
 KINDS = {"site-async": "async", "site-blocking": "blocking"}
 END_S = 60.0
+CAMPAIGNS = 5
 
 
 class Site:
@@ -177,7 +178,7 @@ async def test_kill_9_of_sites_and_server_loses_repeats_and_swaps_nothing(tmp_pa
     assert all(len(numbers) > 20 * ROUNDS for numbers in noted.values())
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("fault", "guarantee"),
     [
@@ -189,5 +190,12 @@ async def test_kill_9_of_sites_and_server_loses_repeats_and_swaps_nothing(tmp_pa
 )
 async def test_an_outbox_with_a_fault_is_caught(tmp_path, fault, guarantee):
     command = (sys.executable, str(HERE / "faulty_outbox_site.py"), fault)
-    noted, store = await torment(tmp_path, rounds=3, seed=1, command=command)
-    assert guarantee in {found.guarantee for found in broken(noted, store)}
+    found = set()
+    for campaign in range(CAMPAIGNS):  # a kill may fall beside the fault, but not every time
+        folder = tmp_path / str(campaign)
+        folder.mkdir()
+        noted, store = await torment(folder, rounds=3, seed=campaign, command=command)
+        found = {finding.guarantee for finding in broken(noted, store)}
+        if guarantee in found:
+            break
+    assert guarantee in found
