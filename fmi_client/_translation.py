@@ -34,6 +34,7 @@ from fmi_client.errors import (
     PacketTooLargeError,
     PrivacyBudgetExhaustedError,
     ProtocolError,
+    QuotaExceededError,
     ReleaseRefusedError,
     SchemaMismatchError,
     ServerDrainingError,
@@ -96,6 +97,7 @@ REASON_CLASSES: Final[Mapping[error_pb2.ErrorReason.ValueType, type[FMIError]]] 
         error_pb2.ERROR_REASON_ACCESS_DENIED: AccessDeniedError,
         error_pb2.ERROR_REASON_DOMAIN_ID_MISMATCH: AccessDeniedError,
         error_pb2.ERROR_REASON_UNAUTHORIZED: AccessDeniedError,
+        error_pb2.ERROR_REASON_QUOTA_EXCEEDED: QuotaExceededError,
     }
 )
 """The class of each reason of the contract's catalogue."""

@@ -28,6 +28,7 @@
         - PrivacyBudgetExhaustedError its budget is spent: it releases nothing more
     - TemporaryError                  the same call can succeed later; the SDK's own retries are used up
         - OverloadedError
+            - QuotaExceededError
         - StoreUnavailableError
         - ServerDrainingError
         - ConnectionFailedError       no connection, or it broke
@@ -97,6 +98,7 @@ __all__ = [
     "PrivacyBudgetExhaustedError",
     "PrivacyCoverageError",
     "ProtocolError",
+    "QuotaExceededError",
     "ReleaseRefusedError",
     "SchemaMismatchError",
     "ServerDrainingError",
@@ -324,6 +326,15 @@ class TemporaryError(FMIError):
 
 class OverloadedError(TemporaryError):
     """The server has as much under way as it can bear."""
+
+
+class QuotaExceededError(OverloadedError):
+    """This site takes more than its quota: packets, bytes, calls, or streams at once."""
+
+    @property
+    def resource(self) -> str | None:
+        """What it takes too much of, if the server said so."""
+        return self.metadata.get("resource")
 
 
 class StoreUnavailableError(TemporaryError):

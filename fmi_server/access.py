@@ -70,6 +70,7 @@ class Principal:
         unrestricted: Whether it may do everything: the program itself, or everybody where the server
             authenticates nobody.
         credential: What proved it, for whoever checked that: never a secret.
+        account: What its calls are charged to (`fmi_server.quotas`); empty where they are not.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Principal:
     operator: bool = False
     unrestricted: bool = False
     credential: Hashable = None
+    account: str = ""
 
     def speaks_as(self, domain_id: str) -> bool:
         """Say whether it may speak under the name of a site."""

@@ -36,6 +36,7 @@ from fmi_server.listening import (
     wrong_addresses,
 )
 from fmi_server.memory_watch import default_limit
+from fmi_server.quotas import Quotas
 from fmi_server.router import FMIRouter
 from fmi_server.service import FMIService
 from fmi_server.storage import MemoryStore, SqliteStore, Store
@@ -240,6 +241,7 @@ async def running(
         limits=EnvelopeLimits(settings.max_batch_bytes, settings.max_batch_packets),
         max_inflight=settings.max_inflight,
     )
+    service.quotas = Quotas(settings.quota, settings.quotas)
     asked = settings.max_memory_bytes
     service.memory_watch.limit_bytes = default_limit() if asked is None else asked
     admission = Admission(
@@ -435,6 +437,7 @@ def _add_services(
                 telemetry=service.telemetry,
                 authenticator=security.authenticator,
                 audit=security.audit,
+                quotas=service.quotas,
             )
             for found, servicer in servicers
         )

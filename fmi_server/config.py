@@ -7,6 +7,7 @@ them all before it starts.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 import re
@@ -28,6 +29,7 @@ from pydantic_settings import (
 from fmi.yaml_text import YAMLTextError, read_yaml
 from fmi_server.privacy.budget import BudgetError, PrivacySettings
 from fmi_server.privacy.noisy_means import PRIVATE_ESTIMATORS
+from fmi_server.quotas import Quota
 
 __all__ = [
     "ESTIMATORS",
@@ -172,6 +174,11 @@ class RouterConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
 
+
+DEFAULT_QUOTA: Final = Quota(
+    calls_per_s=500.0, packets_per_s=1000.0, bytes_per_s=8.0 * 2**20, streams=64
+)
+"""What a caller may take where callers are authenticated: up to a quarter of what one process can do."""
 
 PRIVACY_SETTINGS: Final = (
     "dp_noise_sigma",
@@ -370,6 +377,48 @@ class ServerSettings(BaseSettings):
         description="cohorts at most; no more are opened on demand past it",
         json_schema_extra={"unit": "cohorts"},
     )
+    quota_calls_per_s: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="calls that one caller may make; by default 500 where callers are authenticated, "
+        "0 for any",
+        json_schema_extra={"unit": "calls per second"},
+    )
+    quota_packets_per_s: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="packets that one caller may send; by default 1000 where callers are authenticated, "
+        "0 for any",
+        json_schema_extra={"unit": "packets per second"},
+    )
+    quota_bytes_per_s: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="bytes of packets that one caller may send; by default 8 MiB where callers are "
+        "authenticated, 0 for any",
+        json_schema_extra={"unit": "bytes per second"},
+    )
+    quota_streams: int | None = Field(
+        default=None,
+        ge=0,
+        description="EmitStream calls and subscriptions of one caller at the same time; by default 64 where "
+        "callers are authenticated, 0 for any",
+        json_schema_extra={"unit": "streams"},
+    )
+    quota_cohorts: int | None = Field(
+        default=None,
+        ge=0,
+        description="cohorts that one caller's packets may open; 0 for any, the default",
+        json_schema_extra={"unit": "cohorts"},
+    )
+    quotas: Annotated[dict[str, Quota], NoDecode] = Field(
+        default={},
+        description="other quotas of single callers, by principal; JSON in a flag or a variable",
+        json_schema_extra={"unit": "quotas by principal"},
+    )
     progress_interval_s: float = Field(
         default=20.0,
         gt=0,
@@ -423,6 +472,28 @@ class ServerSettings(BaseSettings):
             if not name or name == "*" or not name.isprintable():
                 raise ValueError("must be names of principals, each printable, and not `*`")
         return value
+
+    @field_validator("quotas", mode="before")
+    @classmethod
+    def _from_json(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise ValueError("must be quotas by principal, as JSON") from None
+
+    @property
+    def quota(self) -> Quota:
+        """What a caller may take where `quotas` says nothing of it."""
+        given = Quota(
+            self.quota_calls_per_s,
+            self.quota_packets_per_s,
+            self.quota_bytes_per_s,
+            self.quota_streams,
+            self.quota_cohorts,
+        )
+        return given.over(DEFAULT_QUOTA if self.authenticated else Quota())
 
     @property
     def authenticated(self) -> bool:

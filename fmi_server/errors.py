@@ -9,6 +9,7 @@
     - EnvelopeTooLargeError
     - DictionaryUnknownError
     - OverloadedError             retry later
+    - QuotaExceededError          retry later
     - StoreError                  of the store; its tree stands in `storage.base`
     - ServerDrainingError         retry elsewhere or later
     - UpdateNotFoundError
@@ -56,6 +57,7 @@ __all__ = [
     "PacketIdReusedError",
     "PacketRefusedError",
     "PrivacyBudgetExhaustedError",
+    "QuotaExceededError",
     "Reason",
     "ReleaseScheduledError",
     "RequestInvalidError",
@@ -110,6 +112,7 @@ class Reason:
     ACCESS_DENIED: Final = error_pb2.ERROR_REASON_ACCESS_DENIED
     DOMAIN_ID_MISMATCH: Final = error_pb2.ERROR_REASON_DOMAIN_ID_MISMATCH
     UNAUTHORIZED: Final = error_pb2.ERROR_REASON_UNAUTHORIZED
+    QUOTA_EXCEEDED: Final = error_pb2.ERROR_REASON_QUOTA_EXCEEDED
 
 
 def reason_name(reason: error_pb2.ErrorReason.ValueType) -> str:
@@ -338,6 +341,25 @@ class OverloadedError(FMIError):
     def metadata(self) -> Mapping[str, str]:
         """What is exhausted."""
         return {"resource": self.resource}
+
+
+class QuotaExceededError(FMIError):
+    """The caller takes more than its quota."""
+
+    reason = Reason.QUOTA_EXCEEDED
+
+    def __init__(self, resource: str, limit: str, *, retry_after_s: float) -> None:
+        self.resource = resource
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+        super().__init__(
+            f"more than the quota of {resource}, which is {limit}; try again in {retry_after_s:.3g} s"
+        )
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What is exhausted, and how much of it a caller may take."""
+        return {"resource": self.resource, "limit": self.limit}
 
 
 class ServerDrainingError(FMIError):

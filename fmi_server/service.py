@@ -69,6 +69,7 @@ from fmi_server.errors import (
 from fmi_server.feed_requests import FeedRequest, everything, kind_name
 from fmi_server.memory_watch import MemoryWatch
 from fmi_server.private_messages import private_warm_start
+from fmi_server.quotas import Quotas
 from fmi_server.releases import Releaser
 from fmi_server.router import AGGREGATOR, FMIRouter
 from fmi_server.storage import MemoryStore, Store, StoreError
@@ -114,6 +115,7 @@ class FMIService:
         closing: Set when the service takes nothing new.
         gate: Decides who may do what.
         memory_watch: Says whether memory is short; it has no limit until it is given one.
+        quotas: What each caller may take, and took; nobody has limits until it is given some.
         store_watch: Says whether the store takes writes.
     """
 
@@ -151,6 +153,7 @@ class FMIService:
         self.applied = AppliedBook()
         self.store_watch = StoreWatch(self.store, telemetry=self.telemetry)
         self.memory_watch = MemoryWatch(telemetry=self.telemetry)
+        self.quotas = Quotas()
         self.cohorts.signals_in_use = self.aggregator.signals_in_use
         self.compactor = Compactor(self.store, self.cohorts, self.releaser, clock=clock)
         self._intake = Intake(self.registry, self.validator)
@@ -244,6 +247,7 @@ class FMIService:
         Raises:
             PacketRefusedError: It breaks rules; all of them are told.
             PacketIdReusedError: Its id was used before for other content.
+            QuotaExceededError: The caller takes too much.
             OverloadedError: There is too much under way.
             ServerDrainingError: The server is going down.
             StoreUnavailableError: It could not be stored now.
@@ -252,10 +256,13 @@ class FMIService:
             kind = "unknown"
             try:
                 typed = self.registry.coerce(packet)
+                if caller.account:
+                    self.quotas.admit_packets(caller.account, 1, typed.ByteSize())
                 kind = typed.WhichOneof("body") or kind
                 received_at_us = int(self._clock() * 1e6)
                 candidate = self._open_cohort(
-                    self._intake.inspect(typed, received_at_us=received_at_us, caller=caller)
+                    self._intake.inspect(typed, received_at_us=received_at_us, caller=caller),
+                    caller,
                 )
                 outcome = await self._append(candidate)
                 answer = self._settled(candidate, outcome)
@@ -279,11 +286,15 @@ class FMIService:
             caller: Who sends them.
 
         Raises:
+            QuotaExceededError: The caller takes too much; nothing was stored.
             OverloadedError: There is too much under way; nothing was stored.
             ServerDrainingError: The server is going down; nothing was stored.
             StoreUnavailableError: They could not be stored now; nothing was stored.
         """
         with self._admitted():
+            if caller.account:
+                size = sum(_size(item) for item in items)
+                self.quotas.admit_packets(caller.account, len(items), size)
             return await self._emit_items(items, caller)
 
     async def _emit_items(
@@ -296,10 +307,12 @@ class FMIService:
             inspected = await asyncio.to_thread(
                 self._intake.inspect_many, items, received_at_us=now_us, caller=caller
             )
-        return await self.uninterrupted(self._keep_batch(inspected))
+        return await self.uninterrupted(self._keep_batch(inspected, caller))
 
-    async def _keep_batch(self, inspected: Sequence[Candidate | Answer]) -> list[Answer]:
-        items = [self._opened(item) for item in inspected]
+    async def _keep_batch(
+        self, inspected: Sequence[Candidate | Answer], caller: Principal
+    ) -> list[Answer]:
+        items = [self._opened(item, caller) for item in inspected]
         records = [item.record for item in items if isinstance(item, Candidate)]
         try:
             outcomes = iter(await self.store.append(records) if records else ())
@@ -329,13 +342,15 @@ class FMIService:
             EnvelopeMalformedError: It cannot be decoded; nothing was stored.
             EnvelopeTooLargeError: It would decode to too much; nothing was stored.
             DictionaryUnknownError: It names a dictionary that is not registered.
+            QuotaExceededError: The caller takes too much; nothing was stored.
         """
         with self._admitted():
             self._decoder.refuse_too_large(envelope)
+            self.quotas.admit_packets(caller.account, 0, envelope.uncompressed_size)
             async with self._decoding.spending(envelope.uncompressed_size):
-                return await self._emit_items(
-                    await asyncio.to_thread(self._decoder.decode, envelope), caller
-                )
+                items = await asyncio.to_thread(self._decoder.decode, envelope)
+                self.quotas.charge_packets(caller.account, len(items))
+                return await self._emit_items(items, caller)
 
     def check_batch_size(self, packets: int) -> None:
         """Refuse a batch with more packets than an envelope may hold.
@@ -444,21 +459,24 @@ class FMIService:
             raise error
         return cast("_T", result)
 
-    def _opened(self, item: Candidate | Answer) -> Candidate | Answer:
+    def _opened(self, item: Candidate | Answer, caller: Principal) -> Candidate | Answer:
         """Open the cohort of a candidate of a batch; it is refused where no more may be opened."""
         if isinstance(item, Candidate):
             try:
-                return self._open_cohort(item)
+                return self._open_cohort(item, caller)
             except CohortUnknownError as error:
                 return Answer(item.record.packet_id, item.record.kind, "refused", error=error)
         return item
 
-    def _open_cohort(self, candidate: Candidate) -> Candidate:
+    def _open_cohort(self, candidate: Candidate, caller: Principal) -> Candidate:
         """Open the cohort of a candidate where there is none yet, and warn of that."""
         name = candidate.record.cohort
         if name in self.cohorts:
             return candidate
+        if not self.quotas.may_open(caller.account):
+            raise CohortUnknownError(name)
         self.cohorts.open(name)
+        self.quotas.opened(caller.account)
         _log.info(
             "cohort %s is opened by the first packet, from %s", name, candidate.record.domain_id
         )
@@ -687,3 +705,7 @@ class FMIService:
     async def dictionary(self, dictionary_id: int = 0) -> tuple[int, bytes]:
         """Read a dictionary; the newest where no id is given; see `DictionaryShelf.read`."""
         return await self._dictionaries.read(dictionary_id)
+
+
+def _size(item: bytes | packet_pb2.Packet) -> int:
+    return len(item) if isinstance(item, bytes) else item.ByteSize()

@@ -62,6 +62,8 @@ def _default(setting: FieldInfo) -> str:
     match setting.default:
         case None | ():
             return "none"
+        case dict() as empty if not empty:
+            return "none"
         case bool() as flag:
             return f"`{str(flag).lower()}`"
         case int() as number if number >= 2**20 and number % 2**20 == 0:

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Final, NamedTuple, cast
 
 import grpc
@@ -24,9 +25,10 @@ from fmi.v1 import error_pb2
 from fmi_server.access import TRUSTED, Principal
 from fmi_server.audit import AuditLog
 from fmi_server.errors import FMIError, Reason, RequestInvalidError, Violation, reason_name
+from fmi_server.quotas import Quotas
 from fmi_server.telemetry import FMITelemetry
 from fmi_server.transport.auditing import AUDITED_REASONS, describe
-from fmi_server.transport.identity import Authenticator, Caller
+from fmi_server.transport.identity import Authenticator, Caller, account_of_address
 from fmi_server.transport.status import status_message
 
 __all__ = ["REQUEST_ID_KEY", "bind", "status_of"]
@@ -60,6 +62,7 @@ def bind(
     telemetry: FMITelemetry,
     authenticator: Authenticator | None = None,
     audit: AuditLog | None = None,
+    quotas: Quotas | None = None,
 ) -> grpc.GenericRpcHandler:
     """Bind every method of a service to the servicer's method of the same name.
 
@@ -72,6 +75,7 @@ def bind(
         telemetry: Counts refusals.
         authenticator: Says who calls; without it every call is trusted.
         audit: Takes what operators do and who is refused.
+        quotas: What each caller may take.
 
     Raises:
         AttributeError: The servicer lacks a method.
@@ -80,7 +84,7 @@ def bind(
         method.name: _handler(
             method,
             getattr(servicer, method.name),
-            _Guard(method.full_name, telemetry, authenticator, audit),
+            _Guard(method.full_name, telemetry, authenticator, audit, quotas),
         )
         for method in service.methods
     }
@@ -153,11 +157,13 @@ class _Guard:
         telemetry: FMITelemetry,
         authenticator: Authenticator | None,
         audit: AuditLog | None,
+        quotas: Quotas | None,
     ) -> None:
         self._method = method
         self._telemetry = telemetry
         self._authenticator = authenticator
         self._audit = audit
+        self._quotas = quotas
         self._operating = method.startswith(f"{OPERATORS_SERVICE}.")
         self._nobody = Caller(TRUSTED, method=method)
 
@@ -168,6 +174,7 @@ class _Guard:
             caller = self._nobody
             try:
                 caller = self._caller(context)
+                self._charge(caller)
                 # As bytes: a peer that does not read its answer would keep the message, ten times as large.
                 response = _serialise(await call(_parsed(request), caller))
                 self._note_operation("OK", request, caller)
@@ -190,6 +197,7 @@ class _Guard:
             caller = self._nobody
             try:
                 caller = self._caller(context)
+                self._charge(caller)
                 async for response in call(_parsed(request), caller):
                     yield response
                 return
@@ -222,10 +230,19 @@ class _Guard:
         return handle
 
     def _caller(self, context: _Context) -> Caller:
-        if self._authenticator is None and self._audit is None:
+        if self._authenticator is not None:
+            return Caller(self._authenticator(context), context.peer(), self._method)
+        if self._quotas is not None and self._quotas.limited:
+            peer = context.peer()
+            principal = replace(TRUSTED, account=account_of_address(peer))
+            return Caller(principal, peer, self._method)
+        if self._audit is None:
             return self._nobody
-        principal = TRUSTED if self._authenticator is None else self._authenticator(context)
-        return Caller(principal, context.peer(), self._method)
+        return Caller(TRUSTED, context.peer(), self._method)
+
+    def _charge(self, caller: Caller) -> None:
+        if self._quotas is not None:
+            self._quotas.admit_call(caller.principal.account)
 
     def _from(self, context: _Context, caller: Caller) -> Caller:
         """Return who calls and from where, also where that could not be found out before."""

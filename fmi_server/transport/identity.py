@@ -7,11 +7,14 @@ more, and one that is not valid is refused however good the certificate is.
 
 from __future__ import annotations
 
+import ipaddress
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final, Protocol
+from urllib.parse import unquote
 
 import grpc
 
@@ -25,7 +28,7 @@ from fmi_server.certificates import (
 from fmi_server.errors import FMIError, UnauthenticatedError, UnauthorizedError
 from fmi_server.tokens import TokenBook, TokenRecord
 
-__all__ = ["Authenticator", "Caller", "Credentials"]
+__all__ = ["Authenticator", "Caller", "Credentials", "account_of_address"]
 
 _SCHEME: Final = "bearer"
 _NO_TOKEN: Final = "the token is not valid here; it may be mistyped, or it was revoked"
@@ -155,7 +158,11 @@ class Authenticator:
     def _principal(
         self, name: str, domain_ids: frozenset[str], credential: TokenRecord | ClientCertificate
     ) -> Principal:
-        return Principal(name, domain_ids, operator=name in self._operators, credential=credential)
+        operator = name in self._operators
+        account = "" if operator else name
+        return Principal(
+            name, domain_ids, operator=operator, credential=credential, account=account
+        )
 
     def _lacking(self) -> str:
         ways = []
@@ -180,6 +187,22 @@ def _bearer_token(context: _Context) -> str | None:
     if len(found) > 1 or scheme.lower() != _SCHEME or not token:
         raise UnauthenticatedError("`authorization` must be given once, as `Bearer TOKEN`")
     return token
+
+
+@lru_cache(maxsize=16_384)
+def account_of_address(peer: str) -> str:
+    """Return the account of a caller of whom nothing is known but an address, as gRPC writes it.
+
+    All ports of an address are one account. So is an IPv6 network of 64 bits, which is what one host gets.
+    """
+    kind, _, rest = unquote(peer).partition(":")
+    host = rest.rpartition(":")[0].strip("[]").partition("%")[0]
+    if kind == "ipv6":
+        address = ipaddress.IPv6Address(host)
+        if address.ipv4_mapped is not None:
+            return str(address.ipv4_mapped)
+        return str(ipaddress.IPv6Network((address, 64), strict=False))
+    return host if kind == "ipv4" else kind
 
 
 def _time(seconds: float) -> str:

@@ -15,6 +15,7 @@ from fmi_server.errors import (
     DictionaryUnknownError,
     EnvelopeMalformedError,
     EnvelopeTooLargeError,
+    QuotaExceededError,
     Reason,
     RequestInvalidError,
     ServerDrainingError,
@@ -68,8 +69,19 @@ class InterchangeServicer:
     async def EmitStream(
         self, requests: AsyncIterator[wire_pb2.EmitStreamRequest], caller: Caller
     ) -> AsyncIterator[wire_pb2.EmitStreamResponse]:
-        """Take batches, and answer each when it is durable."""
-        async for request in self._until_closing(requests):
+        """Take batches, and answer each when it is durable.
+
+        Where the caller owes for what it sent, nothing is read until that is paid: it feels that its writes
+        wait, and nothing of it is held here.
+        """
+        with self._service.quotas.stream(caller.principal.account):
+            async for response in self._answers(requests, caller):
+                yield response
+
+    async def _answers(
+        self, requests: AsyncIterator[wire_pb2.EmitStreamRequest], caller: Caller
+    ) -> AsyncIterator[wire_pb2.EmitStreamResponse]:
+        async for request in self._until_closing(requests, caller):
             response = wire_pb2.EmitStreamResponse(batch_id=request.batch_id)
             try:
                 answers = await self._take(request, caller)
@@ -78,8 +90,9 @@ class InterchangeServicer:
                 EnvelopeMalformedError,
                 EnvelopeTooLargeError,
                 DictionaryUnknownError,
+                QuotaExceededError,
             ) as error:
-                # This batch is bad; the next one may be good.
+                # This batch is bad, or comes too early; the next one may be good.
                 response.refusal.CopyFrom(refusal_message(error))
             else:
                 self._note(answers, caller)
@@ -98,8 +111,9 @@ class InterchangeServicer:
     ) -> AsyncIterator[bytes]:
         """Stream updates, as events that were serialised once."""
         self._service.registry.check_request(request, reason=Reason.INVALID_FILTER)
-        async for event in self._service.subscribe(request, caller=caller.principal):
-            yield event
+        with self._service.quotas.stream(caller.principal.account):
+            async for event in self._service.subscribe(request, caller=caller.principal):
+                yield event
 
     async def GetUpdate(
         self, request: wire_pb2.GetUpdateRequest, caller: Caller
@@ -139,12 +153,15 @@ class InterchangeServicer:
         )
 
     async def _until_closing(
-        self, requests: AsyncIterator[wire_pb2.EmitStreamRequest]
+        self, requests: AsyncIterator[wire_pb2.EmitStreamRequest], caller: Caller
     ) -> AsyncIterator[wire_pb2.EmitStreamRequest]:
         """Give the requests of a stream; end it when the server goes down, also while it is idle."""
         closing = asyncio.ensure_future(self._service.closing.wait())
         try:
             while True:
+                owed_s = self._service.quotas.owed_s(caller.principal.account)
+                if owed_s > 0.0:
+                    await asyncio.wait({closing}, timeout=owed_s)
                 upcoming = asyncio.ensure_future(anext(requests, None))
                 await asyncio.wait({upcoming, closing}, return_when=asyncio.FIRST_COMPLETED)
                 if not upcoming.done():

@@ -61,6 +61,7 @@ STATUS_CODES: Final[Mapping[error_pb2.ErrorReason.ValueType, grpc.StatusCode]] =
     Reason.ACCESS_DENIED: grpc.StatusCode.PERMISSION_DENIED,
     Reason.DOMAIN_ID_MISMATCH: grpc.StatusCode.PERMISSION_DENIED,
     Reason.UNAUTHORIZED: grpc.StatusCode.PERMISSION_DENIED,
+    Reason.QUOTA_EXCEEDED: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
 

@@ -55,6 +55,7 @@ EXAMPLES = [
     errors.EnvelopeTooLargeError(10, 5),
     errors.DictionaryUnknownError(7),
     errors.OverloadedError("calls at work"),
+    errors.QuotaExceededError("packets", "50 per second", retry_after_s=2.5),
     errors.ServerDrainingError(),
     errors.UpdateNotFoundError("care", "prior", 3),
     errors.CompactedError("care", "prior", 3, 7),
@@ -208,6 +209,7 @@ def test_only_what_can_help_is_retried():
     retried = {names(example) for example in EXAMPLES if example.retry_after_s is not None}
     assert retried == {
         "OverloadedError",
+        "QuotaExceededError",
         "ServerDrainingError",
         "StoreUnavailableError",
         "StoreBusyError",

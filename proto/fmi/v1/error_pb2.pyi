@@ -98,6 +98,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The subscription ended because its credentials expired or were revoked, or because the caller may not
     see one of its cohorts any more.
     """
+    ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 34
+    """The caller takes more than its quota. Try again after the time given."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why something was refused. The name is the `reason` of the `google.rpc.ErrorInfo` (domain `fmi`) that
@@ -176,6 +178,8 @@ ERROR_REASON_UNAUTHORIZED: ErrorReason.ValueType  # 33
 """The subscription ended because its credentials expired or were revoked, or because the caller may not
 see one of its cohorts any more.
 """
+ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 34
+"""The caller takes more than its quota. Try again after the time given."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

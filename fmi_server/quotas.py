@@ -1,0 +1,242 @@
+"""Quotas: what one caller may take of the server, so that the others have what is theirs.
+
+Calls, packets and bytes are rates with a burst: who was quiet may catch up on `BURST_S` seconds. A call is
+admitted where nothing is owed from calls before, and may then owe for itself, so that no batch is too large
+to be admitted ever; the next call waits until that is paid. It is the virtual scheduling of the generic cell
+rate algorithm (ITU-T I.371, annex A), with the size of a call as its increment. What is open at once, and
+the cohorts that somebody opened, are counted.
+
+An account is whom a call is charged to: a name that credentials prove, or an address where the server
+authenticates nobody. Calls without an account, which are the program's own and operators', are not charged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import astuple, dataclass, fields, replace
+from typing import Final
+
+from fmi_server.errors import QuotaExceededError
+
+__all__ = ["BURST_S", "Quota", "Quotas"]
+
+BURST_S: Final = 10.0
+"""Seconds of a rate that may be caught up on."""
+
+LONGEST_RETRY_S: Final = 300.0
+"""The longest time that a caller is told to wait; what is owed stays owed."""
+
+MAX_ACCOUNTS: Final = 65_536
+"""Accounts that are kept, those that called last. Where they are addresses, anybody can make new ones."""
+
+STREAM_RETRY_S: Final = 5.0
+"""Seconds after which to try again where all streams are open."""
+
+TELL_EVERY_S: Final = 60.0
+"""Seconds between two log lines about one account."""
+
+_RATES: Final = ("calls", "packets", "bytes")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What one account may take. None leaves it to what holds for all, 0 is for no limit.
+
+    Attributes:
+        calls_per_s: Calls, whatever becomes of them.
+        packets_per_s: Packets, whatever becomes of them.
+        bytes_per_s: Bytes of packets, uncompressed.
+        streams: EmitStream calls and subscriptions that are open at once.
+        cohorts: Cohorts that its packets open.
+
+    Raises:
+        ValueError: One is negative or not finite.
+    """
+
+    calls_per_s: float | None = None
+    packets_per_s: float | None = None
+    bytes_per_s: float | None = None
+    streams: int | None = None
+    cohorts: int | None = None
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{one.name} must be a number from 0, not {value}")
+
+    def over(self, others: Quota) -> Quota:
+        """Return this quota, with what it leaves out as in another one."""
+        given = {one.name: getattr(self, one.name) for one in fields(self)}
+        return replace(
+            others, **{name: value for name, value in given.items() if value is not None}
+        )
+
+
+class _Account:
+    """What an account took of the rates.
+
+    Attributes:
+        limits: By rate, what it may take per second.
+        paid_until: By rate, the time until which what it took is paid for.
+        refused: Calls that were refused since that was told.
+        told_at: When it was told.
+    """
+
+    __slots__ = ("limits", "paid_until", "refused", "told_at")
+
+    def __init__(self, quota: Quota) -> None:
+        rates = (quota.calls_per_s, quota.packets_per_s, quota.bytes_per_s)
+        self.limits = {name: rate for name, rate in zip(_RATES, rates, strict=True) if rate}
+        self.paid_until = dict.fromkeys(self.limits, -math.inf)
+        self.refused = 0
+        self.told_at = -math.inf
+
+    def owed_s(self, name: str, now: float) -> float:
+        return self.paid_until.get(name, now) - now
+
+    def charge(self, amounts: Mapping[str, int], now: float) -> None:
+        for name, amount in amounts.items():
+            if rate := self.limits.get(name):
+                since = max(self.paid_until[name], now - BURST_S)
+                self.paid_until[name] = since + amount / rate
+
+
+class Quotas:
+    """Keeps the accounts of callers.
+
+    Args:
+        quota: Of every account; by default there are no limits.
+        exceptions: By account, quotas of those that have others.
+        clock: Seconds that only rise.
+
+    Attributes:
+        limited: Whether any account has a limit.
+    """
+
+    def __init__(
+        self,
+        quota: Quota | None = None,
+        exceptions: Mapping[str, Quota] | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._quota = quota or Quota()
+        self._exceptions = {
+            account: other.over(self._quota) for account, other in (exceptions or {}).items()
+        }
+        self.limited = any(
+            any(astuple(quota)) for quota in (self._quota, *self._exceptions.values())
+        )
+        self._clock = clock
+        self._accounts: OrderedDict[str, _Account] = OrderedDict()
+        self._streams: Counter[str] = Counter()
+        self._cohorts: Counter[str] = Counter()
+
+    def of(self, account: str) -> Quota:
+        """Return the quota of an account."""
+        return self._exceptions.get(account, self._quota)
+
+    def admit_call(self, account: str) -> None:
+        """Admit a call, and charge it.
+
+        Args:
+            account: Who pays; empty for nobody, who is always admitted.
+
+        Raises:
+            QuotaExceededError: Calls are owed from before; nothing is charged.
+        """
+        if account:
+            self._admit(account, {"calls": 1})
+
+    def admit_packets(self, account: str, packets: int, size: int) -> None:
+        """Admit packets, and charge them.
+
+        Args:
+            account: Who pays; empty for nobody, who is always admitted.
+            packets: How many; 0 where that is not known yet (`charge_packets`).
+            size: Their bytes.
+
+        Raises:
+            QuotaExceededError: Packets or bytes are owed from before; nothing is charged.
+        """
+        if account:
+            self._admit(account, {"packets": packets, "bytes": size})
+
+    def charge_packets(self, account: str, packets: int) -> None:
+        """Charge packets whose number was not known when their bytes were admitted."""
+        if account:
+            self._account(account).charge({"packets": packets}, self._clock())
+
+    def owed_s(self, account: str) -> float:
+        """Return for how many seconds an account must wait before it is admitted again."""
+        held = self._accounts.get(account)
+        now = self._clock()
+        return (
+            max((until - now for until in held.paid_until.values()), default=0.0) if held else 0.0
+        )
+
+    @contextlib.contextmanager
+    def stream(self, account: str) -> Iterator[None]:
+        """Hold one of the streams of an account.
+
+        Raises:
+            QuotaExceededError: It has as many as it may.
+        """
+        most = self.of(account).streams
+        if account and most and self._streams[account] >= most:
+            self._tell(account, "streams", self._clock())
+            raise QuotaExceededError("streams", f"{most} at once", retry_after_s=STREAM_RETRY_S)
+        self._streams[account] += 1
+        try:
+            yield
+        finally:
+            self._streams[account] -= 1
+            if not self._streams[account]:
+                del self._streams[account]
+
+    def may_open(self, account: str) -> bool:
+        """Say whether an account may open one more cohort."""
+        most = self.of(account).cohorts
+        return not account or not most or self._cohorts[account] < most
+
+    def opened(self, account: str) -> None:
+        """Charge a cohort that an account opened."""
+        if account and self.of(account).cohorts:
+            self._cohorts[account] += 1
+
+    def _admit(self, account: str, amounts: Mapping[str, int]) -> None:
+        held, now = self._account(account), self._clock()
+        for name in amounts:
+            owed_s = held.owed_s(name, now)
+            if owed_s > 0.0:
+                self._tell(account, name, now)
+                limit, wait_s = f"{held.limits[name]:g} per second", min(owed_s, LONGEST_RETRY_S)
+                raise QuotaExceededError(name, limit, retry_after_s=wait_s)
+        held.charge(amounts, now)
+
+    def _account(self, account: str) -> _Account:
+        held = self._accounts.get(account)
+        if held is None:
+            held = self._accounts[account] = _Account(self.of(account))
+            if len(self._accounts) > MAX_ACCOUNTS:
+                self._accounts.popitem(last=False)
+        else:
+            self._accounts.move_to_end(account)
+        return held
+
+    def _tell(self, account: str, resource: str, now: float) -> None:
+        held = self._account(account)
+        held.refused += 1
+        if now - held.told_at >= TELL_EVERY_S:
+            _log.warning(
+                "%s takes more than its quota of %s: %d refused", account, resource, held.refused
+            )
+            held.refused, held.told_at = 0, now

@@ -1,0 +1,282 @@
+"""Quotas over a real server: who takes too much is told when to come again, and nobody else is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+import grpc
+import pytest
+from identity_harness import OPERATOR, Office, calling, secured
+from server_harness import DEADLINE_S, Refusal, eventually, identity, msp
+
+from fmi.v1 import admin_service_pb2 as admin_pb2
+from fmi.v1 import interchange_service_pb2 as wire_pb2
+from fmi.v1 import packet_pb2
+from fmi.v1 import registry_service_pb2 as registry_pb2
+from fmi_client import AsyncFMIClient, QuotaExceededError, RetryPolicy, TLSConfig
+from fmi_server.config import DEFAULT_QUOTA
+from fmi_server.quotas import Quota
+from fmi_server.testing import running_server
+
+EMIT = "fmi.v1.InterchangeService/Emit"
+STREAM = "fmi.v1.InterchangeService/EmitStream"
+SUBSCRIBE = "fmi.v1.InterchangeService/Subscribe"
+CONTRACT = "fmi.v1.RegistryService/GetContract"
+SLOW = 0.001
+"""A rate so low that what was taken is not paid for while a test runs."""
+
+
+@pytest.fixture
+def office(tmp_path) -> Office:
+    return Office(tmp_path / "office")
+
+
+def one(site="emitter", cohort="care"):
+    return wire_pb2.EmitRequest(packet=msp(site, cohort))
+
+
+def batch(count, site="emitter", cohort="care", batch_id=0):
+    packets = packet_pb2.PacketBatch(packets=[msp(site, cohort) for _ in range(count)])
+    return wire_pb2.EmitStreamRequest(packets=packets, batch_id=batch_id)
+
+
+def enveloped(count, site="emitter", cohort="care"):
+    envelope = identity(*(msp(site, cohort) for _ in range(count)))
+    return wire_pb2.EmitRequest(encoded=envelope)
+
+
+async def refusal(call) -> Refusal:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async with asyncio.timeout(DEADLINE_S):
+            await call
+    return Refusal.read(caught.value)
+
+
+async def stored(server) -> int:
+    return await server.service.store.last_sequence()
+
+
+@contextlib.asynccontextmanager
+async def callers(office, *names, **settings):
+    """A server with quotas, and callers with tokens."""
+    tokens = [office.token(name, *sites).text for name, *sites in names]
+    async with (
+        secured(**office.tls, tokens=office.tokens, **settings) as server,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        connections = [calling(server.target, ca=office.ca, token=token) for token in tokens]
+        yield (server, *[await stack.enter_async_context(each) for each in connections])
+
+
+@pytest.mark.parametrize("request_of", [one, lambda: enveloped(3)], ids=["packet", "envelope"])
+async def test_too_many_packets_are_refused_with_a_time_to_wait_and_nothing_is_stored(
+    office, request_of
+):
+    async with callers(office, ("emitter",), ("member",), quota_packets_per_s=SLOW) as (
+        server,
+        loud,
+        other,
+    ):
+        await loud(EMIT, request_of())
+        before = await stored(server)
+        for _ in range(3):
+            told = await refusal(loud(EMIT, request_of()))
+            assert (told.code, told.reason) == (
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "QUOTA_EXCEEDED",
+            )
+            assert told.metadata == {"resource": "packets", "limit": "0.001 per second"}
+            assert told.retry_s == 300.0
+        assert await stored(server) == before
+        await other(EMIT, one("member"))
+
+
+async def test_too_many_bytes_are_refused(office):
+    async with callers(office, ("emitter",), quota_bytes_per_s=1.0) as (_, loud):
+        await loud(EMIT, one())
+        assert (await refusal(loud(EMIT, one()))).metadata["resource"] == "bytes"
+        assert (await refusal(loud(EMIT, enveloped(2)))).metadata["resource"] == "bytes"
+
+
+async def test_calls_of_any_kind_count(office):
+    async with callers(office, ("emitter",), ("member",), quota_calls_per_s=SLOW) as (
+        _,
+        loud,
+        other,
+    ):
+        await loud(CONTRACT, registry_pb2.GetContractRequest())
+        for method, request in (
+            (CONTRACT, registry_pb2.GetContractRequest()),
+            (EMIT, one()),
+            (SUBSCRIBE, wire_pb2.SubscribeRequest(cohorts=["care"])),
+            (STREAM, batch(1)),
+        ):
+            told = await refusal(loud(method, request))
+            assert (told.reason, told.metadata["resource"]) == ("QUOTA_EXCEEDED", "calls")
+        await other(CONTRACT, registry_pb2.GetContractRequest())
+
+
+async def test_a_stream_is_not_read_while_its_caller_owes(office):
+    async with callers(office, ("emitter",), ("member",), quota_packets_per_s=SLOW) as (
+        server,
+        loud,
+        other,
+    ):
+        call = loud.open(STREAM, *(batch(5, batch_id=number) for number in range(1, 4)))
+        async with asyncio.timeout(DEADLINE_S):
+            first = await call.read()
+        assert (first.batch_id, first.accepted) == (1, 5)
+        reading = asyncio.ensure_future(call.read())
+        await asyncio.wait({reading}, timeout=0.3)
+        assert not reading.done()
+        assert await stored(server) == 5
+        await other(EMIT, one("member"))
+        reading.cancel()
+        call.cancel()
+
+
+async def test_a_batch_that_comes_beside_what_is_owed_is_refused_and_the_stream_goes_on(office):
+    async with callers(office, ("emitter",), quota_packets_per_s=SLOW) as (server, loud):
+        ready = asyncio.Event()
+
+        async def requests():
+            await ready.wait()
+            yield batch(2, batch_id=7)
+
+        call = loud.channel.stream_stream(
+            f"/{STREAM}",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=wire_pb2.EmitStreamResponse.FromString,
+        )(requests(), metadata=loud.metadata)
+        # It waits for its first request when the quota is used up by another call.
+        await eventually(lambda: server.service.quotas._streams["emitter"] == 1)
+        await loud(EMIT, one())
+        ready.set()
+        async with asyncio.timeout(DEADLINE_S):
+            answer = await call.read()
+        assert answer.batch_id == 7
+        assert answer.packets == answer.accepted == 0
+        assert "quota of packets" in answer.refusal.message
+        assert answer.refusal.retry_delay.seconds == 300
+        assert await stored(server) == 1
+        call.cancel()
+
+
+async def test_a_draining_server_does_not_wait_for_what_is_owed(office):
+    async with callers(office, ("emitter",), quota_packets_per_s=SLOW) as (server, loud):
+        call = loud.open(STREAM, *(batch(5, batch_id=number) for number in range(1, 4)))
+        async with asyncio.timeout(DEADLINE_S):
+            await call.read()
+        server.service.closing.set()
+        told = await refusal(call.read())
+        assert told.reason == "SERVER_DRAINING"
+
+
+async def test_streams_at_once_are_counted_and_given_back(office):
+    async with callers(office, ("member",), ("reader",), quota_streams=2) as (server, loud, other):
+        ask = wire_pb2.SubscribeRequest(cohorts=["care"])
+        held = [loud.open(SUBSCRIBE, ask) for _ in range(2)]
+        for call in held:
+            async with asyncio.timeout(DEADLINE_S):
+                await call.read()
+        for method, request in ((SUBSCRIBE, ask), (STREAM, batch(1, "member"))):
+            told = await refusal(loud(method, request))
+            assert (told.reason, told.metadata["resource"]) == ("QUOTA_EXCEEDED", "streams")
+            assert told.retry_s == 5.0
+        await other(SUBSCRIBE, ask)
+        held[0].cancel()
+        await eventually(lambda: server.service.quotas._streams["member"] == 1)
+        await loud(STREAM, batch(1, "member"))
+        held[1].cancel()
+
+
+async def test_operators_are_not_charged_and_exceptions_hold(office):
+    settings = {
+        "quota_calls_per_s": SLOW,
+        "quotas": {"member": Quota(calls_per_s=0)},
+    }
+    async with callers(office, (OPERATOR,), ("member",), ("emitter",), **settings) as (
+        _,
+        operator,
+        spared,
+        site,
+    ):
+        for _ in range(5):
+            await operator("fmi.v1.AdminService/ListCohorts", admin_pb2.ListCohortsRequest())
+            await spared(EMIT, one("member"))
+        await site(EMIT, one())
+        assert (await refusal(site(EMIT, one()))).reason == "QUOTA_EXCEEDED"
+
+
+async def test_two_tokens_of_one_principal_have_one_quota_and_two_principals_two(office):
+    async with callers(
+        office, ("emitter",), ("emitter",), ("member", "emitter"), quota_packets_per_s=SLOW
+    ) as (_, first, second, other):
+        await first(EMIT, one())
+        assert (await refusal(second(EMIT, one()))).reason == "QUOTA_EXCEEDED"
+        await other(EMIT, one("emitter"))
+
+
+async def test_where_nobody_is_authenticated_an_address_is_charged_if_it_is_asked_for():
+    async with running_server(quota_packets_per_s=SLOW) as server, calling(server.target) as caller:
+        await caller(EMIT, one("any", "open"))
+        assert (await refusal(caller(EMIT, one("other", "open")))).reason == "QUOTA_EXCEEDED"
+
+
+async def test_an_address_opens_as_many_cohorts_as_it_may(caplog):
+    caplog.set_level(logging.INFO)
+    async with running_server(quota_cohorts=3) as server, calling(server.target) as caller:
+        for number in range(3):
+            await caller(EMIT, one("site", f"open-{number}"))
+        told = await refusal(caller(EMIT, one("site", "open-3")))
+        assert told.reason == "COHORT_UNKNOWN"
+        (item,) = (await caller(STREAM, batch(1, "site", "open-4"))).exceptions
+        assert "not known" in item.refusal.message
+        await caller(EMIT, one("site", "open-1"))
+        assert len(server.service.cohorts) == 3
+
+
+async def test_the_defaults_are_for_callers_who_are_authenticated(office):
+    office.token("emitter")
+    async with secured(**office.tls, tokens=office.tokens) as server:
+        assert server.service.quotas.of("anybody") == DEFAULT_QUOTA
+    async with running_server() as server:
+        assert not server.service.quotas.limited
+
+
+async def test_the_sdk_waits_as_it_is_told_and_everything_arrives(office):
+    token = office.token("member").text
+    settings = {"quota_packets_per_s": 20.0}
+    async with secured(**office.tls, tokens=office.tokens, **settings) as server:
+        async with AsyncFMIClient(
+            server.target,
+            domain_id="member",
+            cohort="care",
+            token=token,
+            tls=TLSConfig(office.ca_file),
+        ) as client:
+            packets = [{"type": "msp", "controller": {"tau": n / 300}} for n in range(230)]
+            receipts = await client.emit_many(packets, batch_packets=50)
+            assert [receipt.status for receipt in receipts] == ["accepted"] * 230
+            await client.emit(packets[0])
+        assert await stored(server) == 231
+
+
+async def test_the_sdk_says_what_it_took_too_much_of(office):
+    token = office.token("member").text
+    async with secured(**office.tls, tokens=office.tokens, quota_packets_per_s=SLOW) as server:
+        async with AsyncFMIClient(
+            server.target,
+            domain_id="member",
+            cohort="care",
+            token=token,
+            tls=TLSConfig(office.ca_file),
+            retry=RetryPolicy(max_attempts=1),
+        ) as client:
+            await client.emit({"type": "msp", "controller": {"tau": 1.0}})
+            with pytest.raises(QuotaExceededError) as caught:
+                await client.emit({"type": "msp", "controller": {"tau": 2.0}})
+        assert caught.value.resource == "packets"
+        assert caught.value.retry_after_s == 300.0
