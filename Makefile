@@ -11,7 +11,7 @@ FMI_TORTURE_MINUTES ?= 60
 FMI_SOAK_MINUTES ?= 30
 FMI_FUZZ_INPUTS ?= 150000
 
-.PHONY: help demo test test-lowest torture soak fuzz check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-jetstream bench-peers bench-privacy bench-start bench-warm-start privacy-error bench-abuse wheel clean
+.PHONY: help demo test test-lowest torture soak fuzz check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-jetstream bench-peers bench-privacy bench-quotas bench-start bench-warm-start privacy-error bench-abuse wheel clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -86,6 +86,9 @@ bench-privacy: $(VENV)/ready ## Attack the private mechanism, and broken ones
 
 privacy-error: $(VENV)/ready ## Simulate the error of private releases by sites and signals, and draw it
 	$(BIN)/python -m benchmarks.privacy.error --plot build/privacy-error.png
+
+bench-quotas: $(VENV)/ready ## Measure what a site feels of another one that sends ten times its quota
+	$(BIN)/python -m benchmarks.quotas
 
 bench-start: $(VENV)/ready ## Measure how long a server with many packets takes to be ready
 	$(BIN)/python -m benchmarks.start

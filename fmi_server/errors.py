@@ -348,6 +348,8 @@ class QuotaExceededError(FMIError):
 
     reason = Reason.QUOTA_EXCEEDED
 
+    retry_after_s: float
+
     def __init__(self, resource: str, limit: str, *, retry_after_s: float) -> None:
         self.resource = resource
         self.limit = limit

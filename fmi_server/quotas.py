@@ -12,6 +12,7 @@ authenticates nobody. Calls without an account, which are the program's own and 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import math
@@ -30,6 +31,18 @@ BURST_S: Final = 10.0
 
 LONGEST_RETRY_S: Final = 300.0
 """The longest time that a caller is told to wait; what is owed stays owed."""
+
+STALL_S: Final = 1.0
+"""Seconds for which a refusal is held back at most."""
+
+LEAST_STALL_S: Final = 0.01
+"""Seconds for which the first is held back at least."""
+
+MAX_STALLED: Final = 512
+"""Refusals of one account that are held back at once."""
+
+MAX_ALL_STALLED: Final = 2048
+"""The same of all accounts together: open calls are bounded over all callers."""
 
 MAX_ACCOUNTS: Final = 65_536
 """Accounts that are kept, those that called last. Where they are addresses, anybody can make new ones."""
@@ -86,16 +99,18 @@ class _Account:
     Attributes:
         limits: By rate, what it may take per second.
         paid_until: By rate, the time until which what it took is paid for.
+        in_a_row: By resource, refusals since something was admitted.
         refused: Calls that were refused since that was told.
         told_at: When it was told.
     """
 
-    __slots__ = ("limits", "paid_until", "refused", "told_at")
+    __slots__ = ("in_a_row", "limits", "paid_until", "refused", "told_at")
 
     def __init__(self, quota: Quota) -> None:
         rates = (quota.calls_per_s, quota.packets_per_s, quota.bytes_per_s)
         self.limits = {name: rate for name, rate in zip(_RATES, rates, strict=True) if rate}
         self.paid_until = dict.fromkeys(self.limits, -math.inf)
+        self.in_a_row: Counter[str] = Counter()
         self.refused = 0
         self.told_at = -math.inf
 
@@ -104,6 +119,7 @@ class _Account:
 
     def charge(self, amounts: Mapping[str, int], now: float) -> None:
         for name, amount in amounts.items():
+            self.in_a_row[name] //= 2
             if rate := self.limits.get(name):
                 since = max(self.paid_until[name], now - BURST_S)
                 self.paid_until[name] = since + amount / rate
@@ -139,6 +155,7 @@ class Quotas:
         self._accounts: OrderedDict[str, _Account] = OrderedDict()
         self._streams: Counter[str] = Counter()
         self._cohorts: Counter[str] = Counter()
+        self._stalled: Counter[str] = Counter()
 
     def of(self, account: str) -> Quota:
         """Return the quota of an account."""
@@ -176,12 +193,29 @@ class Quotas:
             self._account(account).charge({"packets": packets}, self._clock())
 
     def owed_s(self, account: str) -> float:
-        """Return for how many seconds an account must wait before it is admitted again."""
+        """Return for how many seconds an account must wait before its packets are admitted again."""
         held = self._accounts.get(account)
+        if held is None:
+            return 0.0
         now = self._clock()
-        return (
-            max((until - now for until in held.paid_until.values()), default=0.0) if held else 0.0
-        )
+        return max(0.0, *(held.owed_s(name, now) for name in ("packets", "bytes")))
+
+    async def stall(self, account: str, error: QuotaExceededError) -> None:
+        """Hold back a refusal: for the time that the call has to wait, for twice that the next, and so on.
+
+        To refuse a call costs the server what it costs to serve it. Who calls again and again without waiting
+        soon has as many calls open as its connection may have, and further ones do not get here.
+        """
+        again = self._account(account).in_a_row[error.resource] - 1
+        if self._stalled[account] < MAX_STALLED and self._stalled.total() < MAX_ALL_STALLED:
+            self._stalled[account] += 1
+            try:
+                first_s = max(error.retry_after_s, LEAST_STALL_S)
+                await asyncio.sleep(min(first_s * 2.0 ** min(again, 32), STALL_S))
+            finally:
+                self._stalled[account] -= 1
+                if not self._stalled[account]:
+                    del self._stalled[account]
 
     @contextlib.contextmanager
     def stream(self, account: str) -> Iterator[None]:
@@ -235,6 +269,7 @@ class Quotas:
     def _tell(self, account: str, resource: str, now: float) -> None:
         held = self._account(account)
         held.refused += 1
+        held.in_a_row[resource] += 1
         if now - held.told_at >= TELL_EVERY_S:
             _log.warning(
                 "%s takes more than its quota of %s: %d refused", account, resource, held.refused

@@ -24,7 +24,14 @@ from grpc_status import rpc_status
 from fmi.v1 import error_pb2
 from fmi_server.access import TRUSTED, Principal
 from fmi_server.audit import AuditLog
-from fmi_server.errors import FMIError, Reason, RequestInvalidError, Violation, reason_name
+from fmi_server.errors import (
+    FMIError,
+    QuotaExceededError,
+    Reason,
+    RequestInvalidError,
+    Violation,
+    reason_name,
+)
 from fmi_server.quotas import Quotas
 from fmi_server.telemetry import FMITelemetry
 from fmi_server.transport.auditing import AUDITED_REASONS, describe
@@ -40,6 +47,9 @@ REQUEST_ID_KEY: Final = "fmi-request-id"
 
 FIRST_REQUEST_S: Final = 1.0
 """Seconds for which a stream that is refused at once waits for its first request."""
+
+MAX_STALLED_BYTES: Final = 16 * 1024
+"""The largest message that is kept while its refusal is held back."""
 
 UNKNOWN: Final = Principal("")
 """Stands for who calls where that could not be found out."""
@@ -184,6 +194,7 @@ class _Guard:
                 self._note_operation("CANCELLED", request, caller)
                 raise
             except Exception as error:
+                await self._stall(error, request, caller)
                 status = self._status(error, request, self._from(context, caller))
             await context.abort_with_status(status)
             raise AssertionError("abort_with_status returned")
@@ -202,6 +213,7 @@ class _Guard:
                     yield response
                 return
             except Exception as error:
+                await self._stall(error, request, caller)
                 status = self._status(error, request, self._from(context, caller))
             if isinstance(request, _Requests):
                 await request.begun()
@@ -243,6 +255,15 @@ class _Guard:
     def _charge(self, caller: Caller) -> None:
         if self._quotas is not None:
             self._quotas.admit_call(caller.principal.account)
+
+    async def _stall(self, error: Exception, request: _Request, caller: Caller) -> None:
+        """Hold back the refusal of a caller who asks for too much, where what it sent is small."""
+        if (
+            isinstance(error, QuotaExceededError)
+            and self._quotas is not None
+            and (not isinstance(request, Message) or request.ByteSize() <= MAX_STALLED_BYTES)
+        ):
+            await self._quotas.stall(caller.principal.account, error)
 
     def _from(self, context: _Context, caller: Caller) -> Caller:
         """Return who calls and from where, also where that could not be found out before."""

@@ -1,5 +1,6 @@
 """Quotas: what an account is admitted for, held against the definition of its rate."""
 
+import asyncio
 import contextlib
 import logging
 
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fmi_server.errors import QuotaExceededError
-from fmi_server.quotas import BURST_S, LONGEST_RETRY_S, MAX_ACCOUNTS, Quota, Quotas
+from fmi_server.quotas import BURST_S, LONGEST_RETRY_S, MAX_ACCOUNTS, MAX_STALLED, Quota, Quotas
 from fmi_server.transport.identity import account_of_address
 
 
@@ -220,3 +221,53 @@ def test_the_log_tells_of_an_account_once_a_minute(caplog):
 )
 def test_an_address_is_one_account_whatever_its_port(peer, account):
     assert account_of_address(peer) == account
+
+
+class Sleeps:
+    """What was slept, in the place of sleeping."""
+
+    def __init__(self, monkeypatch):
+        self.seconds = []
+        monkeypatch.setattr(asyncio, "sleep", self)
+
+    async def __call__(self, seconds):
+        self.seconds.append(seconds)
+
+
+async def refused(quotas, account="site"):
+    with pytest.raises(QuotaExceededError) as caught:
+        quotas.admit_packets(account, 1, 1)
+    await quotas.stall(account, caught.value)
+
+
+async def test_refusals_of_who_does_not_wait_are_held_back_longer_and_longer(monkeypatch):
+    sleeps, clock = Sleeps(monkeypatch), Clock()
+    quotas = Quotas(Quota(packets_per_s=10.0), clock=clock)
+    quotas.admit_packets("site", 101, 1)
+    for _ in range(12):
+        await refused(quotas)
+    assert sleeps.seconds[:5] == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.0])
+    assert set(sleeps.seconds[5:]) == {1.0}
+
+
+async def test_who_waits_is_held_back_no_longer_than_told(monkeypatch):
+    sleeps, clock = Sleeps(monkeypatch), Clock()
+    quotas = Quotas(Quota(packets_per_s=10.0), clock=clock)
+    quotas.admit_packets("site", 101, 1)
+    for _ in range(20):
+        await refused(quotas)
+        clock.now += 0.101
+        quotas.admit_packets("site", 1, 1)
+    assert max(sleeps.seconds) == pytest.approx(0.1, abs=0.005)
+
+
+async def test_as_many_refusals_are_held_back_as_may_be_and_the_rest_are_told_at_once():
+    quotas = Quotas(Quota(packets_per_s=0.001))
+    quotas.admit_packets("site", 1, 1)
+    held = [asyncio.ensure_future(refused(quotas)) for _ in range(MAX_STALLED + 7)]
+    done, waiting = await asyncio.wait(held, timeout=0.3)
+    assert (len(done), len(waiting)) == (7, MAX_STALLED)
+    for task in waiting:
+        task.cancel()
+    await asyncio.wait(waiting)
+    assert not quotas._stalled

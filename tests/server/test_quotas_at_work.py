@@ -16,6 +16,7 @@ from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi.v1 import packet_pb2
 from fmi.v1 import registry_service_pb2 as registry_pb2
 from fmi_client import AsyncFMIClient, QuotaExceededError, RetryPolicy, TLSConfig
+from fmi_server import quotas
 from fmi_server.config import DEFAULT_QUOTA
 from fmi_server.quotas import Quota
 from fmi_server.testing import running_server
@@ -26,6 +27,11 @@ SUBSCRIBE = "fmi.v1.InterchangeService/Subscribe"
 CONTRACT = "fmi.v1.RegistryService/GetContract"
 SLOW = 0.001
 """A rate so low that what was taken is not paid for while a test runs."""
+
+
+@pytest.fixture(autouse=True)
+def _told_at_once(monkeypatch):
+    monkeypatch.setattr(quotas, "STALL_S", 0.01)
 
 
 @pytest.fixture
