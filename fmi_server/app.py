@@ -23,6 +23,7 @@ from prometheus_client import start_http_server
 
 from fmi.descriptors import CONTRACT_FILES, INGEST, SERVICE_NAMES
 from fmi.v1 import update_pb2
+from fmi_server.broker_settings import broker_store, wrong_broker_settings
 from fmi_server.cohort_files import CohortFile, check_changes, read_cohort_folder
 from fmi_server.cohorts import CohortRegistry
 from fmi_server.config import RouterConfig, ServerSettings, SettingsError
@@ -62,6 +63,9 @@ __all__ = [
 ]
 
 STORE_FILE: Final = "fmi.sqlite3"
+
+VIEW_FILE: Final = "view.sqlite3"
+"""Another name than that of a store: a view must not be served as one."""
 
 LAST_CALLS_S: Final = 1.0
 """Seconds for what is still open when every Emit is answered: reads, watchers of health, and calls that came
@@ -188,7 +192,9 @@ def check_settings(settings: ServerSettings, *, own_store: bool = True) -> None:
         SettingsError: The server may not listen there, or cannot write to its folder; all of it is told.
     """
     wrong = [*wrong_addresses(settings), *wrong_credentials(settings)]
-    if own_store and settings.store == "sqlite":
+    if own_store:
+        wrong += wrong_broker_settings(settings)
+    if own_store and settings.store != "memory":
         try:
             _check_folder(settings.data_dir)
         except SettingsError as error:
@@ -241,6 +247,7 @@ async def running(
         limits=EnvelopeLimits(settings.max_batch_bytes, settings.max_batch_packets),
         max_inflight=settings.max_inflight,
     )
+    service.lease_s = settings.lease_s
     service.quotas = Quotas(settings.quota, settings.quotas)
     asked = settings.max_memory_bytes
     service.memory_watch.limit_bytes = default_limit() if asked is None else asked
@@ -276,9 +283,7 @@ async def running(
             host,
             port,
             os.getpid(),
-            "packets in memory"
-            if settings.store == "memory"
-            else f"packets in {settings.data_dir}",
+            _where(settings),
             len(cohorts),
         )
         _log.info("%s", described(settings))
@@ -391,7 +396,17 @@ def _store(settings: ServerSettings) -> Store:
         raise SettingsError(
             f"data_dir: {settings.data_dir} cannot be made: {error.strerror}"
         ) from None
-    return SqliteStore(settings.data_dir / STORE_FILE)
+    if settings.store == "sqlite":
+        return SqliteStore(settings.data_dir / STORE_FILE)
+    return broker_store(settings, settings.data_dir / VIEW_FILE)
+
+
+def _where(settings: ServerSettings) -> str:
+    if settings.store == "memory":
+        return "packets in memory"
+    if settings.store == "sqlite":
+        return f"packets in {settings.data_dir}"
+    return f"packets at {settings.store}, a view of them in {settings.data_dir}"
 
 
 def _add_services(

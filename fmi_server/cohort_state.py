@@ -149,6 +149,10 @@ class CohortState:
         """Return the reputations of all sites that were judged."""
         return self._trust.snapshot()
 
+    def take_reputations(self, reputations: dict[str, float]) -> None:
+        """Take the reputations that another server came to, in the place of those held here."""
+        self._trust = ReputationBook(reputation=reputations)
+
     def signals_in_use(self) -> dict[str, SignalInUse]:
         """Return the signals that sites have values of."""
         return self._matrix.in_use()

@@ -101,6 +101,10 @@ class Compactor:
         for cohort, before_us in (await self._store.forgotten()).items():
             self._cohorts.forgotten_before[cohort] = before_us / 1e6
 
+    def compacted(self, cohort: str) -> bool:
+        """Say whether this server compacted a cohort since it started."""
+        return cohort in self._live
+
     async def run(self) -> None:
         """Compact cohorts that had many packets, and now and then all, until cancelled."""
         loop = asyncio.get_running_loop()
@@ -111,7 +115,7 @@ class Compactor:
             if loop.time() >= sweep_at:
                 sweep_at = loop.time() + SWEEP_S
                 names = [rules.name for rules in self._cohorts]
-            for name in names:
+            for name in filter(self._releaser.owns, names):
                 await self._compact_safely(name)
 
     def _due(self) -> list[str]:

@@ -228,11 +228,43 @@ class ServerSettings(BaseSettings):
     )
     data_dir: Path = Field(
         default=Path("fmi-data"),
-        description="where the SQLite store lives",
+        description="where the SQLite store lives, or this server's view of what brokers have",
         json_schema_extra=_FOLDER,
     )
-    store: Literal["sqlite", "memory"] = Field(
-        default="sqlite", description="where packets are kept"
+    store: str = Field(
+        default="sqlite",
+        description="where packets are kept; NATS JetStream brokers may be shared by several servers",
+        json_schema_extra={"unit": "`sqlite`, `memory`, or `nats://HOST,HOST,HOST/NAME`"},
+    )
+    store_replicas: int = Field(
+        default=1,
+        description="brokers that keep each packet, as whichever server comes first asks of them",
+        json_schema_extra={"unit": "1, 3 or 5"},
+    )
+    store_login: Path | None = Field(
+        default=None,
+        description="file with the `USER:PASSWORD` that the brokers want",
+        json_schema_extra=_FILE,
+    )
+    store_ca: Path | None = Field(
+        default=None,
+        description="PEM file of the authorities of the brokers' certificates; by default the system's",
+        json_schema_extra=_FILE,
+    )
+    store_cert: Path | None = Field(
+        default=None,
+        description="PEM file of the certificate that this server shows the brokers",
+        json_schema_extra=_FILE,
+    )
+    store_key: Path | None = Field(
+        default=None, description="PEM file of the key of store_cert", json_schema_extra=_FILE
+    )
+    lease_s: float = Field(
+        default=6.0,
+        ge=2,
+        le=60,
+        description="seconds after which a server that does not answer has lost what it releases alone",
+        json_schema_extra=_SECONDS,
     )
     cohorts: Path | None = Field(
         default=None, description="folder of cohort files (*.yaml)", json_schema_extra=_FOLDER
@@ -433,6 +465,24 @@ class ServerSettings(BaseSettings):
         json_schema_extra=_SECONDS,
     )
 
+    @field_validator("store_replicas")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value not in (1, 3, 5):
+            raise ValueError("must be 1, 3 or 5: a majority of them decides")
+        return value
+
+    @field_validator("store")
+    @classmethod
+    def _known_store(cls, value: str) -> str:
+        if value in ("sqlite", "memory"):
+            return value
+        if "://" not in value:
+            raise ValueError("must be sqlite, memory, or the URL of brokers, as nats://a,b,c")
+        if "@" in value:
+            raise ValueError("must have no user and password: put them into a file, as store_login")
+        return value
+
     @field_validator("listen", "metrics_listen", "parent")
     @classmethod
     def _address(cls, value: str | None) -> str | None:
@@ -514,6 +564,11 @@ class ServerSettings(BaseSettings):
             )
         if self.parent_cert is not None and self.parent_ca is None:
             raise ValueError("parent_cert needs TLS to the parent: set parent_ca too")
+        if (self.store_cert is None) != (self.store_key is None):
+            raise ValueError("store_cert and store_key belong together: a certificate and its key")
+        for name in ("store_login", "store_ca", "store_cert"):
+            if getattr(self, name) is not None and "://" not in self.store:
+                raise ValueError(f"{name} is about brokers: set store to their URL too")
         if self.parent is None and (self.parent_ca or self.parent_token):
             raise ValueError("parent_ca and parent_token are of no use without a parent")
         if self.operators and not self.authenticated:

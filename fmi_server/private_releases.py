@@ -111,6 +111,17 @@ class PrivateReleases:
         self._totals = await self._store.ledger_totals()
         self._lost = await self._store.lost_spans()
 
+    async def refresh(self) -> None:
+        """Read again what was spent, by other servers too."""
+        for name, total in (await self._store.ledger_totals()).items():
+            known = self._totals.get(name)
+            if known is None or known.last_number < total.last_number:
+                self._totals[name] = total
+
+    def doubt(self, cohort: str) -> None:
+        """Read again what a cohort spent before it is released next."""
+        self._unsure.add(cohort)
+
     @property
     def totals(self) -> Mapping[str, LedgerTotal]:
         """What each cohort with a ledger spent, private now or not."""

@@ -21,6 +21,7 @@ from fmi_server.errors import CompactedError
 from fmi_server.feed_requests import Key, kind_name
 from fmi_server.router import FMIRouter
 from fmi_server.storage import Store
+from fmi_server.storage.base import RevisionConflictError
 from fmi_server.storage.records import UpdateRecord
 from fmi_server.telemetry import FMITelemetry
 from fmi_server.update_log import PublishedUpdate, UpdateLog
@@ -116,14 +117,21 @@ class Publisher:
         """Bring back the newest updates; return when each cohort last published, Unix seconds."""
         self.log = UpdateLog(self._store.history_epoch)
         published_at: dict[str, float] = {}
-        for record in await self._store.latest_updates():
+        for record in await self._latest():
             published = self.updates.framed(record)
             self.log.latest[published.key] = published
             self._hashes[published.key] = record.content_hash
             at = record.published_at_us / 1e6
             published_at[record.cohort] = max(at, published_at.get(record.cohort, at))
-        self.log.head = await self._store.next_update_sequence() - 1
         return published_at
+
+    async def _latest(self) -> list[UpdateRecord]:
+        """Read the newest updates, and the place of the last of them, while other servers may publish."""
+        while True:
+            self.log.head = await self._store.next_update_sequence() - 1
+            found = await self._store.latest_updates()
+            if await self._store.next_update_sequence() - 1 == self.log.head:
+                return found
 
     async def publish(
         self, rules: CohortRules, result: AggregationResult, *, at: float | None = None
@@ -136,32 +144,59 @@ class Publisher:
             at: The time that the updates carry, Unix seconds; now where it is not given.
 
         Raises:
+            RevisionConflictError: Another server published of the same cohort meanwhile.
             StoreError: It could not be stored; nobody was told of anything.
         """
+        at = self._clock() if at is None else at
         async with self._lock:
-            if self._unsure:
-                await self._catch_up()
-            updates, records = self._changes(rules, result, self._clock() if at is None else at)
-            if not records:
-                return []
-            # Until the store says so, nobody knows whether a write that fails got in.
-            self._unsure = True
-            await self._store.publish(records)
-            self._unsure = False
-            for record, update in zip(records, updates, strict=True):
-                self._tell(record, update)
+            updates, records = await self._publish(rules, result, at)
         for record in records:
             if record.revision % TRIM_EVERY == 0:
                 await self._store.trim_updates(record.cohort, record.kind, keep=rules.updates_kept)
         return updates
 
-    async def _catch_up(self) -> None:
-        """Tell of updates that got into the store although their write failed."""
+    async def _publish(
+        self, rules: CohortRules, result: AggregationResult, at: float
+    ) -> tuple[list[update_pb2.Update], list[UpdateRecord]]:
+        if self._unsure:
+            await self._catch_up()
+        while True:
+            updates, records = self._changes(rules, result, at)
+            if not records:
+                return [], []
+            # Until the store says so, nobody knows whether a write that fails got in.
+            self._unsure = True
+            try:
+                await self._store.publish(records)
+            except RevisionConflictError:
+                told = await self._catch_up() if self._store.shared else {}
+                # All cohorts share one sequence: where another one came first, the next place is free.
+                if not told or rules.name in told:
+                    raise
+                continue
+            self._unsure = False
+            for record, update in zip(records, updates, strict=True):
+                self._tell(record, update)
+            return updates, records
+
+    async def catch_up(self) -> dict[str, float]:
+        """Tell of updates that are in the store and were not told of.
+
+        Returns:
+            By cohort, when the last of them was published, Unix seconds.
+        """
+        async with self._lock:
+            return await self._catch_up()
+
+    async def _catch_up(self) -> dict[str, float]:
+        told: dict[str, float] = {}
         while page := await self._store.updates_since(self.log.head):
             for record in page:
                 update = update_pb2.Update.FromString(self.updates.framed(record).payload)
                 self._tell(record, update)
+                told[record.cohort] = record.published_at_us / 1e6
         self._unsure = False
+        return told
 
     def _changes(
         self, rules: CohortRules, result: AggregationResult, at: float

@@ -14,8 +14,9 @@ import contextlib
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Final
 
 from fmi.v1 import packet_pb2, update_pb2
@@ -28,6 +29,7 @@ from fmi_server.private_releases import PrivateReleases
 from fmi_server.publication import Publisher
 from fmi_server.router import FMIRouter
 from fmi_server.storage import Store, StoreError
+from fmi_server.storage.base import LedgerConflictError, RevisionConflictError
 from fmi_server.storage.records import PacketRecord
 from fmi_server.stored_packets import parsed
 from fmi_server.telemetry import FMITelemetry
@@ -65,12 +67,14 @@ class _Cohort:
     """
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    uncounted: list[packet_pb2.Packet] = field(default_factory=list)
+    uncounted: list[tuple[int, packet_pb2.Packet]] = field(default_factory=list)
+    counted_to: int = 0  # places in the store, of packets whose place is known
     uncounted_bytes: int = 0
     dirty_since: float | None = None
     new_sites: set[str] = field(default_factory=set)
     quorate: bool = False
     stale: bool = False  # the state must be counted anew from the store
+    behind: bool = False  # so must it before a release: another server released
     computed_at: float = float("-inf")
     released_at: float | None = None
     retry_at: float = float("-inf")
@@ -92,6 +96,7 @@ class Releaser:
         publisher: Stores and tells of updates.
         private: Releases private cohorts.
         arrivals: Packets taken to be counted, by cohort, since somebody last looked.
+        owns: Says whether this server releases a cohort; of several that share a store one does.
     """
 
     def __init__(
@@ -117,6 +122,7 @@ class Releaser:
         self.newest = NewestSignals()
         self._saved_counts: dict[str, Counter[str]] = {}
         self.arrivals: Counter[str] = Counter()
+        self.owns: Callable[[str], bool] = lambda _: True
         self.publisher = Publisher(store, router, telemetry=telemetry, clock=clock)
         self.private = PrivateReleases(store, aggregator, self.publisher, clock=clock)
 
@@ -152,20 +158,27 @@ class Releaser:
             )
             return
         state = self._state(rules)
-        await self._replay(state)
         work = self._work[name]
+        work.counted_to = await self._replay(state)
         work.quorate = state.quorum
         self._mark_dirty(work)
 
-    async def count(self, packet: packet_pb2.Packet) -> None:
+    async def count(self, packet: packet_pb2.Packet, *, sequence: int = 0) -> None:
         """Take a packet that is stored, to be counted by the next release of its cohort.
 
         Waits where too many are waiting already.
+
+        Args:
+            packet: The packet.
+            sequence: Its place in the store, where packets are taken in that order: what was counted from the
+                store meanwhile is not counted again. 0 where they are not.
         """
         name = packet.header.cohort
         work = self._work[name]
+        if sequence and sequence <= work.counted_to:
+            return
         size = packet.ByteSize()
-        work.uncounted.append(packet)
+        work.uncounted.append((sequence, packet))
         work.uncounted_bytes += size
         self._uncounted_bytes += size
         self.arrivals[name] += 1
@@ -247,12 +260,16 @@ class Releaser:
         rules = self._cohorts.rules(cohort)
         if rules.privacy is not None:
             raise self.private.refusal(rules)
+        if self._store.shared:
+            await self._store.catch_up()
+            self._work[cohort].behind = True
         return await self._release(cohort)
 
     async def _release(self, cohort: str) -> list[update_pb2.Update]:
         work = self._work[cohort]
         started = time.perf_counter()
         async with work.lock:
+            work.stale, work.behind = work.stale or work.behind, False
             await self._count_waiting(cohort, work)
             since, work.dirty_since = work.dirty_since, None
             state = self._state(self._cohorts.rules(cohort))
@@ -304,10 +321,12 @@ class Releaser:
             waiting = len(work.uncounted)  # they are stored, so the replay counts them
             reputations = self._saved_reputations.get(cohort)
             state = CohortState(rules, reputations=reputations, packets=counts)
-            await self._replay(state)
+            work.counted_to = await self._replay(state)
         except BaseException:
             self._mark_dirty(work)
             raise
+        known = (sequence for sequence, _ in work.uncounted[waiting:])
+        waiting += sum(1 for _ in takewhile(lambda at: 0 < at <= work.counted_to, known))
         self._take_uncounted(work, waiting)
         self._aggregator.replace(state)
         work.stale = False
@@ -319,12 +338,33 @@ class Releaser:
             size = work.uncounted_bytes
             work.new_sites.clear()
         else:
-            size = sum(packet.ByteSize() for packet in work.uncounted[:most])
-        taken = work.uncounted[:most]
+            size = sum(packet.ByteSize() for _, packet in work.uncounted[:most])
+        taken = [packet for _, packet in work.uncounted[:most]]
         del work.uncounted[:most]
         work.uncounted_bytes -= size
         self._uncounted_bytes -= size
         return taken
+
+    def take_over(self, cohort: str) -> None:
+        """Go on where another server was with the releases of a cohort, as after a restart."""
+        self._work[cohort].behind = True
+        self.private.doubt(cohort)
+        self._mark_dirty(self._work[cohort])
+
+    def released_elsewhere(self, cohort: str, at: float) -> None:
+        """Note that another server published of a cohort, at a time in Unix seconds."""
+        work = self._work[cohort]
+        work.behind, work.released_at = True, at
+        if not self.owns(cohort):
+            work.dirty_since = None
+
+    async def take_reputations(self, cohort: str, reputations: Mapping[str, float]) -> None:
+        """Take the reputations of sites that another server came to."""
+        saved = self._saved_reputations.setdefault(cohort, {})
+        saved.update(reputations)
+        if cohort in self._cohorts:
+            async with self._work[cohort].lock:
+                self._state(self._cohorts.rules(cohort)).take_reputations(dict(saved))
 
     def doubt(self, cohort: str) -> None:
         """Count a cohort anew before its next release: a write failed, and nobody knows what got in."""
@@ -381,6 +421,8 @@ class Releaser:
     def _due(self) -> dict[str, float]:
         due: dict[str, float] = {}
         for name, work in self._work.items():
+            if not self.owns(name):
+                continue
             rules = self._private_rules(name)
             if rules is not None:
                 # Nothing that a site sends may move the release of a private cohort.
@@ -413,6 +455,12 @@ class Releaser:
     async def _release_safely(self, name: str) -> None:
         try:
             await self._release(name)
+        except (RevisionConflictError, LedgerConflictError) as error:
+            if not self._store.shared:
+                raise
+            _log.info("cohort %s was released by another server meanwhile: %s", name, error)
+            self.take_over(name)
+            self._work[name].retry_at = self._clock() + RETRY_S
         except Exception as error:
             # One cohort's fault must not keep the others from being released.
             unknown = not isinstance(error, FMIError)
@@ -442,18 +490,22 @@ class Releaser:
         else:
             saved.update(moved)
 
-    async def _replay(self, state: CohortState) -> None:
-        """Count the live packets of a cohort that are not past their time."""
+    async def _replay(self, state: CohortState) -> int:
+        """Count the live packets of a cohort that are not past their time; return the last one's place."""
+        last = 0
         rules = state.rules
         since_us = (self._clock() - max(rules.site_ttl_s, rules.policy_window_s)) * 1e6
         async for page in self._store.live_pages(rules.name):
             counting = [stored for stored in page if stored.record.emitted_at_us >= since_us]
             packets = parsed(counting, self._store.location)
             for stored in counting:
-                self._note_newest(stored.record)
+                self.note_newest(stored.record)
             await in_thread(state.replay, packets)
+            last = page[-1].sequence
+        return last
 
-    def _note_newest(self, record: PacketRecord) -> None:
+    def note_newest(self, record: PacketRecord) -> None:
+        """Note as of when the signals of a stored packet count."""
         # Sites of private cohorts are not warned, so that no warning tells who is there.
         if record.kind == "msp" and self._private_rules(record.cohort) is None:
             counted_us = counted_at_us(record.emitted_at_us, record.received_at_us)

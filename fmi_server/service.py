@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
 from collections import Counter
 from collections.abc import (
@@ -67,7 +68,9 @@ from fmi_server.errors import (
     reason_name,
 )
 from fmi_server.feed_requests import FeedRequest, everything, kind_name
+from fmi_server.following import Following
 from fmi_server.memory_watch import MemoryWatch
+from fmi_server.partitions import Partitions, partition_of
 from fmi_server.private_messages import private_warm_start
 from fmi_server.quotas import Quotas
 from fmi_server.releases import Releaser
@@ -83,6 +86,9 @@ __all__ = ["FMIService"]
 
 THREAD_FROM_PACKETS: Final = 32
 """Batches of this size and larger are checked in a thread, so that single Emits do not wait for them."""
+
+LEASE_S: Final = 6.0
+"""Seconds after which a server that does not answer has lost what it releases alone."""
 
 CLOSE_S: Final = 5.0
 """Seconds for work under way when the service closes: a write that hangs must not hold it."""
@@ -161,7 +167,10 @@ class FMIService:
         self._decoding = ByteBudget(self._decoder.limits.max_decoded_bytes)
         self._dictionaries = DictionaryShelf(self.store, self._decoder, clock=clock)
         self._specs_lock = asyncio.Lock()
+        self._following: Following | None = None
+        self.partitions: Partitions | None = None
         self._bus = None if bus is None else FederationBusAdapter(bus, self)
+        self.lease_s = LEASE_S
         self._clock = clock
         self._max_inflight = max_inflight
         self._inflight = 0
@@ -176,6 +185,8 @@ class FMIService:
     async def __aenter__(self) -> Self:
         await self.store.open()
         try:
+            if self.store.shared:
+                await self._join()
             await self._load()
         except BaseException:
             await self.store.close()
@@ -190,6 +201,11 @@ class FMIService:
             self._tasks.create_task(self.memory_watch.run(), name="memory watch"),
             self._tasks.create_task(self.router.give_signs_of_life(), name="signs of life"),
         ]
+        if self._following is not None and self.partitions is not None:
+            self._running += [
+                self._tasks.create_task(self._following.run(), name="following"),
+                self._tasks.create_task(self.partitions.run(), name="partitions"),
+            ]
         if self._bus is not None:
             self.releaser.publisher.on_update(self._bus.publish)
             self._running.append(self._tasks.create_task(self._bus.run(), name="bus"))
@@ -222,7 +238,34 @@ class FMIService:
         """Take nothing new, end the subscriptions, and wait until every Emit at work is answered."""
         self.closing.set()
         self.router.drain()
+        if self.partitions is not None:
+            await self.partitions.give_back()
         await self._idle.wait()
+
+    async def _join(self) -> None:
+        """Become one of the servers that share the store."""
+        self._following = Following(
+            self.store,
+            self.cohorts,
+            self.releaser,
+            compactor=self.compactor,
+            dictionaries=self._dictionaries,
+            put_in_force=self._put_stored_spec_in_force,
+        )
+        await self._following.load()
+        self.partitions = Partitions(
+            await self.store.leases(ttl_s=self.lease_s),
+            server=secrets.token_hex(8),
+            on_gain=self._take_over,
+        )
+        self.releaser.owns = self.partitions.owns
+
+    async def _take_over(self, partitions: frozenset[int]) -> None:
+        """Go on where other servers were with the cohorts of partitions."""
+        await self.store.catch_up()
+        for rules in self.cohorts:
+            if partition_of(rules.name) in partitions:
+                self.releaser.take_over(rules.name)
 
     async def _load(self) -> None:
         for record in await self.store.cohorts():
@@ -412,7 +455,10 @@ class FMIService:
             # In a private cohort it would tell whoever uses the name of a site whether that site is there.
             warnings = overtaking_warnings(candidate.record, self.releaser.newest)
         packet = as_counted(candidate.packet, answer.received_at_us)
-        await self.router.route(packet, destination=AGGREGATOR)
+        if self._following is None:
+            await self.router.route(packet, destination=AGGREGATOR)
+        else:
+            self._following.wake()
         return replace(answer, warnings=(*answer.warnings, *warnings)) if warnings else answer
 
     def _doubt(self, error: StoreError, cohorts: Iterable[str]) -> None:
@@ -657,6 +703,31 @@ class FMIService:
             return self._checked(spec, force=force)
         return await self.uninterrupted(self._put_in_force(spec, force=force))
 
+    async def _put_stored_spec_in_force(self, name: str) -> None:
+        """Put a spec in force that another server stored."""
+        async with self._specs_lock:
+            stored = next((one for one in await self.store.cohorts() if one.name == name), None)
+            if stored is None:
+                return
+            spec = cohort_pb2.CohortSpec.FromString(stored.spec)
+            known, compacted = self._declared_hash(name), self.compactor.compacted(name)
+            async with contextlib.AsyncExitStack() as stack:
+                if compacted:
+                    # What was retired here meanwhile was judged by the rules of before.
+                    await stack.enter_async_context(self.compactor.suspended(name))
+                rules = self._declare(spec, force=True)
+                if known != rules.schema_hash:
+                    await self.releaser.rebuild(name)
+
+    def _declare(self, spec: cohort_pb2.CohortSpec, *, force: bool) -> CohortRules:
+        """Declare a spec that is stored, and let subscriptions follow."""
+        before = self.cohorts.access(spec.name) or AccessRules()
+        rules, _ = self.cohorts.declare(spec, force=force)
+        log = self.releaser.publisher.log
+        self.router.access_changed(rules.name, before, rules.access, log)
+        self.telemetry.cohorts(len(self.cohorts))
+        return rules
+
     def _checked(self, spec: cohort_pb2.CohortSpec, *, force: bool) -> tuple[CohortRules, bool]:
         rules, changed = self.cohorts.check(spec, force=force)
         if rules.schema_hash == self._declared_hash(rules.name):
@@ -682,11 +753,7 @@ class FMIService:
             async with self.compactor.suspended(rules.name):
                 # Stored before it is in force: a crash in between changes nothing that anybody saw.
                 await self.store.put_cohort(rules.name, rules.spec.SerializeToString(), 1)
-                before = self.cohorts.access(rules.name) or AccessRules()
-                self.cohorts.declare(spec, force=force)
-                log = self.releaser.publisher.log
-                self.router.access_changed(rules.name, before, rules.access, log)
-                self.telemetry.cohorts(len(self.cohorts))
+                self._declare(spec, force=force)
                 # Who may do what changes nothing of what the cohort's packets say.
                 if known != rules.schema_hash:
                     await self.releaser.rebuild(rules.name)

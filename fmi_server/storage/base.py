@@ -49,6 +49,7 @@ from fmi_server.storage.records import (
     PACKET_KINDS,
     AppendOutcome,
     AppendStatus,
+    Change,
     CohortRecord,
     DictionaryRecord,
     LedgerTotal,
@@ -67,8 +68,10 @@ from fmi_server.storage.records import (
 
 if TYPE_CHECKING:
     from collections import Counter
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from types import TracebackType
+
+    from fmi_server.storage.jetstream_leases import LeaseTable
 
 __all__ = [
     "CONTENT_HASH_BYTES",
@@ -321,6 +324,34 @@ class Store(ABC):
     def durable(self) -> bool:
         """Whether what is kept outlives the process."""
         return True
+
+    @property
+    def shared(self) -> bool:
+        """Whether other servers write to it too."""
+        return False
+
+    def follow(self, listener: Callable[[Change], None]) -> None:
+        """Tell of what other servers write, once it is seen here, in the order in which it was written.
+
+        Args:
+            listener: Is called on the event loop, and must not wait.
+        """
+        del listener  # nobody else writes to a store of one server alone
+
+    async def leases(self, *, ttl_s: float) -> LeaseTable:
+        """Return the leases of the servers that share it.
+
+        Args:
+            ttl_s: For how long a lease is good without renewal, where nobody said so before.
+
+        Raises:
+            StoreUnavailableError: Nobody shares it, or the brokers do not answer.
+        """
+        raise StoreUnavailableError(
+            "unsupported",
+            detail=f"no leases of {ttl_s:g} s: it is of one server",
+            path=self.location,
+        )
 
     @property
     @abstractmethod

@@ -64,10 +64,11 @@ from fmi_server.storage.sqlite_writer import GroupLimits
 
 if TYPE_CHECKING:
     from collections import Counter
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from fmi_server.storage.records import (
         AppendOutcome,
+        Change,
         CohortRecord,
         DictionaryRecord,
         LedgerTotal,
@@ -115,6 +116,7 @@ class JetStreamStore(Store):
         self._limits = limits or GroupLimits()
         self._view_path = Path(view).absolute()
         self._epoch = ""
+        self._listeners: list[Callable[[Change], None]] = []
         self._broker: BrokerConnection | None = None
         self._view = SqliteStore(self._view_path, synced=False)
         self._replica: Replica | None = None
@@ -150,6 +152,7 @@ class JetStreamStore(Store):
             await self._end(broker)
             raise
         self._broker, self._replica = broker, replica
+        replica.listeners += self._listeners
         self._shortener = LogShortener(log, snapshots, self._view)
         self._shortening = asyncio.create_task(self._shortener.run(), name="store snapshots")
 
@@ -204,6 +207,17 @@ class JetStreamStore(Store):
     def location(self) -> str:
         """Where the brokers are, and which federation's log it is."""
         return self._address.location
+
+    @property
+    def shared(self) -> bool:
+        """Whether other servers write to it too, which they may."""
+        return True
+
+    def follow(self, listener: Callable[[Change], None]) -> None:
+        """Tell of what other servers write, once it is in the view here."""
+        self._listeners.append(listener)
+        if self._replica is not None:
+            self._replica.listeners.append(listener)
 
     @property
     def history_epoch(self) -> str:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from fmi_server.storage.base import StoreUnavailableError
@@ -67,6 +67,7 @@ class BrokerOptions:
         heartbeat_s: How often a broker says that the log is quiet; twice as long without is a lost consumer.
         tls: How to tell that a broker is the right one, and who this is; None for the system's certificates
             where the URL says `tls://`.
+        login: User and password; None for none, or for what stands in the URL.
     """
 
     replicas: int = 1
@@ -79,6 +80,7 @@ class BrokerOptions:
     patience_s: float = 15.0
     heartbeat_s: float = 2.0
     tls: ssl.SSLContext | None = None
+    login: tuple[str, str] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.patience_s >= self.duplicate_window_s:
@@ -121,6 +123,7 @@ class BrokerConnection:
             _LOG.debug("the broker's client: %r", error)
 
         client = nats.NATS()
+        user, password = self.options.login or (None, None)
         try:
             async with asyncio.timeout(self.options.connect_timeout_s):
                 await client.connect(
@@ -136,6 +139,8 @@ class BrokerConnection:
                     max_outstanding_pings=2,
                     pending_size=0,
                     tls=self.options.tls,
+                    user=user,
+                    password=password,
                 )
         except BaseException as error:
             with contextlib.suppress(Exception):
@@ -205,9 +210,9 @@ class BrokerConnection:
             if getattr(error, "err_code", None) != STREAM_EXISTS:
                 raise broker_error(error, self.location) from error
 
-    async def stream_info(self, stream: str) -> StreamInfo:
-        """Return what the leader of a stream knows of it."""
-        return await self.ask(lambda: self.jetstream.stream_info(stream))
+    async def stream_info(self, stream: str, *, subjects: str | None = None) -> StreamInfo:
+        """Return what the leader of a stream knows of it; with the subjects that match, where asked for."""
+        return await self.ask(lambda: self.jetstream.stream_info(stream, subjects))
 
     async def message(self, stream: str, sequence: int) -> RawStreamMsg | None:
         """Return the message at a place, as the leader has it."""

@@ -20,6 +20,7 @@ from fmi_server.storage.base import StoreCorruptError, StoreVersionError
 from fmi_server.storage.records import (
     CONTENT_HASH_BYTES,
     PACKET_KINDS,
+    Change,
     PacketKey,
     PacketRecord,
     SpendRecord,
@@ -42,6 +43,7 @@ __all__ = [
     "Retire",
     "Spend",
     "Trim",
+    "change_of",
     "decode_command",
     "encode_command",
 ]
@@ -154,6 +156,29 @@ Command = (
     | PutDictionary
     | Probe
 )
+
+
+def change_of(command: Command) -> Change | None:  # noqa: PLR0911 - one case for each kind
+    """Return what servers other than the one that wrote it have to know of a command; None for nothing."""
+    match command:
+        case Append():
+            return Change("packets")
+        case Publish():
+            return Change("updates")
+        case Spend():
+            return Change("spend")
+        case PutCohort(name):
+            return Change("cohort", cohort=name)
+        case Quarantine(packet):
+            return Change("quarantine", packet=packet)
+        case PutReputations(cohort, reputations):
+            return Change("reputations", cohort=cohort, reputations=tuple(reputations))
+        case PutDictionary():
+            return Change("dictionary")
+        case Forget():
+            return Change("forgotten")
+        case _:
+            return None
 
 
 def encode_command(command: Command) -> bytes:

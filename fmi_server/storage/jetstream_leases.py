@@ -193,6 +193,14 @@ class LeaseTable:
         value = json.loads(found.data)
         return LeaseHolder(str(value["holder"]), int(value["token"] or found.seq or 0))
 
+    async def held(self, prefix: str) -> dict[str, LeaseHolder]:
+        """Return the leases that are held, of names of letters, digits and hyphens with a prefix."""
+        subjects = f"$KV.{self._bucket}.>"
+        info = await self._broker.stream_info(self._stream, subjects=subjects)
+        names = (subject.rpartition(".")[2] for subject in info.state.subjects or ())
+        found = {name: await self.holder(name) for name in sorted(names) if name.startswith(prefix)}
+        return {name: holder for name, holder in found.items() if holder is not None}
+
     def is_good(self, lease: Lease) -> bool:
         """Tell whether something may still be begun under a lease."""
         return self._clock() < lease.good_until

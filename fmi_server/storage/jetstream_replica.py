@@ -27,14 +27,20 @@ from fmi_server.storage.base import (
     StoreUnavailableError,
 )
 from fmi_server.storage.jetstream_broker import FenceError
-from fmi_server.storage.jetstream_commands import Append, Command, encode_command
+from fmi_server.storage.jetstream_commands import Append, Command, change_of, encode_command
 from fmi_server.storage.jetstream_feed import LogFeed
 from fmi_server.storage.jetstream_log import BrokerLog, LogBehindError
-from fmi_server.storage.jetstream_view import LogEntry, ViewPosition, apply_entries
-from fmi_server.storage.records import AppendOutcome, PacketRecord, StoreStats, record_problem
+from fmi_server.storage.jetstream_view import CarriedOut, LogEntry, ViewPosition, apply_entries
+from fmi_server.storage.records import (
+    AppendOutcome,
+    Change,
+    PacketRecord,
+    StoreStats,
+    record_problem,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from fmi_server.storage.jetstream_names import LogNames
     from fmi_server.storage.sqlite import SqliteStore
@@ -88,6 +94,9 @@ class Replica:
     """Write to a log, and keep a view of it.
 
     Everything here runs on one event loop. `run` must be running for anything to be answered.
+
+    Attributes:
+        listeners: Are told of what other replicas wrote.
     """
 
     def __init__(
@@ -106,6 +115,7 @@ class Replica:
         self._position = position
         self._limits = limits
         self._patience_s = patience_s
+        self.listeners: list[Callable[[Change], None]] = []
         self._stats = StoreStats()
         self._broken: StoreError | None = None
         self._stopping = False
@@ -438,20 +448,30 @@ class Replica:
             raise
 
     async def _take(self, batch: list[LogEntry]) -> None:
-        answers = await self._carry_out([self._with_command(entry) for entry in batch])
-        for entry, answer in zip(batch, answers, strict=True):
+        done = await self._carry_out([self._with_command(entry) for entry in batch])
+        for entry, carried in zip(batch, done, strict=True):
             fence = self._fences.get(entry.subject)
             if fence is not None:
                 fence.last = entry.sequence
             found = self._commands.get(entry.command_id)
-            if found is not None and entry.part == entry.parts and not found[1].done():
-                found[1].set_result(answer)
+            if found is None:
+                if carried.command is not None and not carried.refused:
+                    self._tell(carried.command)
+            elif entry.part == entry.parts and not found[1].done():
+                found[1].set_result(carried.answer)
         last = batch[-1]
         self._position = ViewPosition(last.sequence, last.command_id)
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
 
-    async def _carry_out(self, entries: list[LogEntry]) -> list[object]:
+    def _tell(self, command: Command) -> None:
+        """Tell of what another replica wrote."""
+        change = change_of(command)
+        if change is not None:
+            for listener in self.listeners:
+                listener(change)
+
+    async def _carry_out(self, entries: list[LogEntry]) -> list[CarriedOut]:
         """Carry entries out in the view, again and again while its disk does not take them."""
         change = partial(apply_entries, entries=entries, where=self._log.location)
         while True:

@@ -40,7 +40,14 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Sequence
 
-__all__ = ["LogEntry", "ViewPosition", "apply_entries", "prepare_view", "view_position"]
+__all__ = [
+    "CarriedOut",
+    "LogEntry",
+    "ViewPosition",
+    "apply_entries",
+    "prepare_view",
+    "view_position",
+]
 
 _ABANDONED_AFTER = 100_000
 """Entries of the log behind which the parts of a command that never became whole are dropped."""
@@ -93,6 +100,24 @@ class ViewPosition:
     command_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class CarriedOut:
+    """What became of an entry.
+
+    Attributes:
+        command: The command; None where the entry is a part of one, or that cannot be put together.
+        answer: What it answered, or the error that it was refused with.
+    """
+
+    command: Command | None
+    answer: object
+
+    @property
+    def refused(self) -> bool:
+        """Whether it changed nothing."""
+        return isinstance(self.answer, BaseException)
+
+
 def view_position(connection: sqlite3.Connection) -> ViewPosition:
     """Return how far a view has come."""
     row = connection.execute("SELECT sequence, command_id FROM log_position").fetchone()
@@ -139,8 +164,8 @@ def prepare_view(connection: sqlite3.Connection, *, epoch: str, where: str) -> V
 
 def apply_entries(
     connection: sqlite3.Connection, entries: Sequence[LogEntry], *, where: str
-) -> list[object]:
-    """Carry entries out inside the open transaction; return the answer, or the refusal, of each.
+) -> list[CarriedOut]:
+    """Carry entries out inside the open transaction; return what became of each.
 
     Args:
         connection: To the view.
@@ -157,29 +182,29 @@ def apply_entries(
             path=where,
             detail=f"entry {entries[0].sequence} does not follow entry {position.sequence}",
         )
-    answers = [_apply(connection, entry, where) for entry in entries]
+    done = [_apply(connection, entry, where) for entry in entries]
     if entries:
         last = entries[-1]
         connection.execute(
             "UPDATE log_position SET sequence = ?, command_id = ?", (last.sequence, last.command_id)
         )
-    return answers
+    return done
 
 
-def _apply(connection: sqlite3.Connection, entry: LogEntry, where: str) -> object:
+def _apply(connection: sqlite3.Connection, entry: LogEntry, where: str) -> CarriedOut:
     if entry.part < entry.parts:
         _keep_part(connection, entry)
-        return None
+        return CarriedOut(None, None)
     command, data = entry.command, entry.data
     if entry.parts > 1:
         parts = _take_parts(connection, entry.command_id)
         if len(parts) != entry.parts - 1:
             detail = f"of a write in {entry.parts} parts, {len(parts) + 1} were still there"
-            return StoreUnavailableError("io_error", detail=detail, path=where)
+            return CarriedOut(None, StoreUnavailableError("io_error", detail=detail, path=where))
         data = b"".join((*parts, data))
     if command is None:
         command = decode_command(data, where=f"{where} entry {entry.sequence}")
-    return _carry_out(connection, command)
+    return CarriedOut(command, _carry_out(connection, command))
 
 
 def _keep_part(connection: sqlite3.Connection, entry: LogEntry) -> None:

@@ -12,6 +12,8 @@ __all__ = [
     "PACKET_KINDS",
     "AppendOutcome",
     "AppendStatus",
+    "Change",
+    "ChangeKind",
     "CohortRecord",
     "DictionaryRecord",
     "LedgerTotal",
@@ -99,6 +101,28 @@ class StoredPacket:
 
     sequence: int
     record: PacketRecord
+
+
+ChangeKind = Literal[
+    "packets", "updates", "spend", "cohort", "quarantine", "reputations", "dictionary", "forgotten"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Something that another server wrote to a store that several share.
+
+    Attributes:
+        kind: What it is about; what it came to is to be read from the store.
+        cohort: Of `cohort` and `reputations`, which.
+        packet: Of `quarantine`, which.
+        reputations: Of `reputations`, those that were written.
+    """
+
+    kind: ChangeKind
+    cohort: str = ""
+    packet: int | PacketKey | None = None
+    reputations: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

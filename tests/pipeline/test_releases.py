@@ -344,7 +344,7 @@ async def test_packets_past_the_bound_are_counted_by_whoever_brings_them(server,
     for turn in range(25):
         await server.send(msp(f"s{turn % 4}", controller={"tau": 0.5}, at=NOW + turn / 100))
         waiting = server.releaser._work["care"].uncounted
-        assert sum(packet.ByteSize() for packet in waiting) < 1000
+        assert sum(packet.ByteSize() for _, packet in waiting) < 1000
         waited = max(waited, len(waiting))
     assert waited > 1
     state, _ = await server.releaser.reading("care")

@@ -33,7 +33,7 @@ class Follower:
         rig: The server and the notebook.
         name: The name of its record.
         every: Whether it wants every update, and not only the newest.
-        target: Where it connects, if not straight to the server.
+        target: Where it connects, if not where the rig says.
         away: Whether it leaves now and then, and comes back after a while.
     """
 
@@ -41,7 +41,7 @@ class Follower:
         self, rig: Rig, name: str, *, every: bool, target: str = "", away: bool = False
     ) -> None:
         self._rig = rig
-        self._target = target or rig.target
+        self._target = target
         self._away = away
         self._every = every
         self._chance = random.Random(rig.chance.random())
@@ -55,7 +55,7 @@ class Follower:
         while True:
             await self._rig.up.wait()
             patience_s = self._chance.uniform(0.1, 1.0) if self._may_leave() else None
-            async with Client(self._target, QUICK_RECONNECT) as client:
+            async with Client(self._target or self._rig.somewhere(), QUICK_RECONNECT) as client:
                 try:
                     async with asyncio.timeout(patience_s):
                         await self._follow(client)

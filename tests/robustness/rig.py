@@ -66,6 +66,10 @@ class Rig:
         self._commands = commands
         self._process: asyncio.subprocess.Process | None = None
 
+    def somewhere(self) -> str:
+        """Return where a client connects next."""
+        return self.target
+
     async def start(self, *, kill_after_s: float | None = None) -> bool:
         """Start the server and wait until it listens, or kill it while it starts."""
         with self.log.open("ab") as log:

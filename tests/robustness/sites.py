@@ -35,13 +35,13 @@ class Emitter(ABC):
     Args:
         rig: The server and the notebook.
         site: The name of the site.
-        target: Where it connects, if not straight to the server.
+        target: Where it connects, if not where the rig says.
     """
 
     def __init__(self, rig: Rig, site: str, target: str = "") -> None:
         self._rig = rig
         self._site = site
-        self._target = target or rig.target
+        self._target = target
         self._chance = random.Random(rig.chance.random())
         self._pending: dict[str, packet_pb2.Packet] = {}
         self._acknowledged: list[packet_pb2.Packet] = []
@@ -50,7 +50,7 @@ class Emitter(ABC):
         """Emit until the rig is stopping and all is answered."""
         while not self._rig.stopping.is_set() or self._pending:
             await self._rig.up.wait()
-            async with Client(self._target, QUICK_RECONNECT) as client:
+            async with Client(self._target or self._rig.somewhere(), QUICK_RECONNECT) as client:
                 with contextlib.suppress(*BREAKS):
                     await self.emit(client)
             await asyncio.sleep(0.02)

@@ -321,9 +321,10 @@ def spec(name: str, **fields: Any) -> cohort_pb2.CohortSpec:
 
 
 def rows(data_dir: Path, *tables: str) -> dict[str, list[tuple[Any, ...]]]:
-    """Read tables of the store with SQLite itself, past all of the server's code."""
+    """Read tables of the store, in a folder or a file, with SQLite itself, past the server's code."""
     tables = tables or ("packets", "sites", "updates", "cohorts", "dictionaries")
-    address = f"{(data_dir / 'fmi.sqlite3').as_uri()}?mode=ro"
+    file = data_dir / "fmi.sqlite3" if data_dir.is_dir() else data_dir
+    address = f"{file.as_uri()}?mode=ro"
     with contextlib.closing(sqlite3.connect(address, uri=True)) as connection:
         return {table: _rows(connection, table) for table in tables}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -79,6 +80,11 @@ class Broker:
                         writer.close()
                         await writer.wait_closed()
                 await asyncio.sleep(0.01)
+
+    def tell(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        assert self._process is not None
+        self._process.send_signal(number)
 
     def kill(self) -> None:
         """End it as `kill -9` does, by its process id."""

@@ -1,0 +1,168 @@
+"""Following: what other servers write to a store that several share is taken in here.
+
+Every server counts every packet, tells its subscribers of every update and has every cohort's rules in force,
+whoever wrote them. The store says that something was written (`storage.records.Change`), once it can be read
+here; what it came to is read from the store, so that nothing of it waits in memory.
+
+Packets are counted from the store, this server's own too: a packet has one place there, and is counted once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+from fmi_server.cohorts import CohortRegistry
+from fmi_server.compaction import Compactor
+from fmi_server.dictionaries import DictionaryShelf
+from fmi_server.errors import CohortUnknownError, FMIError
+from fmi_server.releases import Releaser
+from fmi_server.storage import Store
+from fmi_server.storage.base import UnknownPacketError
+from fmi_server.storage.records import Change, StoredPacket
+from fmi_server.stored_packets import parsed
+
+__all__ = ["Following"]
+
+PAGE_PACKETS: Final = 500
+"""Packets that are read at once."""
+
+RETRY_S: Final = 1.0
+"""Seconds after which what could not be taken in is tried again."""
+
+_log = logging.getLogger(__name__)
+
+
+class Following:
+    """Takes in what other servers write, for as long as `run` runs.
+
+    Args:
+        store: The store, open. Its changes are noted from now on.
+        cohorts: The cohorts and their rules.
+        releaser: Counts packets, and tells of updates.
+        compactor: Is told what others made live again.
+        dictionaries: Compression dictionaries.
+        put_in_force: Puts the stored spec of a cohort in force.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        cohorts: CohortRegistry,
+        releaser: Releaser,
+        *,
+        compactor: Compactor,
+        dictionaries: DictionaryShelf,
+        put_in_force: Callable[[str], Awaitable[None]],
+    ) -> None:
+        self._store = store
+        self._cohorts = cohorts
+        self._releaser = releaser
+        self._compactor = compactor
+        self._dictionaries = dictionaries
+        self._put_in_force = put_in_force
+        self._changes: dict[tuple[object, ...], Change] = {}
+        self._woken = asyncio.Event()
+        self._counted_to = 0
+        store.follow(self._note)
+
+    async def load(self) -> None:
+        """Note where counting goes on: before the packets that are there are brought back."""
+        self._counted_to = await self._store.last_sequence()
+
+    def wake(self) -> None:
+        """Look for packets: this server wrote some."""
+        self._woken.set()
+
+    async def run(self) -> None:
+        """Take in what is written, until cancelled."""
+        while True:
+            await self._woken.wait()
+            self._woken.clear()
+            try:
+                await self._take_in()
+            except Exception as error:
+                unknown = not isinstance(error, FMIError)
+                _log.warning(
+                    "what another server wrote could not be taken in, which is tried again: %s",
+                    error,
+                    exc_info=unknown,
+                )
+                await asyncio.sleep(RETRY_S)
+                self._woken.set()
+
+    def _note(self, change: Change) -> None:
+        key = (change.kind, change.cohort, change.packet)
+        known = self._changes.get(key)
+        if known is not None and change.reputations:
+            merged = {**dict(known.reputations), **dict(change.reputations)}
+            change = Change(change.kind, change.cohort, reputations=tuple(merged.items()))
+        self._changes[key] = change
+        self._woken.set()
+
+    async def _take_in(self) -> None:
+        while self._changes:
+            key, change = next(iter(self._changes.items()))
+            del self._changes[key]
+            try:
+                await self._take(change)
+            except BaseException:
+                self._changes.setdefault(key, change)
+                raise
+        await self._count()
+
+    async def _take(self, change: Change) -> None:
+        match change.kind:
+            case "updates":
+                for cohort, at in (await self._releaser.publisher.catch_up()).items():
+                    self._releaser.released_elsewhere(cohort, at)
+            case "cohort":
+                await self._put_in_force(change.cohort)
+            case "quarantine":
+                await self._recount(change)
+            case "reputations":
+                await self._releaser.take_reputations(change.cohort, dict(change.reputations))
+            case "spend":
+                await self._releaser.private.refresh()
+            case "dictionary":
+                await self._dictionaries.load()
+            case "forgotten":
+                await self._compactor.load()
+            case "packets":
+                pass  # they are counted behind everything else
+
+    async def _recount(self, change: Change) -> None:
+        """Count a cohort anew of which another server put a packet into quarantine, or took it out."""
+        if change.packet is None:
+            return
+        try:
+            stored = await self._store.packet(change.packet)
+        except UnknownPacketError:
+            return
+        if stored is None or stored.record.cohort not in self._cohorts:
+            return
+        cohort, domain_id = stored.record.cohort, stored.record.domain_id
+        if self._compactor.compacted(cohort):
+            # What was retired here meanwhile was judged with that packet, or without it.
+            async with self._compactor.suspended(cohort, domain_id=domain_id):
+                await self._releaser.rebuild(cohort)
+        else:
+            await self._releaser.rebuild(cohort)
+
+    async def _count(self) -> None:
+        while page := await self._store.load(after=self._counted_to, limit=PAGE_PACKETS):
+            counting = [stored for stored in page if not stored.record.quarantined]
+            await self._count_page(counting)
+            self._counted_to = page[-1].sequence
+
+    async def _count_page(self, stored: Sequence[StoredPacket]) -> None:
+        packets = parsed(stored, self._store.location)
+        for item, packet in zip(stored, packets, strict=True):
+            try:
+                self._cohorts.open(item.record.cohort)
+            except CohortUnknownError:
+                continue  # kept, not counted
+            self._releaser.note_newest(item.record)
+            await self._releaser.count(packet, sequence=item.sequence)

@@ -1,0 +1,170 @@
+"""Partitions: which of several servers releases which cohorts.
+
+A cohort is in one of 64 partitions, by a hash of its name. Each server that runs holds a lease of its own
+name; a partition is for the one of these servers that comes first by a hash of both (rendezvous hashing:
+Thaler and Ravishankar 1998), so that where a server comes or goes only what was its own moves. It holds a
+lease of the partition too, and does nothing alone without it.
+
+A lease spares work and decides nothing: what two servers would release at the same time the fences of the
+store keep apart (`publication`, `private_releases`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Final
+
+from fmi_server.storage import StoreError
+from fmi_server.storage.jetstream_leases import Lease, LeaseLostError, LeaseTable
+
+__all__ = ["PARTITIONS", "Partitions", "partition_of", "share_of"]
+
+PARTITIONS: Final = 64
+
+LOOKS: Final = 5
+"""Looks within the time of a lease: how soon a server that came or went is noticed."""
+
+RENEWED_AT: Final = 0.6
+"""The part of its time from which on a lease is renewed."""
+
+SERVER: Final = "server-"
+PARTITION: Final = "partition-"
+
+_log = logging.getLogger(__name__)
+
+
+def partition_of(cohort: str) -> int:
+    """Return the partition of a cohort."""
+    return _hash(cohort) % PARTITIONS
+
+
+def share_of(server: str, servers: Iterable[str]) -> frozenset[int]:
+    """Return the partitions of one of several servers."""
+    everybody = sorted({server, *servers})
+    return frozenset(
+        partition
+        for partition in range(PARTITIONS)
+        if server == max(everybody, key=lambda name: (_hash(f"{name} {partition}"), name))
+    )
+
+
+class Partitions:
+    """Takes, holds and gives back the partitions of this server, for as long as `run` runs.
+
+    Args:
+        leases: Of all servers.
+        server: The name of this one, of letters, digits and hyphens; no other one may have it.
+        on_gain: Is awaited with the partitions that were taken, before anything is done for them.
+    """
+
+    def __init__(
+        self,
+        leases: LeaseTable,
+        *,
+        server: str,
+        on_gain: Callable[[frozenset[int]], Awaitable[None]],
+    ) -> None:
+        self._leases = leases
+        self._server = server
+        self._on_gain = on_gain
+        self._own: Lease | None = None
+        self._held: dict[int, Lease] = {}
+        self._ready: set[int] = set()
+        self._closing = False
+        self._away = False
+
+    def owns(self, cohort: str) -> bool:
+        """Say whether this server releases a cohort, now."""
+        partition = partition_of(cohort)
+        lease = self._held.get(partition)
+        return lease is not None and partition in self._ready and _good(lease)
+
+    @property
+    def owned(self) -> frozenset[int]:
+        """The partitions of this server, now."""
+        return frozenset(p for p, lease in self._held.items() if p in self._ready and _good(lease))
+
+    async def run(self) -> None:
+        """Take what is this server's, and give back what is not, until cancelled."""
+        while True:
+            before = self.owned
+            try:
+                await self._look()
+            except StoreError as error:
+                if not self._away:
+                    _log.warning(
+                        "leases cannot be had, and without them nothing is released: %s", error
+                    )
+                self._away = True
+            else:
+                self._away = False
+            if self.owned != before:
+                _log.info("this server releases %d of %d partitions", len(self.owned), PARTITIONS)
+            await asyncio.sleep(self._leases.ttl_s / LOOKS)
+
+    async def give_back(self) -> None:
+        """Give everything back, so that others go on at once."""
+        self._closing = True
+        leases = [*self._held.values(), *([self._own] if self._own else [])]
+        self._held.clear()
+        self._ready.clear()
+        self._own = None
+        with contextlib.suppress(StoreError):
+            await asyncio.gather(*(self._leases.release(lease) for lease in leases))
+
+    async def _look(self) -> None:
+        self._own = await self._kept(self._own, f"{SERVER}{self._server}")
+        servers = [name.removeprefix(SERVER) for name in await self._leases.held(SERVER)]
+        share = share_of(self._server, servers) if self._own else frozenset()
+        for partition in self._held.keys() - share:
+            # Nothing is begun for it any more; what is under way is behind the fences.
+            self._ready.discard(partition)
+            await self._leases.release(self._held.pop(partition))
+        wanted = sorted(share)
+        kept = await asyncio.gather(
+            *(self._kept(self._held.get(p), f"{PARTITION}{p}") for p in wanted)
+        )
+        if self._closing:
+            # They were taken while everything was given back.
+            await asyncio.gather(*(self._leases.release(lease) for lease in kept if lease))
+            return
+        held = {p: lease for p, lease in zip(wanted, kept, strict=True) if lease is not None}
+        lost = self._held.keys() - held.keys()
+        self._held = held
+        self._ready -= lost
+        gained = held.keys() - self._ready
+        if gained:
+            await self._on_gain(frozenset(gained))
+            self._ready |= gained & self._held.keys()
+
+    async def _kept(self, lease: Lease | None, name: str) -> Lease | None:
+        """Return a lease that is held: as it was, renewed, or taken; None where another server has it."""
+        if self._closing:
+            return lease
+        if lease is not None:
+            if lease.good_until - time.monotonic() > RENEWED_AT * self._leases.ttl_s:
+                return lease
+            try:
+                return await self._leases.renew(lease)
+            except LeaseLostError:
+                # Others may have been at it: it is taken anew, as if it had never been held.
+                self._ready.discard(_number(name))
+        return await self._leases.acquire(name, self._server)
+
+
+def _number(name: str) -> int:
+    """Return the number of a partition's lease; -1 for another one."""
+    return int(name.removeprefix(PARTITION)) if name.startswith(PARTITION) else -1
+
+
+def _good(lease: Lease) -> bool:
+    return time.monotonic() < lease.good_until
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
