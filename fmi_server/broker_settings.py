@@ -17,6 +17,9 @@ __all__ = ["broker_store", "wrong_broker_settings"]
 PATIENCE_S: Final = 6.0
 """Seconds within which brokers that do not answer are told of: before the SDK's own deadline of 10."""
 
+OPEN_PATIENCE_S: Final = 30.0
+"""Seconds for which a server that starts waits for brokers: they may start too, or be choosing a leader."""
+
 
 def broker_store(settings: ServerSettings, view: Path) -> JetStreamStore:
     """Make the store; nothing is connected yet.
@@ -27,6 +30,7 @@ def broker_store(settings: ServerSettings, view: Path) -> JetStreamStore:
     options = BrokerOptions(
         replicas=settings.store_replicas,
         patience_s=PATIENCE_S,
+        open_patience_s=OPEN_PATIENCE_S,
         tls=_tls(settings),
         login=_login(settings),
     )

@@ -30,6 +30,7 @@ import contextlib
 import logging
 import math
 import secrets
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -84,6 +85,8 @@ __all__ = ["JetStreamStore"]
 
 _LOG = logging.getLogger(__name__)
 
+_OPEN_PAUSE_S = 0.5
+
 _SNAPSHOT_TRIES = 3
 """How often a view begins with a snapshot, while others make newer ones."""
 
@@ -130,6 +133,22 @@ class JetStreamStore(Store):
         """Connect, make the log if there is none, and bring the view up to it."""
         if self._replica is not None:
             return
+        deadline = time.monotonic() + self._options.open_patience_s
+        told = False
+        while True:
+            try:
+                await self._open()
+            except StoreUnavailableError as error:
+                if error.cause not in ("no_answer", "no_broker") or time.monotonic() > deadline:
+                    raise
+                if not told:
+                    _LOG.warning("%s; tried again", error)
+                told = True
+                await asyncio.sleep(_OPEN_PAUSE_S)
+            else:
+                return
+
+    async def _open(self) -> None:
         broker = BrokerConnection(self._address, self._options)
         log = BrokerLog(broker, self._names)
         try:

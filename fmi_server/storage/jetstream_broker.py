@@ -62,6 +62,8 @@ class BrokerOptions:
             above the size of the view, so that no more than twice the writes go there.
         kept_entries: Entries that the log keeps all the same, for replicas that lag.
         connect_timeout_s: For how long to try to connect when the store is opened.
+        open_patience_s: For how long opening is tried again where brokers do not answer: they may be choosing
+            a leader.
         ack_timeout_s: After so long without an acknowledgement a write is sent again.
         patience_s: After so long without one the writer is told `no_answer`.
         heartbeat_s: How often a broker says that the log is quiet; twice as long without is a lost consumer.
@@ -76,6 +78,7 @@ class BrokerOptions:
     snapshot_bytes: int = 256 * 1024 * 1024
     kept_entries: int = 1000
     connect_timeout_s: float = 5.0
+    open_patience_s: float = 0.0
     ack_timeout_s: float = 2.0
     patience_s: float = 15.0
     heartbeat_s: float = 2.0

@@ -355,7 +355,7 @@ async def test_packets_of_many_cohorts_are_bounded_together(server, monkeypatch)
     monkeypatch.setattr("fmi_server.releases.MAX_ALL_UNCOUNTED_BYTES", 1000)
     for turn in range(40):
         await server.send(msp("s", cohort=f"cohort-{turn}", controller={"tau": 0.5}))
-        waiting = [p for work in server.releaser._work.values() for p in work.uncounted]
+        waiting = [p for work in server.releaser._work.values() for _, p in work.uncounted]
         assert sum(packet.ByteSize() for packet in waiting) < 1000
 
 
@@ -373,7 +373,7 @@ async def test_a_rebuild_that_cannot_read_leaves_the_state_as_it_was(server, sto
         await server.release()
     assert server.prior() == {"tau": pytest.approx(0.2)}
     work = server.releaser._work["care"]
-    waiting = sum(packet.ByteSize() for packet in work.uncounted)
+    waiting = sum(packet.ByteSize() for _, packet in work.uncounted)
     assert work.uncounted_bytes == server.releaser._uncounted_bytes == waiting > 0
     store.refuse = set()
     await server.release()

@@ -189,7 +189,7 @@ def test_a_check_tells_what_is_wrong_with_addresses_folders_and_cohort_files_tog
 def test_help_says_what_a_flag_takes(command):
     shown = command("--help").out
     for flag in (
-        "--store [sqlite|memory]",
+        "--log-format [text|json]",
         "--log-level [debug|info|warning|error]",
         "--max-inflight INTEGER",
         "--drain-s FLOAT",
