@@ -10,8 +10,9 @@ RELEASED_IMAGE := proto/released.binpb
 FMI_TORTURE_MINUTES ?= 60
 FMI_SOAK_MINUTES ?= 30
 FMI_FUZZ_INPUTS ?= 150000
+FMI_SEARCHES ?= 10
 
-.PHONY: help demo test test-lowest torture soak fuzz check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-jetstream bench-peers bench-privacy bench-quotas bench-start bench-warm-start privacy-error bench-abuse wheel clean
+.PHONY: help demo test test-lowest search torture soak fuzz check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-jetstream bench-peers bench-privacy bench-quotas bench-start bench-warm-start privacy-error bench-abuse wheel clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -24,6 +25,9 @@ test: $(VENV)/ready ## Run all tests
 
 test-lowest: .venv-lowest/ready ## Run all tests with the lowest versions that we declare
 	.venv-lowest/bin/python -m pytest
+
+search: $(VENV)/ready ## Try other examples of every property, FMI_SEARCHES times
+	for _ in $$(seq $(FMI_SEARCHES)); do $(BIN)/python -m pytest -m hypothesis --hypothesis-profile search || exit 1; done
 
 torture: $(VENV)/ready ## Kill a server under load again and again, for FMI_TORTURE_MINUTES
 	$(BIN)/python tests/robustness/torture.py --minutes $(FMI_TORTURE_MINUTES)

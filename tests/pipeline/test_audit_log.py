@@ -36,7 +36,7 @@ def lines_of(path) -> list[dict]:
 
 
 @given(st.dictionaries(st.sampled_from(["principal", "cohort", "told"]), st.text(max_size=1000)))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_no_text_breaks_or_forges_a_line(tmp_path, entry):
     path = tmp_path / "audit.jsonl"
     path.unlink(missing_ok=True)

@@ -166,7 +166,9 @@ async def everything(store: Store) -> dict[str, object]:
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(calls=st.lists(st.tuples(WRITES, st.booleans()), min_size=12, max_size=40))
 def test_replicas_are_as_one_store(

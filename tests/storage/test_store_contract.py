@@ -231,7 +231,9 @@ RETIREMENTS = st.lists(st.tuples(st.integers(0, 11), st.booleans()), max_size=6)
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(calls=CALLS, flips=FLIPS, retirements=RETIREMENTS, together=st.booleans())
 def test_any_history_equals_the_model(  # noqa: PLR0915 - one history, one model
