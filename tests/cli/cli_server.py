@@ -23,7 +23,7 @@ from fmi.v1 import (
     registry_service_pb2_grpc,
 )
 
-START_S = 10.0
+START_S = 60.0
 
 
 @dataclass

@@ -82,10 +82,10 @@ def real_target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     thread = threading.Thread(target=work)
     thread.start()
-    assert ready.wait(20)
+    assert ready.wait(60)
     yield told[0]
     loop.call_soon_threadsafe(stopping.set)
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
 
 

@@ -338,7 +338,7 @@ def test_a_reader_that_goes_away_is_no_fault(script, more):
             stdout=write,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=30,
+            timeout=120,
             check=False,
         )
     finally:

@@ -64,7 +64,7 @@ def listener() -> Iterator[Callable[[Callable[[socket.socket], None]], str]]:
         for connection in held:
             connection.close()
         for thread in threads:
-            thread.join(10)
+            thread.join(60)
             assert not thread.is_alive()
 
 

@@ -12,7 +12,7 @@ from cli_process import fmi_process
 from fmi_client.commands.exits import ExitCode
 from fmi_server.testing import running_server
 
-PATIENCE_S = 20
+PATIENCE_S = 60
 
 LINE = json.dumps({"type": "msp", "domain_id": "site_001", "controller": {"tau": 0.9}})
 LINES = json.dumps(json.loads(LINE), indent=1)

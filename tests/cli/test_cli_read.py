@@ -275,7 +275,7 @@ def test_watch_without_a_server_ends_and_says_so(fmi, unused_port):
 async def test_watch_that_is_ended_says_how_to_go_on(script, by, code):
     script["Subscribe"] = events
     async with (
-        asyncio.timeout(20),
+        asyncio.timeout(60),
         fmi_process("watch", "care", "--target", script.target) as process,
     ):
         while "revision 6" not in (shown := (await process.stdout.readline()).decode()):

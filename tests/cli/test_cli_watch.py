@@ -19,7 +19,7 @@ from fmi_client import AsyncFMIClient, FMIEmitter, outages
 from fmi_client.commands.exits import ExitCode
 from fmi_server.testing import running_server
 
-PATIENCE_S = 20
+PATIENCE_S = 60
 
 
 async def line(stream: asyncio.StreamReader) -> str:

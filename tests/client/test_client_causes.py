@@ -192,7 +192,7 @@ async def test_what_grpc_writes_to_stderr_of_no_error_is_left_out(target_of):
         check=True,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert process.stdout == "the TLS handshake failed False\n"
     assert process.stderr == ""

@@ -28,7 +28,7 @@ PRIOR = update_pb2.UPDATE_KIND_PRIOR
 
 
 async def until(condition):
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - what is waited for tells nobody
             await asyncio.sleep(0.001)
 

@@ -79,7 +79,7 @@ def target(tmp_path: Path) -> Iterator[str]:
             yield process.stdout.readline().removeprefix("listening on ").strip()
         finally:
             process.terminate()
-            assert process.wait(30) == 0
+            assert process.wait(60) == 0
 
 
 @pytest.fixture

@@ -298,7 +298,7 @@ def test_graphviz_shows_every_name_as_it_is():
         input=consensus_to_dot(hostile_update()).encode(),
         capture_output=True,
         check=True,
-        timeout=60,
+        timeout=120,
     )
     assert drawn.stderr == b""
     svg = ET.fromstring(drawn.stdout)  # noqa: S314 - our own

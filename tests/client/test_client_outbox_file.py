@@ -29,7 +29,7 @@ from fmi_client import (
 )
 from fmi_client.receipts import EmitStatus
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 REFUSAL = status(grpc.StatusCode.INVALID_ARGUMENT, "COHORT_RULE_VIOLATION", "not in the vocabulary")
 
 

@@ -82,7 +82,7 @@ def test_importing_the_client_imports_no_numpy_and_no_server():
         "print([m for m in ('numpy', 'fmi_server', 'rich', 'click', 'yaml') if m in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.strip() == "[]"
 
@@ -101,7 +101,7 @@ def test_program_that_forgets_to_close_ends():
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.stdout.strip() == "told"
     assert done.stderr == ""

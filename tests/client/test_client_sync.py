@@ -151,9 +151,9 @@ def test_closing_from_another_thread_ends_the_iteration(served, client):
 
     thread = threading.Thread(target=follow)
     thread.start()
-    assert first.wait(10)
+    assert first.wait(60)
     subscription.close()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
     assert seen == [1]
 
@@ -168,7 +168,7 @@ def test_callback_may_use_the_client(served, client):
         done.set()
 
     with client.subscribe("care", on_update=on_update) as subscription:
-        assert done.wait(10)
+        assert done.wait(60)
         with pytest.raises(TimeoutError):
             subscription.wait(0.01)
     subscription.wait()
@@ -182,7 +182,7 @@ def test_error_of_the_callback_comes_out(served, client):
 
     subscription = client.subscribe("care", on_update=on_update)
     with pytest.raises(LookupError):
-        subscription.wait(10)
+        subscription.wait(60)
     subscription.close()
 
 
@@ -223,7 +223,7 @@ def test_dropped_client_closes_with_a_warning(served):
     loop = client._thread.loop
     with pytest.warns(ResourceWarning, match=f"unclosed FMIClient to {served.target}"):
         del client
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
     assert loop.is_closed()
 
@@ -235,7 +235,7 @@ def test_dropped_clients_leave_no_descriptors():
         for _ in range(count):
             FMIClient("127.0.0.1:9")
         for thread in set(threads_of_clients()) - before:
-            thread.join(10)
+            thread.join(60)
         return len(list(Path("/dev/fd").iterdir()))
 
     assert drop(20) == drop(1)
@@ -277,9 +277,9 @@ def test_closing_ends_a_call_in_another_thread(served):
 
     thread = threading.Thread(target=call)
     thread.start()
-    assert started.wait(10)
+    assert started.wait(60)
     client.close()
-    thread.join(10)
+    thread.join(60)
     assert len(caught) == 1
 
 
@@ -301,7 +301,7 @@ def test_interrupt_ends_a_wait_and_the_client_goes_on(served, client):
     served.script("Emit", hangs)
 
     def interrupt():
-        started.wait(10)
+        started.wait(60)
         signal.pthread_kill(main.ident, signal.SIGINT)
 
     main = threading.main_thread()

@@ -24,6 +24,8 @@ from fmi_server.storage.sqlite_schema import DatabaseLock
 
 SITES = 7
 
+pytestmark = pytest.mark.timeout(600)
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
@@ -31,7 +33,7 @@ def demo(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo") / "out put"
     command = [sys.executable, "-m", "fmi_demo", "--quick", "--json", "--sites", str(SITES)]
     run = subprocess.run(
-        [*command, "--output", str(output)], check=True, capture_output=True, text=True, timeout=110
+        [*command, "--output", str(output)], check=True, capture_output=True, text=True, timeout=500
     )
     return json.loads(run.stdout), output, run.stderr
 
@@ -134,7 +136,7 @@ def test_the_next_commands_work_as_printed(demo):
             for command, more in ((get, []), (warm, []), (watch, ["--count", "8"])):
                 words = shlex.split(command.replace("127.0.0.1:50061", target))
                 read = subprocess.run(
-                    [*words, *more], check=True, capture_output=True, text=True, timeout=30
+                    [*words, *more], check=True, capture_output=True, text=True, timeout=200
                 )
                 assert "gamma" in read.stdout
         finally:

@@ -22,4 +22,4 @@ def server(tmp_path: Path) -> Iterator[str]:
             yield process.stdout.readline().removeprefix("listening on ").strip()
         finally:
             process.terminate()
-            assert process.wait(30) == 0
+            assert process.wait(60) == 0

@@ -34,7 +34,7 @@ def console_commands(document: str, first_word: str) -> list[tuple[str, str]]:
 
 
 def run(
-    command: list[str], target: str, *, folder: Path | None = None, timeout: float = 30
+    command: list[str], target: str, *, folder: Path | None = None, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
     """Run a command that finds ours on its path and the server in its environment."""
     environment = {**os.environ, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
@@ -50,7 +50,7 @@ def run(
     )
 
 
-def shell(command: str, target: str, *, timeout: float = 30) -> str:
+def shell(command: str, target: str, *, timeout: float = 120) -> str:
     """Run a line that names a server on `localhost`; return all that it prints."""
     port = target.rpartition(":")[2]
     command = command.replace("localhost:50061", f"localhost:{port}")

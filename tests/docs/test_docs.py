@@ -28,7 +28,7 @@ for site in ("site_002", "site_003"):
             client.admin.release_now("healthcare")
 """
     code = f"TARGET = {server!r}\n{others}\n{example.replace(TARGET, server)}"
-    done = run([sys.executable, "-W", "error", "-c", code], server, timeout=60)
+    done = run([sys.executable, "-W", "error", "-c", code], server, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == "accepted 3"
     assert "{'tau': 0.9}" in done.stdout.splitlines()[-1]
@@ -101,7 +101,7 @@ def test_the_cohort_file_in_the_readme_is_in_order(tmp_path: Path) -> None:
 def test_the_example_runs(server: str) -> None:
     example = ROOT / "examples" / "follow_the_prior.py"
     for site in ("site_001", "site_002", "site_003"):
-        output = shell(f"{sys.executable} {example} {site} {server}", server, timeout=60)
+        output = shell(f"{sys.executable} {example} {site} {server}", server, timeout=120)
         assert f"{site}: tau" in output, output
     assert "the cohort says tau" in output
     assert shell(f"{sys.executable} {example}", server).startswith("usage: ")

@@ -43,7 +43,7 @@ def start(tmp_path: Path) -> Iterator:
     yield serve
     for process in started:
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
         process.stdout.close()
 
 

@@ -192,6 +192,6 @@ def test_a_request_that_is_one_endless_list_costs_little(served, name, around, f
     refusal = served.call(name, bomb(around, field, MIB))
     took = time.process_time() - started
     assert_explained(refusal)
-    assert took < 2.0
+    assert took < 5.0
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1024 < 300
     served.alive()

@@ -109,7 +109,7 @@ class Reader:
         self._events: AsyncIterator[bytes] = feed.events(lambda: 5 * 10**9)
 
     async def next(self) -> wire_pb2.SubscribeResponse:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             event = wire_pb2.SubscribeResponse.FromString(await anext(self._events))
         self.token = event.resume_token or self.token
         return event

@@ -124,7 +124,7 @@ async def test_what_the_service_refuses_is_counted_and_the_next_is_taken(caplog)
     bus.publish(PACKET_TOPIC, {"error": CohortUnknownError("care")})
     bus.publish(PACKET_TOPIC, {"error": ZeroDivisionError("a fault of the server")})
     bus.publish(PACKET_TOPIC, {"good": True})
-    await asyncio.wait_for(adapter.drained(), 5)
+    await asyncio.wait_for(adapter.drained(), 60)
     assert len(ingest.taken) == 3
     assert adapter.refused == 2
     assert "a fault of the server" in caplog.text
@@ -142,7 +142,7 @@ async def test_what_finds_no_room_is_dropped_and_counted():
     assert taken == [1, 1, 0, 0, 0]
     assert (adapter.dropped, bus.failures) == (3, 3)
     ingest.open.set()
-    await asyncio.wait_for(adapter.drained(), 5)
+    await asyncio.wait_for(adapter.drained(), 60)
     assert [packet["n"] for packet in ingest.taken] == [0, 1]
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -163,7 +163,7 @@ async def test_packets_published_from_other_threads_are_taken_at_once_and_bounde
         thread.join()  # the event loop stands still meanwhile, and takes nothing
     assert (adapter.dropped, bus.failures) == (100, 100)
     ingest.open.set()
-    await asyncio.wait_for(adapter.drained(), 5)
+    await asyncio.wait_for(adapter.drained(), 60)
     assert len(ingest.taken) == 100
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -176,8 +176,8 @@ async def test_a_packet_from_another_thread_wakes_an_idle_loop():
     thread.start()
     # Nothing wakes the loop before the time is over but the packet.
     began = time.monotonic()
-    await asyncio.wait_for(ingest.first.wait(), 10)
-    assert time.monotonic() - began < 5
+    await asyncio.wait_for(ingest.first.wait(), 60)
+    assert time.monotonic() - began < 30
     thread.join()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -194,7 +194,7 @@ async def test_a_federation_on_a_bus_gives_its_prior_to_the_meta_layer():
         for site in range(3):
             packet = msp(f"s{site}", controller={"tau": 0.9}, at=now)
             bus.publish(PACKET_TOPIC, packet_to_plain(packet))
-        payload = await asyncio.wait_for(told.get(), 10)
+        payload = await asyncio.wait_for(told.get(), 60)
         assert service._bus.refused == 4
     assert payload["prior"] == {"tau": pytest.approx(0.9)}
     assert payload["rev"] == 1

@@ -139,13 +139,16 @@ NASTY = tuple("*a" * 7 + "*" + f"z{n}" for n in range(64))
 
 
 async def worst_wait(work) -> float:
-    """Return the longest time for which some work kept the event loop from others."""
+    """Return the longest for which some work kept the event loop from others, in seconds of the processor.
+
+    Where others have the processor meanwhile, that is no doing of the work's.
+    """
     worst = 0.0
     running = asyncio.ensure_future(work)
     while not running.done():
-        began = time.perf_counter()
+        began = time.thread_time()
         await asyncio.sleep(0)
-        worst = max(worst, time.perf_counter() - began)
+        worst = max(worst, time.thread_time() - began)
     await running
     return worst
 
@@ -153,9 +156,9 @@ async def worst_wait(work) -> float:
 async def test_matching_many_cohorts_lets_others_run():
     names = ["a" * 118 + f"{n:08d}" for n in range(500)]
     patterns._glob_matches.cache_clear()
-    began = time.perf_counter()
+    began = time.thread_time()
     worst = await worst_wait(request(NASTY).answers(names))
-    took = time.perf_counter() - began
+    took = time.thread_time() - began
     assert took > 20 * PAUSE_S, "else there is nothing to see here"
     assert worst < max(0.1, took / 4)
 

@@ -234,7 +234,7 @@ Step = (
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - the service has no event for it
             await asyncio.sleep(LOOK_S)
 

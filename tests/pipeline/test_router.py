@@ -59,7 +59,7 @@ async def test_a_full_queue_makes_the_sender_wait_and_drops_nothing():
     await asyncio.sleep(0)
     assert not waiting.done()
     assert await router.receive() is first
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, 60)
     assert [await router.receive(), await router.receive()] == [second, third]
 
 
@@ -108,7 +108,7 @@ class Hub:
 
 
 async def take(stream) -> str:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         return show(wire_pb2.SubscribeResponse.FromString(await anext(stream)))
 
 
@@ -150,7 +150,7 @@ async def test_a_huge_backlog_and_a_wide_filter_take_turns_with_who_is_up_to_dat
             given += 1
             await asyncio.sleep(0)  # the least that a write to the network is
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         hog = asyncio.create_task(follow_all())
         while given < 10:  # noqa: ASYNC110 - what is waited for tells nobody
             await asyncio.sleep(0)

@@ -103,7 +103,7 @@ def test_a_bomb_of_empty_items_costs_little(data, kind, field):
     assert len(found) <= MAX_PROBLEMS
     assert has_too_much(found)
     assert any(p.field == field and p.description.endswith("and has 400000") for p in found)
-    assert took < 2.0, "instrumented for memory; it is 30 ms without"
+    assert took < 8.0, "instrumented for memory; it is 30 ms without"
     assert peak < 20 * 2**20
 
 
@@ -115,7 +115,7 @@ def test_links_in_concepts_cost_little():
     RULES.problems(packet_pb2.ConceptCausalSummary())
     started = time.process_time()
     assert len(RULES.problems(ccs)) == MAX_PROBLEMS
-    assert time.process_time() - started < 1.0
+    assert time.process_time() - started < 4.0
 
 
 def test_pairs_that_repeat_without_end_are_not_all_told():

@@ -20,6 +20,7 @@ from fmi_server.uplink import (
 )
 
 AT = 1_790_000_000
+REFUSED = 'fmi_uplink_packets_total{outcome="refused"}'
 
 
 def prior(revision=1, cohort="care", **values):
@@ -78,10 +79,16 @@ async def linked(parent, newest, telemetry=None, clock=lambda: AT + 1.0):
 
 
 async def until(parent, count):
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while len(parent.taken) < count:
             parent.idle.clear()
             await parent.idle.wait()
+
+
+async def refused(telemetry):
+    async with asyncio.timeout(60):
+        while not telemetry.snapshot().get(REFUSED):  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.001)
 
 
 @pytest.fixture(autouse=True)
@@ -189,8 +196,9 @@ async def test_one_cohort_that_is_refused_does_not_hold_up_another():
 async def test_a_refused_prior_is_tried_again_after_an_hour_and_the_next_at_once():
     parent, time = Parent(ParentRefusedError("no such cohort")), [AT + 1.0]
     newest = {"care": prior()}
-    async with linked(parent, newest, clock=lambda: time[0]) as link:
-        await asyncio.sleep(0.01)
+    telemetry = FMITelemetry()
+    async with linked(parent, newest, telemetry, clock=lambda: time[0]) as link:
+        await refused(telemetry)
         link.notice(newest["care"])
         await asyncio.sleep(0.01)
         assert parent.taken == []
@@ -221,9 +229,10 @@ async def test_signals_that_the_parent_does_not_take_are_left_out(caplog):
 async def test_what_leaving_out_does_not_mend_is_refused(fields):
     parent, telemetry = Parent(*[ParentRefusedError("no", fields)] * 50), FMITelemetry()
     async with linked(parent, {"care": prior()}, telemetry):
+        await refused(telemetry)
         await asyncio.sleep(0.05)
     assert parent.taken == []
-    assert telemetry.snapshot()['fmi_uplink_packets_total{outcome="refused"}'] == 1
+    assert telemetry.snapshot()[REFUSED] == 1
 
 
 async def test_a_prior_with_the_values_of_the_last_is_not_sent_until_it_is_due():

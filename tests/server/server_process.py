@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-START_S = 30.0
+START_S = 60.0
 
 LOCAL = ("--listen", "127.0.0.1:0")
 

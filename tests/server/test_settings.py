@@ -293,7 +293,7 @@ async def test_metrics_are_served(tmp_path):
             await client.emit(msp())
 
         def page() -> str:
-            with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as answer:
+            with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as answer:
                 return answer.read().decode()
 
         text = await asyncio.to_thread(page)

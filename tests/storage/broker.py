@@ -66,7 +66,7 @@ class Broker:
 
     async def answers(self) -> None:
         """Wait until it takes connections and JetStream answers."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while True:
                 assert self._process is not None
                 assert self._process.poll() is None, (self.folder / "broker.log").read_text()
@@ -91,14 +91,14 @@ class Broker:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            process.wait(10)
+            process.wait(60)
 
     def stop(self) -> None:
         """End it in good order."""
         process, self._process = self._process, None
         if process is not None:
             process.terminate()
-            process.wait(10)
+            process.wait(60)
 
     async def __aenter__(self) -> Self:
         await self.start()

@@ -63,14 +63,14 @@ def update(sequence: int, revision: int, cohort: str = "health") -> UpdateRecord
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - nothing says when a broker is ready
             await asyncio.sleep(0.005)
 
 
 async def stubborn(store: JetStreamStore, record: PacketRecord) -> AppendOutcome:
     """Send a packet until it is answered, as a site does."""
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(60):
         while True:
             try:
                 (outcome,) = await store.append([record])
@@ -312,7 +312,7 @@ async def test_a_broker_without_jetstream(tmp_path: Path) -> None:
     (folder / "broker.conf").write_text(f"listen: 127.0.0.1:{broker.port}\n")
     broker._launch()
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while True:
                 with pytest.raises(StoreUnavailableError) as caught:
                     await JetStreamStore(broker.url(), tmp_path / "a.db", options=QUICK).open()

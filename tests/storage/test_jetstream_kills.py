@@ -110,7 +110,7 @@ async def cluster(tmp_path: Path) -> AsyncIterator[list[Broker]]:
 
 async def opened(store: JetStreamStore) -> JetStreamStore:
     """Open a store as soon as the cluster has found a leader."""
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(60):
         while True:
             try:
                 await store.open()
@@ -124,7 +124,7 @@ async def leader(brokers: list[Broker], federation: str) -> Broker:
     running = next(broker for broker in brokers if broker.runs)
     client = await nats.connect(f"nats://{running.address}", allow_reconnect=False)
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 info = await client.jetstream().stream_info(f"FMI-{federation}")
                 name = info.cluster.leader if info.cluster is not None else None

@@ -45,7 +45,7 @@ async def leases(connection: BrokerConnection) -> LeaseTable:
 
 
 async def taken(leases: LeaseTable, name: str, holder: str) -> Lease:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             lease = await leases.acquire(name, holder)
             if lease is not None:
