@@ -122,7 +122,7 @@ async def sent_up(above):
 
 
 async def test_each_others_parents_come_to_rest():
-    first, second = free_port(), free_port()
+    first, second = free_ports(2)
     async with (
         running_server(
             listen=f"127.0.0.1:{first}",
@@ -161,10 +161,12 @@ async def revision(client):
     return (await client.update("care")).revision
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_ports(count):
+    with contextlib.ExitStack() as probes:  # held all at once, so that they differ
+        found = [probes.enter_context(socket.socket()) for _ in range(count)]
+        for probe in found:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in found]
 
 
 async def test_with_a_parent_a_wrong_start_is_told_as_without(tmp_path):
@@ -237,7 +239,8 @@ async def test_what_a_parent_answers_is_understood(answer, kind):
 
 
 async def test_a_parent_that_is_not_there_is_unavailable():
-    async with ParentLink(f"127.0.0.1:{free_port()}") as link:
+    (port,) = free_ports(1)
+    async with ParentLink(f"127.0.0.1:{port}") as link:
         with pytest.raises(ParentUnavailableError):
             await link.send(msp("s", "care"))
 

@@ -139,12 +139,12 @@ async def test_a_drain_tells_health_subscribers_and_streams_and_answers_what_is_
 
 
 async def test_who_watches_health_does_not_hold_a_drain(data_dir):
-    async with running_server(data_dir, drain_s=30.0) as server:
+    async with running_server(data_dir, drain_s=200.0) as server:
         client = Client(server.target)
         watch = health_pb2_grpc.HealthStub(client.channel).Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == SERVING
         left = asyncio.get_running_loop().time()
-    assert asyncio.get_running_loop().time() - left < 10
+    assert asyncio.get_running_loop().time() - left < 100
     assert (await watch.read()).status == NOT_SERVING
     await client.channel.close()
 
@@ -160,7 +160,7 @@ async def test_a_drain_ends_at_its_deadline_though_a_write_hangs(faulty, way, mo
         await eventually(lambda: faulty.waiting == 1)
         left = asyncio.get_running_loop().time()
     took = asyncio.get_running_loop().time() - left
-    assert took < 5, "the deadline of the drain holds"
+    assert took < 60, "the deadline of the drain holds: the write never ends"
     refusal = await hanging
     assert refusal.code in (Code.UNAVAILABLE, Code.CANCELLED)
     await client.channel.close()

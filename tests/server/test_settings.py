@@ -359,7 +359,8 @@ async def filled_database(data_dir: Path) -> Path:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_drains_and_ends_with_0(tmp_path, number):
     """Calls in flight are answered, subscribers are told, and what was answered is there afterwards."""
-    async with started(*LOCAL, "--data-dir", str(tmp_path)) as server:
+    patient = {"FMI_DRAIN_S": "200"}
+    async with started(*LOCAL, "--data-dir", str(tmp_path), env=patient) as server:
         async with Client(server.target) as client, client.subscribed("**") as events:
             await events.snapshot()
             idle = client.interchange.EmitStream()
@@ -388,7 +389,7 @@ async def test_a_signal_drains_and_ends_with_0(tmp_path, number):
             async with asyncio.timeout(DEADLINE_S):
                 await asyncio.gather(*emitting)
                 assert await server.process.wait() == 0
-        assert time.monotonic() - started_at < 5, "nothing waits for the end of its 10 s"
+        assert time.monotonic() - started_at < 100, "nothing waits for the end of its 200 s"
         await eventually(lambda: any("good order" in line for line in server.err))
     assert not any("Traceback" in line for line in server.err), server.err
     assert not (tmp_path / "fmi.sqlite3-wal").exists(), "the log was folded in"
@@ -414,7 +415,7 @@ async def test_a_drain_ends_at_its_deadline_with_a_subscriber_that_does_not_read
             os.kill(server.pid, signal.SIGTERM)
             async with asyncio.timeout(DEADLINE_S):
                 assert await server.process.wait() == 0
-            assert time.monotonic() - started_at < 4
+            assert time.monotonic() - started_at < 9, "less than without the setting"
             call.cancel()
 
 
