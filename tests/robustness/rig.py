@@ -25,9 +25,10 @@ SHORT = "short"
 
 QUICK_RECONNECT = (
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 200),
 )
+"""The one in the middle is how long a connection may take to be made, and no pause."""
 
 
 class Rig:

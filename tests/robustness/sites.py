@@ -21,7 +21,7 @@ STATUSES = {
     wire_pb2.EMIT_STATUS_ACCEPTED: "accepted",
     wire_pb2.EMIT_STATUS_DUPLICATE: "duplicate",
 }
-CALL_S = 5.0
+CALL_S = 10.0
 BREAKS = (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError)
 """How a call ends whose connection is gone; the second where it was before the next write."""
 

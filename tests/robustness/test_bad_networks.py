@@ -86,7 +86,7 @@ async def torment(network: BadNetwork, chance: random.Random, *, twice: bool) ->
     network.heal()
 
 
-@pytest.mark.timeout(90 + 2 * FAULTS)
+@pytest.mark.timeout(400 + 2 * FAULTS)
 async def test_a_bad_network_breaks_no_guarantee(tmp_path):
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")  # noqa: T201 - to run it again
@@ -125,6 +125,7 @@ async def test_a_bad_network_breaks_no_guarantee(tmp_path):
                 torment(network, random.Random(chance.random()), twice=True),
                 torment(subscribers_network, random.Random(chance.random()), twice=False),
             )
+            await eventually(lambda: len(history.answers) > FAULTS)
             stop.set()
             await asyncio.gather(*emitters)
             while await direct.release(COHORT):
@@ -132,7 +133,7 @@ async def test_a_bad_network_breaks_no_guarantee(tmp_path):
             newest = await direct.update(COHORT, PRIOR)
             line = (newest.cohort, newest.kind)
             await eventually(
-                lambda: all(r.newest.get(line) == newest.revision for r in records), 30.0
+                lambda: all(r.newest.get(line) == newest.revision for r in records)
             )
             for watch in watches:
                 watch.cancel()
@@ -147,7 +148,11 @@ async def test_a_bad_network_breaks_no_guarantee(tmp_path):
 async def test_what_arrives_twice_counts_once(tmp_path):
     """ONCE: each connection reaches the server a second time, and both copies are taken at once."""
     history = History()
-    async with running_server(tmp_path) as server, bad_network(server.target) as network:
+    async with (
+        running_server(tmp_path) as server,
+        Client(server.target) as direct,
+        bad_network(server.target) as network,
+    ):
         network.twice = True
         async with AsyncFMIClient(network.target, domain_id="site", cohort=COHORT) as client:
             packets = [client.emitter.emit_msp(controller={"tau": i / 100}) for i in range(100)]
@@ -158,12 +163,11 @@ async def test_what_arrives_twice_counts_once(tmp_path):
             for receipt in await client.emit_many(packets[50:]):
                 answer = Answer(("site", receipt.packet_id), receipt.status, receipt.sequence or 0)
                 history.answers.append(answer)
-        async with Client(server.target) as direct:
 
             async def repeated() -> bool:
                 return (await direct.sites(COHORT))[f"{COHORT}:site"].duplicates == len(packets)
 
-            await eventually(repeated)
+            await eventually(repeated)  # the twin may be behind, and ends with its connection
         store = Store.from_rows(rows(tmp_path, "packets", "updates", "sites"))
     found = {finding.guarantee for finding in broken(history, store)}
     assert not found & {"DURABLE", "ONCE"}

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from server_harness import eventually
 from server_process import LOCAL, environment
 
 SCRIPT = str(Path(__file__).with_name("private_server.py"))
 LIVES = 50
-LIFE_S = 30.0
+LIFE_S = 120.0
 COHORT = """
 name: care
 signals:
@@ -40,8 +41,11 @@ class Lives:
         cohorts.mkdir()
         (cohorts / "care.yaml").write_text(COHORT)
 
-    async def live(self, place: str, *flags: str, for_s: float | None = None) -> None:
-        """Let a server live until it kills itself at a place, or for some seconds."""
+    async def live(
+        self, place: str, *flags: str, draws: int | None = None, more_s: float = 0.0
+    ) -> None:
+        """Let a server live until it kills itself at a place, or for some draws and seconds more."""
+        drawn = self.drawn
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             SCRIPT,
@@ -55,12 +59,18 @@ class Lives:
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
         )
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LIFE_S if for_s is None else for_s):
-                await process.wait()
-        if for_s is not None and process.returncode is None:
-            process.kill()
-        _, err = await process.communicate()
+        ended = asyncio.ensure_future(process.communicate())
+        try:
+            if draws is not None:
+                await eventually(lambda: ended.done() or self.drawn >= drawn + draws, LIFE_S)
+                await asyncio.wait({ended}, timeout=more_s)
+                process.kill()
+            async with asyncio.timeout(LIFE_S):
+                _, err = await asyncio.shield(ended)
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await ended
         assert process.returncode == -9, err.decode()
 
     @property
@@ -70,6 +80,8 @@ class Lives:
 
     def count(self, table: str, which: str) -> int:
         with contextlib.closing(sqlite3.connect(self.folder / "fmi.sqlite3")) as store:
+            if not store.execute("SELECT 1 FROM sqlite_schema WHERE name = ?", [table]).fetchone():
+                return 0  # it was killed while it made its store
             question = f"SELECT count(*) FROM {table} WHERE {which}"  # noqa: S608 - constants only
             return int(store.execute(question).fetchone()[0])
 
@@ -87,7 +99,7 @@ def lives(tmp_path) -> Lives:
     return Lives(tmp_path)
 
 
-@pytest.mark.timeout(60 + 10 * LIVES)
+@pytest.mark.timeout(60 + 15 * LIVES)
 async def test_killed_between_spend_and_release_the_ledger_never_understates(lives):
     for number in range(1, LIVES + 1):
         await lives.live("after the spend")
@@ -95,7 +107,7 @@ async def test_killed_between_spend_and_release_the_ledger_never_understates(liv
         assert lives.paid == number, "each life pays for one release and draws none"
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("place", "paid", "drawn", "published"),
     [
@@ -113,23 +125,26 @@ async def test_wherever_it_is_killed_each_draw_was_paid_for(lives, place, paid, 
         assert bool(lives.published) == bool(published)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 async def test_killed_at_any_time_each_draw_was_paid_for(lives):
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")  # noqa: T201 - to run it again
     rng = random.Random(seed)
-    for _ in range(10):
-        await lives.live("anywhere", for_s=rng.uniform(0.8, 2.0))
-        if (lives.folder / "fmi.sqlite3").exists():
-            assert lives.published <= lives.drawn <= lives.paid
+    for number in range(10):
+        # Half of them while they start or soon after, the others in the middle of their releases.
+        draws, more_s = (0, rng.uniform(0.0, 2.0)) if number % 2 else (3, rng.uniform(0.0, 0.3))
+        await lives.live("anywhere", draws=draws, more_s=more_s)
+        assert lives.published <= lives.drawn <= lives.paid
     assert lives.drawn > 10, "they lived long enough to release"
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 async def test_a_ledger_that_is_written_late_is_noticed(lives):
-    await lives.live("anywhere", for_s=3.0)
+    await lives.live("anywhere", draws=1)
     before = lives.paid - lives.drawn
     assert before >= 0
-    for _ in range(5):
+    for _ in range(20):  # it is late by half a second, which a slow machine may take between the two
         await lives.live("before the publication", "--fault")
+        if lives.paid < lives.drawn:
+            break
     assert lives.paid < lives.drawn

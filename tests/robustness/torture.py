@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +45,8 @@ FAULTY = (sys.executable, str(Path(__file__).with_name("faulty_server.py")))
 COMPACTING = (*FAULTY, "compacts all the time", "serve")
 ROUNDS_OF_CAMPAIGN = 250
 QUIET_S = 90.0
-CATCH_UP_S = 5.0
+CATCH_UP_S = 60.0
+COMPLETE_S = 120.0
 
 ENDINGS = {
     "at any moment": 5,
@@ -97,7 +98,14 @@ class Campaign:
 
 
 async def campaign(
-    folder: Path, *, rounds: int, seed: int, commands: Sequence[Sequence[str]], until: float = 1e18
+    folder: Path,
+    *,
+    rounds: int,
+    seed: int,
+    commands: Sequence[Sequence[str]],
+    until: float = 1e18,
+    complete: Callable[[History], bool] = lambda _: True,
+    catch_up_s: float = CATCH_UP_S,
 ) -> Campaign:
     """Run the load, end the server's life again and again, and bring everything to an end.
 
@@ -107,6 +115,8 @@ async def campaign(
         seed: Of all that is left to chance.
         commands: How the server is started; each life takes one of them.
         until: When to begin no more rounds, by `time.monotonic`.
+        complete: Whether all that shall be part of it was; the load goes on behind the rounds until then.
+        catch_up_s: How long subscribers have to get what was released last.
     """
     (folder / "data").mkdir()
     begun = time.monotonic()
@@ -135,13 +145,14 @@ async def campaign(
                 (ending,) = rig.chance.choices(list(ENDINGS), list(ENDINGS.values()))
                 endings[ending] += 1
                 await one_round(rig, ending)
+            await eventually(lambda: complete(rig.history), COMPLETE_S)
             for each, fault in zip((network, single), faults, strict=True):
                 fault.cancel()
                 each.heal()
             rig.stopping.set()
             async with asyncio.timeout(QUIET_S):
                 await asyncio.gather(*emitters)
-            await everything_seen(rig)
+            await everything_seen(rig, catch_up_s)
             for task in following:
                 task.cancel()
         await rig.end()
@@ -259,7 +270,7 @@ async def trouble(network: BadNetwork, chance: random.Random, *, twice: bool) ->
                 network.thaw()
 
 
-async def everything_seen(rig: Rig) -> None:
+async def everything_seen(rig: Rig, catch_up_s: float) -> None:
     """Wait until nothing is left to release and every follower has what was released last."""
     async with Client(rig.target) as client:
         newest: dict[tuple[str, int], int] = {}
@@ -282,7 +293,7 @@ async def everything_seen(rig: Rig) -> None:
         )
 
     with contextlib.suppress(TimeoutError):  # the checker says what is missing
-        await eventually(caught_up, CATCH_UP_S)
+        await eventually(caught_up, catch_up_s)
 
 
 def main() -> None:
