@@ -196,7 +196,7 @@ async def test_no_answer_in_time_is_a_deadline_error(server, connect):
     server.script("Emit", *[hangs] * 9)
     server.script("GetContract", hangs)
     client = await connect(
-        timeout_s=0.05, retry=RetryPolicy(initial_s=0.001, max_s=0.001, max_attempts=3)
+        timeout_s=0.5, retry=RetryPolicy(initial_s=0.001, max_s=0.001, max_attempts=3)
     )
     with pytest.raises(DeadlineError, match=server.target):
         await client.emit_msp(controller={"tau": 0.9})
@@ -212,7 +212,7 @@ async def test_deadlines_are_tried_again_within_the_policys(server, connect):
 
     server.script("Emit", *[hangs] * 9)
     client = await connect(
-        timeout_s=0.1, retry=RetryPolicy(initial_s=0.001, max_s=0.001, deadline_s=0.05)
+        timeout_s=0.5, retry=RetryPolicy(initial_s=0.001, max_s=0.001, deadline_s=0.05)
     )
     with pytest.raises(DeadlineError):
         await client.emit_msp(controller={"tau": 0.9})
@@ -225,7 +225,7 @@ async def test_packet_that_was_taken_too_late_counts_once(server, connect):
         await asyncio.Event().wait()
 
     server.script("Emit", takes_and_hangs)
-    client = await connect(timeout_s=0.1)
+    client = await connect(timeout_s=1.0)
     receipt = await client.emit_pop({"tau": 1}, {"loss": 1}, {"loss": 0.5})
     assert receipt.status is EmitStatus.DUPLICATE
     first, second = server.seen("Emit")

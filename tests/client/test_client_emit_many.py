@@ -200,7 +200,7 @@ async def test_silent_stream_is_opened_again(server, connect, packets):
         yield
 
     server.script("EmitStream", hangs)
-    client = await connect(timeout_s=0.2)
+    client = await connect(timeout_s=1.0)
     receipts = await client.emit_many(packets)
     assert all(receipt.ok for receipt in receipts)
 

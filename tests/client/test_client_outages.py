@@ -58,13 +58,12 @@ async def restartable(tmp_path):
     return run
 
 
-def lives(*events):
-    """A Subscribe step: a stream that lives long enough to count, and fails then."""
+def lives(event, until):
+    """A Subscribe step: a stream that fails as soon as a condition holds."""
 
     async def step(_request, context):
-        for event in events:
-            yield event
-        await asyncio.sleep(2 * SETTLED_S)
+        yield event
+        await eventually(until)
         await context.abort(UNAVAILABLE, "")
 
     return step
@@ -182,8 +181,12 @@ async def test_beginning_again_with_the_newest_is_no_outage(server, connect, tol
 
 
 async def test_each_outage_is_told(server, connect, told):
-    broken = lives(snapshot_end())
-    server.script("Subscribe", broken, broken, streams(update_event(1), hold=True))
+    server.script(
+        "Subscribe",
+        streams(snapshot_end(), then=UNAVAILABLE),
+        lives(snapshot_end(), until=lambda: len(told()) == 2),
+        streams(update_event(1), hold=True),
+    )
     client = await connect()
     async with client.subscribe("care") as subscription:
         await anext(subscription)
@@ -191,8 +194,9 @@ async def test_each_outage_is_told(server, connect, told):
     assert [level for level, _ in told()] == ["WARNING", "INFO"] * 2
 
 
-async def test_streams_that_end_at_once_are_one_outage(server, connect, told):
+async def test_streams_that_end_at_once_are_one_outage(server, connect, told, monkeypatch):
     """Neither a line for each of them, nor a new attempt at once after each of them."""
+    monkeypatch.setattr(outages, "SETTLED_S", 2.0)
     states: list[ConnectionState] = []
     flaps = [streams(snapshot_end(), then=UNAVAILABLE)] * 20
     server.script("Subscribe", *flaps, streams(update_event(1), hold=True))
@@ -207,7 +211,8 @@ async def test_streams_that_end_at_once_are_one_outage(server, connect, told):
     assert [level for level, _ in told()] == ["WARNING", "INFO"]
 
 
-async def test_a_closed_subscription_tells_nothing_more(server, connect, told):
+async def test_a_closed_subscription_tells_nothing_more(server, connect, told, monkeypatch):
+    monkeypatch.setattr(outages, "SETTLED_S", settled_s := 1.0)
     server.script(
         "Subscribe",
         streams(update_event(1), then=UNAVAILABLE),
@@ -216,7 +221,7 @@ async def test_a_closed_subscription_tells_nothing_more(server, connect, told):
     client = await connect()
     async with client.subscribe("care") as subscription:
         assert [(await anext(subscription)).revision for _ in range(2)] == [1, 2]
-    await asyncio.sleep(2 * SETTLED_S)
+    await asyncio.sleep(1.2 * settled_s)
     assert [level for level, _ in told()] == ["WARNING"]
 
 

@@ -430,7 +430,7 @@ class SwallowingProxy:
 
 async def test_a_connection_that_carries_nothing_is_replaced(server, emitter):
     async with SwallowingProxy(server.target) as proxy:
-        options = {"outbox": Outbox(), "retry": FAST, "timeout_s": 0.3}
+        options = {"outbox": Outbox(), "retry": FAST, "timeout_s": 1.0}
         async with AsyncFMIClient(proxy.target, **options) as client:
             packets = msps(emitter, 2)
             await client.emit(packets[0])

@@ -217,7 +217,7 @@ async def test_silence_opens_the_stream_again(server, connect):
         "Subscribe", streams(update_event(1), hold=True), streams(update_event(2), hold=True)
     )
     client = await connect()
-    async with client.subscribe("care", silence_s=0.1) as subscription:
+    async with client.subscribe("care", silence_s=1.0) as subscription:
         assert revisions(await take(subscription, 2)) == [1, 2]
         assert subscription.statistics.reconnects == 1
 
@@ -225,7 +225,7 @@ async def test_silence_opens_the_stream_again(server, connect):
 async def test_silence_is_noticed_by_a_consumer_that_polls(server, connect):
     server.script("Subscribe", streams(hold=True), streams(update_event(1), hold=True))
     client = await connect()
-    async with client.subscribe("care", silence_s=0.2) as subscription:
+    async with client.subscribe("care", silence_s=0.5) as subscription:
         for _ in itertools.count():
             try:
                 async with asyncio.timeout(0.02):
@@ -242,15 +242,15 @@ async def test_signs_of_life_keep_the_stream(server, connect):
     )
 
     async def breathes(_request, _context):
-        for _ in range(6):
-            await asyncio.sleep(0.05)
+        for _ in range(12):
+            await asyncio.sleep(0.1)
             yield progress
         yield update_event(1)
         await asyncio.Event().wait()
 
     server.script("Subscribe", breathes)
     client = await connect()
-    async with client.subscribe("care", silence_s=0.2) as subscription:
+    async with client.subscribe("care", silence_s=1.0) as subscription:
         assert (await anext(subscription)).revision == 1
         assert subscription.statistics.reconnects == 0
 

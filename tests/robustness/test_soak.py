@@ -17,22 +17,22 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_short_soak_has_readings_a_table_and_a_chart(tmp_path):
-    flags = ["--minutes", "0.1", "--every", "1", "--rate", "100", "--output", str(tmp_path)]
+    flags = ["--minutes", "0.1", "--every", "1", "--rate", "30", "--output", str(tmp_path)]
     ran = subprocess.run(
         [sys.executable, "-m", "benchmarks.soak", *flags],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=False,
         cwd=ROOT,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "\n0 faults" in ran.stdout
     readings = json.loads((tmp_path / "readings.json").read_text())
-    assert len(readings) >= 5
+    assert len(readings) >= 4
     assert all(r["rss_mb"] > 20 and r["descriptors"] > 5 and r["p50_ms"] > 0 for r in readings)
     assert sum(r["packets_per_s"] for r in readings[1:]) / len(readings[1:]) == pytest.approx(
-        100, abs=30
+        30, abs=20
     )
     assert (tmp_path / "soak.png").read_bytes().startswith(b"\x89PNG")
 
