@@ -204,6 +204,8 @@ async def test_a_drain_tells_each_when_to_come_back_and_the_sdk_waits_for_it(dat
         follower = sdk.subscribe("**", on_state=states.append)
         assert (await anext(follower.events())).HasField("snapshot_end")
         following = asyncio.ensure_future(anext(follower))
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
         draining = asyncio.ensure_future(server.service.drain())
         refusals = [await events.refusal() for events in streams]
         await draining
@@ -214,8 +216,7 @@ async def test_a_drain_tells_each_when_to_come_back_and_the_sdk_waits_for_it(dat
         assert all(0 <= delay - LEAST_RECONNECT_S <= window_s for delay in delays)
         (lost,) = await eventually(lambda: states)
         assert lost.error.reason == "SERVER_DRAINING"
-        loop = asyncio.get_running_loop()
-        assert follower._open_at - loop.time() > LEAST_RECONNECT_S / 2
+        assert follower._open_at - begun >= LEAST_RECONNECT_S
         following.cancel()
 
 
@@ -229,15 +230,16 @@ async def test_a_huge_backlog_does_not_delay_who_is_up_to_date(server, client, m
     await declare(client, "care", "trade")
     publish, backlog, hogs = Publisher(client, "care", signals=500), 120, 8
     await publish(backlog)
-    order: list[str] = []
+    given = 0
 
     async def read_all(reader: Client) -> None:
+        nonlocal given
         async with reader.subscribed(
             "care", kinds=[PRIOR], mode=EVERY, start_revisions=start("care", 1)
         ) as events:
             for _ in range(backlog):
                 await events.next()
-                order.append("hog")
+                given += 1
 
     async with (
         Client(server.target) as reader,
@@ -249,11 +251,13 @@ async def test_a_huge_backlog_does_not_delay_who_is_up_to_date(server, client, m
         await quick.snapshot()
         for _ in range(hogs):
             tasks.create_task(read_all(reader))
-        await eventually(lambda: len(order) >= hogs)
+        await eventually(lambda: given >= hogs)
         await Publisher(client, "trade")()
+        before = given
         await quick.updates(1)
-        order.append("quick")
-    assert order.index("quick") < hogs * backlog // 2
+        meanwhile = given - before
+    assert before < hogs * backlog, "else there is nothing to see here"
+    assert meanwhile < hogs * backlog // 8
 
 
 async def python_bytes() -> int:
