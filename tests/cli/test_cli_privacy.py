@@ -22,7 +22,6 @@ privacy: {dp_epsilon: 60, dp_delta: 1e-6, dp_epochs: 3}
 """
 
 
-@pytest.mark.timeout(60)
 def test_the_life_of_a_budget(ask_real, real_target, tmp_path):
     assert "no cohort is private" in ask_real("privacy ledger").stdout
     file = tmp_path / "care.yaml"
@@ -39,7 +38,7 @@ def test_the_life_of_a_budget(ask_real, real_target, tmp_path):
             )
         file.write_text(COHORT)
         assert ask_real("cohorts put", str(file)).exit_code == 0
-        deadline = time.monotonic() + 20.0
+        deadline = time.monotonic() + 100.0
         while client.admin.list_privacy_budgets("care")[0].releases_left:
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 import signal
-import time
+import threading
 from contextlib import AsyncExitStack
 
 import grpc
@@ -85,6 +85,13 @@ def test_after_an_outage_all_is_up_to_date_over_a_connection_that_is_there_again
     ask, script, monkeypatch
 ):
     monkeypatch.setattr(outages, "SETTLED_S", 0.2)
+    settled, told_so = outages.OutageMonitor._settled, threading.Event()
+
+    def tells(self, *args):
+        settled(self, *args)
+        told_so.set()
+
+    monkeypatch.setattr(outages.OutageMonitor, "_settled", tells)
     starts = iter(range(2))
 
     def breaks_once(request):
@@ -92,7 +99,7 @@ def test_after_an_outage_all_is_up_to_date_over_a_connection_that_is_there_again
         if next(starts) == 0:
             raise RefusedError(grpc.StatusCode.UNAVAILABLE, "", "gone")
         yield quiet(request)[1]
-        time.sleep(1)
+        assert told_so.wait(PATIENCE_S)
         yield quiet(request)[2]
 
     script["Subscribe"] = breaks_once

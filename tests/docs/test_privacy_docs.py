@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from documents import ROOT, blocks, console_commands, run, shell
 
-from fmi_client import FMIClient
+from fmi.v1 import admin_service_pb2
+from fmi_client import FMIClient, FMIEmitter
 
 PAGE = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
 (COHORT_FILE,) = blocks(PAGE, "yaml")
@@ -27,10 +28,11 @@ def start(tmp_path: Path) -> Iterator:
     started: list[subprocess.Popen[str]] = []
 
     def serve(cohort_file: str) -> str:
-        cohorts = tmp_path / "cohorts"
-        cohorts.mkdir()
+        folder = tmp_path / str(len(started))
+        cohorts = folder / "cohorts"
+        cohorts.mkdir(parents=True)
         (cohorts / "healthcare.yaml").write_text(cohort_file, encoding="utf-8")
-        folders = ["--data-dir", str(tmp_path / "data"), "--cohorts", str(cohorts)]
+        folders = ["--data-dir", str(folder / "data"), "--cohorts", str(cohorts)]
         process = subprocess.Popen(
             [sys.executable, "-m", "fmi_server", "serve", "--listen", "127.0.0.1:0", *folders],
             stdout=subprocess.PIPE,
@@ -61,16 +63,19 @@ def test_the_plans_are_those_that_a_server_makes(start) -> None:
 
 
 def test_a_release_and_its_cost_look_as_shown(start) -> None:
-    target = start(COHORT_FILE.replace(WEEK, "max_interval: 1"))
-    for number in range(400):
-        with FMIClient(target, domain_id=f"s{number}", cohort="healthcare") as client:
-            client.emit_msp(
-                controller={"tau": 0.6, "lr": 0.003},
-                evaluator={"g_min": 0.3},
-                metrics={"gain_p50": 0.1, "gain_p90": 0.25},
-            )
-            if number == 0:
-                assert client.emit_msp(controller={"tau": 0.6}).sequence is None
+    # All sites are there before the first release; twenty of them are long enough for what follows.
+    target = start(COHORT_FILE.replace(WEEK, "max_interval: 4"))
+    packets = [
+        FMIEmitter(f"s{number}", cohort="healthcare").emit_msp(
+            controller={"tau": 0.6, "lr": 0.003},
+            evaluator={"g_min": 0.3},
+            metrics={"gain_p50": 0.1, "gain_p90": 0.25},
+        )
+        for number in range(400)
+    ]
+    with FMIClient(target, domain_id="s0", cohort="healthcare") as client:
+        assert all(receipt.ok for receipt in client.emit_many(packets))
+        assert client.emit_msp(controller={"tau": 0.6}).sequence is None
     for _ in range(60):
         prior = json.loads(shell("fmi get healthcare --json", target) or "{}")
         told = prior.get("prior_update", {}).get("estimates", {})
@@ -93,15 +98,23 @@ def test_a_release_and_its_cost_look_as_shown(start) -> None:
 def test_two_releases_have_spent_what_is_shown(start) -> None:
     shown = SHOWN["fmi privacy ledger healthcare"].splitlines()[2].split()
     assert shown[4] == "2"
-    target = start(COHORT_FILE.replace(WEEK, "max_interval: 1"))
-    with FMIClient(target) as client:
-        for _ in range(200):
-            (budget,) = client.admin.list_privacy_budgets("healthcare")
-            if budget.releases >= 2:
-                break
-            time.sleep(0.05)
+    for period_s in (1, 4, 16):  # a machine that is slow may look when there was a third
+        target = start(COHORT_FILE.replace(WEEK, f"max_interval: {period_s}"))
+        with FMIClient(target) as client:
+            budget = second_release(client)
+        if budget.releases == 2:
+            break
     assert budget.releases == 2
     assert f"{budget.epsilon_spent:.4g}" == shown[1]
+
+
+def second_release(client: FMIClient) -> admin_service_pb2.PrivacyBudget:
+    """Return what was spent when there are two releases, or more."""
+    while True:
+        (budget,) = client.admin.list_privacy_budgets("healthcare")
+        if budget.releases >= 2:
+            return budget
+        time.sleep(0.05)
 
 
 def test_the_program_prints_what_stands_behind_its_lines() -> None:
