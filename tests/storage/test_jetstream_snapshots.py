@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import nats
 import pytest
 from broker import Broker
-from test_jetstream import QUICK, ids, packet, until, update
+from test_jetstream import IMPATIENT, QUICK, ids, packet, until, update
 
 from fmi_server.storage import JetStreamStore
 from fmi_server.storage.base import (
@@ -203,7 +203,8 @@ async def test_a_write_in_parts_goes_through_a_snapshot(broker: Broker, tmp_path
 
 
 async def test_the_shortening_waits_for_a_broker(broker: Broker, tmp_path: Path) -> None:
-    async with JetStreamStore(broker.url(), tmp_path / "one.db", options=SHORT) as store:
+    options = replace(IMPATIENT, kept_entries=0)
+    async with JetStreamStore(broker.url(), tmp_path / "one.db", options=options) as store:
         await store.append([packet("p0")])
         broker.kill()
         with pytest.raises(StoreUnavailableError):
