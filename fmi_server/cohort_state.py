@@ -16,7 +16,6 @@ from fmi.plain import DEFAULT_PROFILE_CLASS
 from fmi.rules import SECTIONS
 from fmi.v1 import packet_pb2
 from fmi_server.aggregation import (
-    START_REPUTATION,
     CausalConsensus,
     CausalSettings,
     CohortMatrix,
@@ -319,7 +318,7 @@ class CohortState:
         """
         self.expire(now)
         self._judge()
-        reputations = self._trust.counted()
+        reputations = self._trust.counted(self._sites)
         prior = self._matrix.release(self._estimator, reputations, now)
         groups = self._groups()
         classes = Counter({name: len(sites) for name, sites in groups.by_class.items()})
@@ -367,7 +366,7 @@ class CohortState:
                 CausalSettings(estimator=self._estimator),
                 reputations,
             ),
-            reputations={name: reputations.get(name, START_REPUTATION) for name in self._sites},
+            reputations=reputations,
             relative_sizes=self._matrix.relative_sizes(),
             packets=Counter(self.packets),
             outcome_sites=len({outcome.site_id for outcome in outcomes}),
@@ -384,7 +383,7 @@ class CohortState:
             self._groups(),
             request,
             self._estimator,
-            reputation=self._trust.counted(),
+            reputation=self._trust.counted(self._sites),
         )
 
     def signals_held(self) -> tuple[int, tuple[float | None, float | None]]:

@@ -481,8 +481,9 @@ class CohortMatrix:
         counted = sizes[self._cells.occupied]
         if not counted.size or counted.min() == counted.max():
             return np.ones(columns.size)
-        relative = np.minimum(sizes[columns] / np.median(counted), 1.0)
-        return in_steps(relative)
+        median = np.median(counted)
+        # The smaller first: a size by a median as small as may be declared is past the largest number.
+        return in_steps(np.minimum(sizes[columns], median) / median)
 
     def _told_of(self, table: EstimateTable) -> EstimateTable:
         told = self._told_index()

@@ -7,7 +7,7 @@ caught, and nothing here claims that they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -188,10 +188,19 @@ class ReputationBook:
         """Forget a site that left the cohort for good."""
         self._reputation.pop(site_id, None)
 
-    def counted(self) -> dict[str, float]:
-        """Return the reputations of all sites that were judged, as they count (`in_steps`)."""
-        held = in_steps(np.fromiter(self._reputation.values(), dtype=np.float64))
-        return dict(zip(self._reputation, held.tolist(), strict=True))
+    def counted(self, site_ids: Collection[str]) -> dict[str, float]:
+        """Return the reputations of the sites of a cohort as they count: in steps, none above their median.
+
+        A reputation rises with each release in which its site sent something. Were there no median, who
+        sends most often would count for more than most.
+
+        Args:
+            site_ids: all sites of the cohort, each once.
+        """
+        held = in_steps(np.fromiter(map(self.of, site_ids), dtype=np.float64))
+        if held.size:
+            held = in_steps(np.minimum(held, np.median(held)))
+        return dict(zip(site_ids, held.tolist(), strict=True))
 
     def snapshot(self) -> dict[str, float]:
         """Return the reputations of all sites that were judged, to save."""

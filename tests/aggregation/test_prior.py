@@ -316,6 +316,8 @@ def test_a_site_that_stands_for_more_weighs_more_up_to_the_median():
     assert prior_of(8, 2, 8, 8, 8) == pytest.approx((0.25 * 1 + 2 + 3) / 2.25)
     assert prior_of(8, 2, 8, 1e12, 8) == prior_of(8, 2, 8, 8, 8)
     assert prior_of(5, 5, 5, 5, 5) == prior_of(1, 1, 1, 1, 1) == 2.0
+    # The least that can be declared, by as many as are the median.
+    assert prior_of(5e-324, 5e-324, 5e-324, 1e12, 1e12) == 2.0
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])

@@ -161,6 +161,17 @@ def test_a_snapshot_starts_a_book_again():
         ReputationBook(reputation={"a": 1.5})
 
 
+def test_a_reputation_counts_for_no_more_than_the_median_of_all_sites():
+    names = [f"s{i}" for i in range(5)]
+    book = ReputationBook(reputation={"s0": 0.98, "s1": 0.703, "s2": 0.02})
+    # The two that nobody has judged have that of a beginning, and so are half of the sites.
+    assert book.counted(names) == {"s0": 0.5, "s1": 0.5, "s2": 0.02, "s3": 0.5, "s4": 0.5}
+    assert book.counted(names[:3]) == {"s0": 0.7, "s1": 0.7, "s2": 0.02}
+    assert book.counted(names[:2]) == {"s0": 0.84, "s1": 0.7}
+    assert book.counted([]) == {}
+    assert book.snapshot() == {"s0": 0.98, "s1": 0.703, "s2": 0.02}
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"up": 0.0}, {"down": 1.5}, {"floor": 0.0}, {"tolerance_z": 0.0}, {"min_sites": 2},

@@ -442,6 +442,17 @@ def test_liars_lose_their_reputation_and_a_site_that_leaves_is_forgotten():
     assert state.reputations() == {}
 
 
+def test_a_site_that_sends_in_every_release_weighs_no_more_than_most():
+    quiet, loud = (counted(taus(*(0.50 + 0.01 * i for i in range(8)))) for _ in range(2))
+    quiet.release(NOW)
+    for turn in range(30):
+        loud.count(msp("s6", controller={"tau": 0.56}, at=NOW + turn))
+        found = loud.release(NOW + turn)
+    assert loud.reputation("s6") > 0.9 > loud.reputation("s5")
+    assert set(found.reputations.values()) == {0.55}
+    assert priors(loud, now=NOW + 30) == priors(quiet, now=NOW + 30)
+
+
 def test_a_site_that_comes_back_after_its_time_is_a_new_site():
     state = CohortState(rules(retention={"siteTtl": "100s"}))
     for turn in range(10):

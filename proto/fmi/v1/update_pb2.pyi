@@ -246,8 +246,8 @@ class Lineage(_message.Message):
     @_builtins.property
     def reputations(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Output only. The server's reputation of each site that was counted, in 0.01..1, as it was used in the
-        weights: in steps of 0.01. In a prior only, and empty in cohorts of more than 1000 sites, where ListSites
-        has them.
+        weights: in steps of 0.01, and none above the median of the cohort. In a prior only, and empty in cohorts of
+        more than 1000 sites. ListSites has them as they are.
         """
 
     @_builtins.property
