@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import sys
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import click
-import structlog
 import yaml
 
 from fmi_server import app, security_commands, store_commands
@@ -25,6 +23,7 @@ from fmi_server.config import (
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.errors import FMIError
 from fmi_server.invocation import fail, settings_of
+from fmi_server.server_log import configure_log
 
 __all__ = ["cli"]
 
@@ -92,7 +91,7 @@ def _metavar(kind: Any) -> str | None:
 def serve(config: Path | None, **flags: Any) -> None:
     """Serve until SIGTERM, then drain."""
     settings = settings_of(config, flags)
-    _configure_logging(settings)
+    configure_log(settings)
     for line in unknown_variables(os.environ):
         _log.warning("%s", line)
     try:
@@ -131,48 +130,3 @@ def check_config(config: Path | None, **flags: Any) -> None:
     click.echo(f"# {len(files)} cohort {'file is' if len(files) == 1 else 'files are'} in order")
     if files:
         click.echo("# not compared with the store: a change that would break sites stops the start")
-
-
-def _configure_logging(settings: ServerSettings) -> None:
-    """Write log lines to standard error; site-chosen text cannot break a line."""
-    renderer: Any = (
-        structlog.processors.JSONRenderer()
-        if settings.log_format == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-    )
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[
-                structlog.stdlib.add_log_level,
-                structlog.stdlib.add_logger_name,
-                structlog.processors.TimeStamper(fmt="iso", utc=True),
-            ],
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                _one_line,
-                renderer,
-            ],
-        )
-    )
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(settings.log_level.upper())
-    # At debug they tell of each event loop and each connection, and drown what the server says.
-    for noisy in ("grpc", "asyncio"):
-        logging.getLogger(noisy).setLevel(max(logging.INFO, root.level))
-    logging.getLogger("grpc._cython.cygrpc").addFilter(_no_fault_of_ours)
-
-
-def _no_fault_of_ours(record: logging.LogRecord) -> bool:
-    """Leave out that a peer went away while it was answered: else it writes a dozen lines for each call."""
-    kind = record.exc_info[0] if record.exc_info else None
-    return kind is None or kind.__name__ != "ExecuteBatchError"
-
-
-def _one_line(
-    _logger: Any, _method: str, event: MutableMapping[str, Any]
-) -> MutableMapping[str, Any]:
-    text = str(event.get("event", ""))
-    event["event"] = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return event
