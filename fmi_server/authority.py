@@ -27,6 +27,8 @@ SLACK: Final = timedelta(minutes=5)
 
 CRL_LIFETIME: Final = timedelta(days=365)
 
+_CRL_BEGIN: Final = b"-----BEGIN X509 CRL-----"
+
 
 @dataclass(frozen=True, slots=True)
 class Issued:
@@ -97,15 +99,16 @@ class Authority:
         names = [x509.SubjectAlternativeName(uris)] if uris else []
         return self._issue(name, names, ExtendedKeyUsageOID.CLIENT_AUTH, now=now, lifetime=lifetime)
 
-    def revocations(
-        self, present: bytes | None = None, *, revoked: Iterable[bytes] = (), now: datetime
-    ) -> bytes:
+    def revocations(self, *present: bytes, revoked: Iterable[bytes] = (), now: datetime) -> bytes:
         """Return a revocation list, in PEM.
 
         Args:
-            present: The list so far, whose entries stay; None where there is none.
+            present: Lists so far, whose entries stay.
             revoked: Certificates that it has besides, in PEM.
             now: The time.
+
+        Raises:
+            ValueError: A list cannot be read, or is several, which would not all be kept.
         """
         builder = (
             x509.CertificateRevocationListBuilder()
@@ -113,11 +116,11 @@ class Authority:
             .last_update(now - SLACK)
             .next_update(now + CRL_LIFETIME)
         )
-        entries = (
-            {}
-            if present is None
-            else {entry.serial_number: entry for entry in x509.load_pem_x509_crl(present)}
-        )
+        entries: dict[int, x509.RevokedCertificate] = {}
+        for listed in present:
+            if listed.count(_CRL_BEGIN) > 1:
+                raise ValueError("its revoked.pem holds the lists of several authorities")
+            entries |= {entry.serial_number: entry for entry in x509.load_pem_x509_crl(listed)}
         for certificate in revoked:
             serial = x509.load_pem_x509_certificate(certificate).serial_number
             new = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now)

@@ -34,6 +34,7 @@ from fmi_server.quotas import Quota
 __all__ = [
     "ESTIMATORS",
     "PRIVACY_SETTINGS",
+    "SITE_NAME",
     "AggregationConfig",
     "RouterConfig",
     "ServerSettings",
@@ -196,7 +197,9 @@ _PRIVACY_OF_A_COHORT: Final = (
 _CLIENT_VARIABLES: Final = frozenset(
     {"FMI_TARGET", "FMI_TOKEN", "FMI_TOKEN_FILE", "FMI_DOMAIN_ID", "FMI_DEBUG"}
 )
-_SITE_NAME: Final = re.compile("[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
+SITE_NAME: Final = re.compile("[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
+"""What a site may be called, as the contract says."""
+
 _PLATFORM_VARIABLE: Final = re.compile(r"_SERVICE_HOST$|_PORT(_|$)")
 
 
@@ -504,7 +507,7 @@ class ServerSettings(BaseSettings):
     @field_validator("parent_domain_id")
     @classmethod
     def _site_name(cls, value: str | None) -> str | None:
-        if value is not None and not _SITE_NAME.fullmatch(value):
+        if value is not None and not SITE_NAME.fullmatch(value):
             raise ValueError(
                 "must be 1 to 128 letters, digits and ._:@- that begin with a letter or a digit"
             )

@@ -1,19 +1,21 @@
 """The folder of a first deployment: an authority, a server's certificate, credentials of clients.
 
-    FOLDER/ca/ca.crt ca.key               the authority; its key is needed for new clients only
+    FOLDER/ca/ca.crt ca.key revoked.pem   the authority, and what it revoked; it signs what is new only
     FOLDER/server/server.crt server.key   what the server shows
     FOLDER/server/ca.crt revoked.pem      what it checks clients against
     FOLDER/clients/NAME/                  what a client gets: client.crt, client.key, ca.crt
+    FOLDER/clients/NAME.revoked-TIME/     what is not valid any more; NAME.renewed-TIME still is
     FOLDER/cohorts/default.yaml           a cohort for all clients
     FOLDER/fmi.yaml                       the settings of the server
 
-Nothing is ever written over, but for the list of revoked certificates. A subfolder appears when it is whole.
-Keys have mode 0600.
+Nothing is ever written over, but for the list of revoked certificates, which never loses one, and the
+server's certificate and key when they are renewed. A subfolder appears when it is whole. Keys have mode 0600.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -25,8 +27,10 @@ from pathlib import Path
 from typing import Final
 
 import yaml
+from cryptography import x509
 
 from fmi_server.authority import Authority, Issued
+from fmi_server.certificates import UnusableCertificateError, read_client_certificate
 
 __all__ = ["CLIENT_NAME", "Deployment", "DeploymentError"]
 
@@ -34,6 +38,11 @@ CLIENT_NAME: Final = re.compile("[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
 """What a client may be called: a name of a site that fits into a certificate."""
 
 AUTHORITY_LIFETIME: Final = timedelta(days=3650)
+
+_FOLDER_NAME: Final = re.compile("[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
+"""What a client's folder may be called, also one that was set aside."""
+
+_REVOKED: Final = re.compile(r".+\.revoked-\d{8}T\d{6}Z")
 
 _COHORT: Final = """\
 # A cohort for everybody who has credentials. Who may do what stands in `access`: names of clients, or "*" for
@@ -83,8 +92,10 @@ class Deployment:
             DeploymentError: A name cannot be one, or a file cannot be read or made.
         """
         made: list[Path] = []
-        with _telling():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_telling())
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            stack.enter_context(self._alone())
             if not self._ca.exists():
                 root = Authority.create("FMI authority", now=self.now, lifetime=AUTHORITY_LIFETIME)
                 made += _folder_of(self._ca, _pair("ca", root))
@@ -94,7 +105,7 @@ class Deployment:
                 files = {
                     **_pair("server", pair),
                     "ca.crt": self._read("ca.crt"),
-                    "revoked.pem": authority.revocations(now=self.now),
+                    "revoked.pem": self._revocations(authority),
                 }
                 made += _folder_of(self._server, files)
             if not self.client_folder(operator).exists():
@@ -118,7 +129,7 @@ class Deployment:
             DeploymentError: There are such credentials, or the authority's key is not there.
         """
         for given in (name, *domain_ids):
-            if not CLIENT_NAME.fullmatch(given):
+            if not CLIENT_NAME.fullmatch(given) or _REVOKED.fullmatch(given):
                 raise DeploymentError(
                     f"{given!r} is no name: 1 to 64 letters, digits and ._:@- that begin with a letter or "
                     "a digit"
@@ -137,26 +148,102 @@ class Deployment:
     def revoke(self, name: str) -> Path:
         """Revoke the certificate of a client and set its folder aside; return where that is now.
 
+        Args:
+            name: The client, or the name of a folder that was set aside when it was renewed.
+
         Raises:
             DeploymentError: There is no such client, or the authority's key is not there.
         """
-        folder = self.client_folder(name)
-        certificate = folder / "client.crt"
-        if not CLIENT_NAME.fullmatch(name) or not certificate.exists():
-            raise DeploymentError(f"there is no {certificate}")
-        aside = folder.with_name(f"{name}.revoked-{self.now.astimezone(UTC):%Y%m%dT%H%M%SZ}")
-        listed = self._server / "revoked.pem"
-        with _telling():
-            present = listed.read_bytes() if listed.exists() else None
-            new = self._authority().revocations(
-                present, revoked=[certificate.read_bytes()], now=self.now
+        with _telling(), self._alone():
+            certificate = self._certificate_of(name)
+            new = self._revocations(self._authority(), certificate.read_bytes())
+            for folder in (self._ca, self._server):  # the authority's first: it is what counts
+                _replace(folder / "revoked.pem", new, mode=0o644)
+            return self._set_aside(name, "revoked")
+
+    def renew_client(self, name: str) -> tuple[Path, list[Path]]:
+        """Make a new certificate with the names of a client's present one, which is not revoked by that.
+
+        Returns:
+            Where the present one is now, and the new files.
+
+        Raises:
+            DeploymentError: There is no such client, or the authority's key is not there.
+        """
+        with _telling(), self._alone():
+            present = read_client_certificate(self._certificate_of(name).read_bytes())
+            own = present.domain_ids == {present.principal}
+            pair = self._authority().issue_client(
+                present.principal,
+                () if own else sorted(present.domain_ids),
+                now=self.now,
+                lifetime=self.lifetime,
             )
-            temporary = listed.with_name(".revoked.pem.new")
-            temporary.unlink(missing_ok=True)
-            _write(temporary, new, mode=0o644)
-            temporary.replace(listed)
-            folder.rename(aside)
-        return aside
+            files = {**_pair("client", pair), "ca.crt": self._read("ca.crt")}
+            aside = self._set_aside(name, "renewed")
+            return aside, _folder_of(self.client_folder(name), files)
+
+    def renew_server(self, hosts: Sequence[str] = ()) -> list[Path]:
+        """Make a new certificate and key for the server, in the places of its present ones.
+
+        Args:
+            hosts: Its names and addresses; those of the present certificate where none is given.
+
+        Raises:
+            DeploymentError: There is no present certificate, or the authority's key is not there.
+        """
+        with _telling(), self._alone():
+            certificate, key = self._server / "server.crt", self._server / "server.key"
+            if not certificate.exists():
+                raise DeploymentError(f"there is no {certificate}; `fmi-server init` makes one")
+            authority = self._authority()
+            pair = authority.issue_server(
+                hosts or _hosts_of(certificate.read_bytes()), now=self.now, lifetime=self.lifetime
+            )
+            _replace(self._server / "revoked.pem", self._revocations(authority), mode=0o644)
+            # A server that runs keeps the old pair while the two do not belong together.
+            _replace(key, pair.key, mode=0o600)
+            _replace(certificate, pair.certificate, mode=0o644)
+        return [certificate, key]
+
+    def _certificate_of(self, name: str) -> Path:
+        certificate = self.client_folder(name) / "client.crt"
+        if not _FOLDER_NAME.fullmatch(name) or not certificate.exists():
+            raise DeploymentError(f"there is no {certificate}")
+        if _REVOKED.fullmatch(name):
+            raise DeploymentError(f"{certificate} is revoked already")
+        return certificate
+
+    def _set_aside(self, name: str, why: str) -> Path:
+        folder = self.client_folder(name)
+        aside = folder.with_name(f"{name}.{why}-{self.now.astimezone(UTC):%Y%m%dT%H%M%SZ}")
+        if aside.exists():
+            raise DeploymentError(f"{aside} exists, and nothing is written over; try again")
+        return folder.rename(aside)
+
+    def _revocations(self, authority: Authority, *certificates: bytes) -> bytes:
+        """Return the list of all that was ever revoked here, as far as anything in the folder tells."""
+        present = [
+            listed.read_bytes()
+            for listed in (self._ca / "revoked.pem", self._server / "revoked.pem")
+            if listed.exists()
+        ]
+        aside = [
+            path.read_bytes()
+            for path in sorted((self.folder / "clients").glob("*/client.crt"))
+            if _REVOKED.fullmatch(path.parent.name)
+        ]
+        return authority.revocations(*present, revoked=[*aside, *certificates], now=self.now)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let one command at a time change the folder: of two lists that are written, one would be lost."""
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
 
     @property
     def _ca(self) -> Path:
@@ -192,6 +279,13 @@ class Deployment:
         return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode()
 
 
+def _hosts_of(certificate: bytes) -> list[str]:
+    """Return the names and addresses that a server's certificate is for."""
+    found = x509.load_pem_x509_certificate(certificate)
+    names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return [str(name.value) for name in names if isinstance(name, x509.DNSName | x509.IPAddress)]
+
+
 def _pair(name: str, issued: Issued) -> dict[str, bytes]:
     return {f"{name}.crt": issued.certificate, f"{name}.key": issued.key}
 
@@ -219,11 +313,19 @@ def _write(path: Path, content: bytes, *, mode: int) -> None:
         os.fsync(file.fileno())
 
 
+def _replace(path: Path, content: bytes, *, mode: int) -> None:
+    """Put a file in the place of another at once."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    _write(temporary, content, mode=mode)
+    temporary.replace(path)
+
+
 @contextlib.contextmanager
 def _telling() -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise DeploymentError(f"{error.filename}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, x509.ExtensionNotFound, UnusableCertificateError) as error:
         raise DeploymentError(f"the authority in the folder cannot be used: {error}") from None

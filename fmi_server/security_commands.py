@@ -1,4 +1,4 @@
-"""The subcommands of `fmi-server` for credentials: tokens, init, revoke."""
+"""The subcommands of `fmi-server` for credentials: tokens, init, renew, revoke."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import click
 
-from fmi_server.config import SettingsError
+from fmi_server.config import SITE_NAME, SettingsError
 from fmi_server.deployment import Deployment, DeploymentError
 from fmi_server.invocation import fail, settings_of
 from fmi_server.tokens import (
@@ -99,6 +99,10 @@ def create(
 ) -> None:
     """Make a token for PRINCIPAL and print it."""
     _check_principal(principal)
+    for name in domain_ids:
+        if not SITE_NAME.fullmatch(name):
+            told = "1 to 128 letters, digits and ._:@- that begin with a letter or a digit"
+            fail(SettingsError(f"--domain-id: {name!r} is no name of a site: {told}"))
     with _failing(), _room(out) as write, changed_tokens(_path(config, tokens)) as records:
         issued = issue_token(
             principal,
@@ -192,6 +196,15 @@ def rotate(
         write(issued)
 
 
+_days: Final = click.option(
+    "--valid-days",
+    type=click.IntRange(min=1, max=3650),
+    default=365,
+    show_default=True,
+    help="Days until a certificate expires.",
+)
+
+
 @click.command()
 @click.argument("folder", type=_FOLDER)
 @click.option(
@@ -213,13 +226,7 @@ def rotate(
     metavar="NAME",
     help="With --site: a name that it may emit under, any number of times; by default its own alone.",
 )
-@click.option(
-    "--valid-days",
-    type=click.IntRange(min=1, max=3650),
-    default=365,
-    show_default=True,
-    help="Days until a certificate expires.",
-)
+@_days
 def init(
     folder: Path,
     hosts: tuple[str, ...],
@@ -259,9 +266,46 @@ def revoke_client(folder: Path, name: str) -> None:
     with _failing():
         aside = deployment.revoke(name)
     click.echo(f"revoked {name}; its files are in {aside}")
+    listed = folder / "server" / "revoked.pem"
+    click.echo(f"where the server has another copy of the folder, bring it {listed}")
 
 
-COMMANDS: Final[tuple[click.Command, ...]] = (tokens, init, revoke_client)
+@click.command()
+@click.argument("folder", type=_FOLDER)
+@click.argument("name", required=False)
+@click.option(
+    "--host",
+    "hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Without NAME: a name or address of the server, any number of times; by default those that it has.",
+)
+@_days
+def renew(folder: Path, name: str | None, hosts: tuple[str, ...], valid_days: int) -> None:
+    """Make a new certificate for the server, or for the client NAME, that `init` made in FOLDER.
+
+    A server that runs shows its new one to new connections within about a second. The old one of a client is
+    valid until it expires or is revoked, so that the client has time to change.
+    """
+    deployment = Deployment(folder, datetime.now(UTC), timedelta(days=valid_days))
+    with _failing():
+        if name is None:
+            made = deployment.renew_server(hosts)
+            told = "the server's certificate is new; its clients need nothing"
+        elif hosts:
+            raise SettingsError("--host is for the server's certificate: leave NAME or --host out")
+        else:
+            aside, made = deployment.renew_client(name)
+            told = (
+                f"Next: bring {deployment.client_folder(name)} to {name}, over a way that nobody reads.\n"
+                f"The old certificate is valid too; `fmi-server revoke {folder} {aside.name}` ends that."
+            )
+    for path in made:
+        click.echo(f"made {path}")
+    click.echo(f"\n{told}")
+
+
+COMMANDS: Final[tuple[click.Command, ...]] = (tokens, init, renew, revoke_client)
 """The commands of this module."""
 
 
@@ -311,21 +355,19 @@ def _room(out: Path | None) -> Iterator[Callable[[IssuedToken], None]]:
         handle = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise SettingsError(f"{out} exists, and is not written over") from None
-    written = False
 
     def write(issued: IssuedToken) -> None:
-        nonlocal written
         os.write(handle, f"{issued.text}\n".encode())
         os.fsync(handle)
-        written = True
         _tell(issued)
 
     try:
         yield write
+    except BaseException:
+        out.unlink(missing_ok=True)  # a token that is not in the file of tokens is none
+        raise
     finally:
         os.close(handle)
-        if not written:
-            out.unlink(missing_ok=True)
 
 
 def _print(issued: IssuedToken) -> None:

@@ -21,7 +21,7 @@ def test_the_commands_do_what_the_page_says(tmp_path: Path) -> None:
     assert [command.split()[1] for command in commands] == [
         *("init", "init", "check-config"),
         *("tokens", "tokens", "tokens"),
-        *("tokens", "tokens", "revoke"),
+        *("tokens", "tokens", "renew", "renew", "revoke"),
     ]
     for command in commands:
         words = command.split()

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
+import ssl
 import stat
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import yaml
 from click.testing import CliRunner
+from cryptography import x509
 from identity_harness import Office, calling
 from server_harness import DEADLINE_S, Client, eventually, msp, spec
 from server_process import COMMAND, assert_refused, started
@@ -20,8 +24,10 @@ from fmi.v1 import cohort_pb2
 from fmi.v1 import registry_service_pb2 as registry_pb2
 from fmi_client import AccessDeniedError, FMIClient, TLSConfig
 from fmi_server.authority import Issued
+from fmi_server.certificates import read_authorities, read_client_certificate, read_revocations
 from fmi_server.commands import cli
 from fmi_server.config import load_settings
+from fmi_server.deployment import Deployment
 from fmi_server.testing import running_server
 from fmi_server.tokens import read_tokens
 
@@ -215,6 +221,137 @@ async def test_a_first_deployment_works(tmp_path):
     }
 
 
+# Renewed and revoked
+
+
+def listed_in(folder: Path, *names: str) -> list[bool]:
+    """Say of the certificates in folders of clients whether the list that the server reads has them."""
+    _, authorities = read_authorities(folder / "server" / "ca.crt")
+    revoked = read_revocations(folder / "server" / "revoked.pem", authorities)
+    clients = folder / "clients"
+    return [
+        read_client_certificate((clients / name / "client.crt").read_bytes()) in revoked
+        for name in names
+    ]
+
+
+def set_aside(folder: Path, name: str, why: str) -> str:
+    (found,) = (folder / "clients").glob(f"{name}.{why}-*Z")
+    return found.name
+
+
+@pytest.mark.parametrize("lost", ["server", "ca/revoked.pem", "clients"])
+def test_what_was_revoked_stays_so_when_a_part_of_the_folder_is_made_anew(tmp_path, lost):
+    folder = tmp_path / "deployment"
+    invoke("init", folder, "--host", "127.0.0.1")
+    for site in ("one", "two"):
+        invoke("init", folder, "--site", site)
+    invoke("revoke", folder, "one")
+    one = set_aside(folder, "one", "revoked")
+    assert listed_in(folder, one, "two") == [True, False]
+    kept = tmp_path / "kept"
+    (folder / lost).rename(kept)
+    invoke("init", folder, "--host", "127.0.0.1")
+    if lost == "clients":
+        shutil.rmtree(folder / lost)
+        kept.rename(folder / lost)
+        shutil.move(folder / lost / one, folder / lost / "somewhere")
+        one = "somewhere"
+    assert listed_in(folder, one, "two") == [True, False]
+    invoke("revoke", folder, "two")
+    assert listed_in(folder, one, set_aside(folder, "two", "revoked")) == [True, True]
+
+
+async def test_revocations_at_the_same_time_wait_for_each_other(tmp_path):
+    folder = tmp_path / "deployment"
+    invoke("init", folder)
+    names = [f"site-{number}" for number in range(6)]
+    for name in names:
+        invoke("init", folder, "--site", name)
+    deployment = Deployment(folder, datetime.now(UTC), timedelta(days=1))
+    await asyncio.gather(*[asyncio.to_thread(deployment.revoke, name) for name in names])
+    aside = [set_aside(folder, name, "revoked") for name in names]
+    assert listed_in(folder, *aside) == [True] * len(names)
+
+
+def test_the_certificate_of_a_client_is_renewed_and_the_old_one_goes_on(tmp_path):
+    folder = tmp_path / "deployment"
+    invoke("init", folder)
+    invoke("init", folder, "--site", "gate", "--domain-id", "ward-1", "--domain-id", "ward-2")
+    invoke("init", folder, "--site", "alone")
+
+    def says(name):
+        return read_client_certificate((folder / "clients" / name / "client.crt").read_bytes())
+
+    for name in ("gate", "alone"):
+        before = says(name)
+        said = invoke("renew", folder, name, "--valid-days", 900).output
+        old = set_aside(folder, name, "renewed")
+        assert f"revoke {folder} {old}" in said
+        after = says(name)
+        assert (after.principal, after.domain_ids) == (before.principal, before.domain_ids)
+        assert after.serial != before.serial
+        assert after.expires_at > before.expires_at
+        assert says(old) == before
+        assert listed_in(folder, old, name) == [False, False]
+    old = set_aside(folder, "gate", "renewed")
+    invoke("revoke", folder, old)
+    assert listed_in(folder, set_aside(folder, old, "revoked"), "gate") == [True, False]
+    for words, told in (
+        (("nobody",), "there is no"),
+        (("../server",), "there is no"),
+        (("gate", "--host", "x"), "leave NAME or --host out"),
+    ):
+        assert told in invoke("renew", folder, *words, code=2).stderr
+    again = set_aside(folder, old, "revoked")
+    for command in ("revoke", "renew"):
+        assert "revoked already" in invoke(command, folder, again, code=2).stderr
+    assert "is no name" in invoke("init", folder, "--site", again, code=2).stderr
+
+
+async def test_the_certificate_of_the_server_is_renewed_while_it_runs(tmp_path):
+    folder = tmp_path / "deployment"
+    invoke("init", folder, "--host", "127.0.0.1", "--host", "fmi.example.org")
+    invoke("init", folder, "--site", "one")
+    of = folder / "clients" / "one"
+    client = Issued((of / "client.crt").read_bytes(), (of / "client.key").read_bytes())
+    ca = (of / "ca.crt").read_bytes()
+    server_crt = folder / "server" / "server.crt"
+
+    def shown(port: int) -> x509.Certificate:
+        return x509.load_pem_x509_certificate(
+            ssl.get_server_certificate(("127.0.0.1", port)).encode()
+        )
+
+    flags = ("--config", str(folder / "fmi.yaml"), "--listen", "127.0.0.1:0")
+    async with started(*flags) as server:
+        port = int(server.target.rpartition(":")[2])
+        before = await asyncio.to_thread(shown, port)
+        assert "server.crt" in invoke("renew", folder).output
+        after = x509.load_pem_x509_certificate(server_crt.read_bytes())
+        assert after.serial_number != before.serial_number
+        san = x509.SubjectAlternativeName
+        assert (
+            after.extensions.get_extension_for_class(san).value
+            == before.extensions.get_extension_for_class(san).value
+        )
+        assert stat.S_IMODE((folder / "server" / "server.key").stat().st_mode) == 0o600
+
+        async def is_shown() -> bool:
+            found = await asyncio.to_thread(shown, port)
+            return found.serial_number == after.serial_number
+
+        await eventually(is_shown)
+        async with calling(server.target, ca=ca, client=client) as caller:
+            assert (await caller.outcome(*CONTRACT)).reason == "ok"
+    invoke("renew", folder, "--host", "127.0.0.2")
+    renewed = x509.load_pem_x509_certificate(server_crt.read_bytes())
+    names = renewed.extensions.get_extension_for_class(san).value
+    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.2"]
+    server_crt.unlink()
+    assert "there is no" in invoke("renew", folder, code=2).stderr
+
+
 # Tokens
 
 
@@ -302,6 +439,9 @@ def test_tokens_are_listed_without_their_secrets(tmp_path):
         (("create", "*"), "is not `*`"),
         (("create", ""), "1 to 256"),
         (("create", "a\nb"), "printable"),
+        (("create", "a", "--domain-id", "*"), "is no name of a site"),
+        (("create", "a", "--domain-id", ""), "is no name of a site"),
+        (("create", "a", "--domain-id", "ward 1"), "is no name of a site"),
         (("revoke", "0000"), "there is no token 0000"),
         (("revoke",), "name the tokens to revoke"),
         (("revoke", "--principal", "nobody"), "name the tokens to revoke"),
@@ -328,6 +468,19 @@ def test_a_token_that_cannot_be_kept_is_not_handed_out(tmp_path):
     assert "cannot be written" in told
     assert not out.exists()
     assert "name the file" in invoke("tokens", "list", code=2).stderr
+
+
+def test_a_token_that_is_lost_in_the_end_leaves_no_file(tmp_path, monkeypatch):
+    out, file = tmp_path / "site.token", tmp_path / "tokens.json"
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fmi_server.tokens._replace", full)
+    told = invoke("tokens", "create", "a", "--tokens", file, "--out", out, code=2).stderr
+    assert "No space left" in told
+    assert not out.exists()
+    assert not file.exists()
 
 
 def test_the_file_is_the_one_of_the_settings(tmp_path, monkeypatch):
