@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 from prometheus_client import start_http_server
 
@@ -46,6 +46,7 @@ from fmi_server.transport.admin import AdminServicer
 from fmi_server.transport.admission import Admission
 from fmi_server.transport.foreign import for_operators
 from fmi_server.transport.handlers import bind
+from fmi_server.transport.health import HealthServicer
 from fmi_server.transport.interchange import InterchangeServicer
 from fmi_server.transport.parent import ParentLink, parent_credentials
 from fmi_server.transport.registry import RegistryServicer
@@ -89,6 +90,11 @@ METADATA_BYTES: Final = 8 * 1024
 
 OTHER_FILES: Final = 128
 """Files that the process needs besides its connections: the store, its readers, a backup, the log."""
+
+# Of protobuf's two types of descriptors, or one.
+_CHANNELZ: Final[Any] = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"]
+_HEALTH: Final[Any] = health_pb2.DESCRIPTOR.services_by_name["Health"]
+_REFLECTION: Final[Any] = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
 
 _log = logging.getLogger(__name__)
 
@@ -252,14 +258,16 @@ async def running(
     asked = settings.max_memory_bytes
     service.memory_watch.limit_bytes = default_limit() if asked is None else asked
     admission = Admission(
-        max_calls=settings.max_subscribers + settings.max_inflight,
+        # As many may watch health as may subscribe, and take nothing from the others by that.
+        max_calls=2 * settings.max_subscribers + settings.max_inflight,
         pressed=lambda: service.memory_watch.pressed,
         telemetry=telemetry,
     )
     service.memory_watch.on_pressure(admission.relieve)
     server = grpc.aio.server(interceptors=[admission], options=server_arguments(settings))
-    health_servicer = health.aio.HealthServicer()
-    _add_services(server, service, health_servicer, settings, security)
+    names = ("", INGEST, *SERVICE_NAMES)
+    health = HealthServicer(names, max_watchers=settings.max_subscribers)
+    _add_services(server, service, health, settings, security)
     port = _bind(server, settings.listen, security)
     async with (
         contextlib.AsyncExitStack() as closing,
@@ -274,8 +282,7 @@ async def running(
             await service.put_cohort_spec(file.spec, force=settings.force_cohorts)
         metrics = _serve_metrics(settings, telemetry)  # before the server, which it may not stop
         await server.start()
-        for name in ("", INGEST, *SERVICE_NAMES):
-            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        health.tell(*names, well=True)
         host = settings.listen.rpartition(":")[0]
         _log.info(
             "fmi-server %s listens on %s:%d: process %d, %s, %d cohorts",
@@ -289,12 +296,12 @@ async def running(
         _log.info("%s", described(settings))
         stop = asyncio.Event()
         try:
-            async with _beside(_tell_of_ingest(service, health_servicer), "health of ingest"):
+            async with _beside(_tell_of_ingest(service, health), "health of ingest"):
                 yield RunningServer(f"{host}:{port}", service, stop)
         finally:
             # Readiness falls first, then subscriptions end with a hint to reconnect, then calls at work
             # get their time, all of it counted from here.
-            await health_servicer.enter_graceful_shutdown()
+            health.stop()
             clock = asyncio.get_running_loop().time
             deadline = clock() + settings.drain_s
             with contextlib.suppress(TimeoutError):
@@ -304,12 +311,12 @@ async def running(
             metrics()
 
 
-async def _tell_of_ingest(service: FMIService, health_servicer: health.aio.HealthServicer) -> None:
+async def _tell_of_ingest(service: FMIService, health: HealthServicer) -> None:
     """Tell health whether packets are taken, until cancelled."""
-    watch, states = service.store_watch, health_pb2.HealthCheckResponse
+    watch = service.store_watch
     while True:
         await watch.changed()
-        await health_servicer.set(INGEST, states.SERVING if watch.sound else states.NOT_SERVING)
+        health.tell(INGEST, well=watch.sound)
 
 
 @contextlib.asynccontextmanager
@@ -412,7 +419,7 @@ def _where(settings: ServerSettings) -> str:
 def _add_services(
     server: grpc.aio.Server,
     service: FMIService,
-    health_servicer: health.aio.HealthServicer,
+    health: HealthServicer,
     settings: ServerSettings,
     security: Security,
 ) -> None:
@@ -432,15 +439,13 @@ def _add_services(
         servicers.append((ours["fmi.v1.AdminService"], AdminServicer(service)))
     if settings.reflection:
         served = [name for name in SERVICE_NAMES if settings.admin or "Admin" not in name]
-        found = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"]
-        names = (*served, found.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        foreign = (
-            (found, channelz.aio.ChannelzServicer()),
-            (
-                reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"],
-                reflection.aio.ReflectionServicer(names),
-            ),
-        )
+        foreign: list[tuple[Any, object]] = []
+        # It tells who is connected from where, which is not for whoever reaches the port.
+        if settings.authenticated or (settings.admin and not reaches_beyond_loopback(settings)):
+            foreign.append((_CHANNELZ, channelz.aio.ChannelzServicer()))
+        names = [*served, _HEALTH.full_name, reflection.SERVICE_NAME]
+        names += [found.full_name for found, _ in foreign]
+        foreign.append((_REFLECTION, reflection.aio.ReflectionServicer(names)))
         servicers += [
             (found, for_operators(found, inner, service.gate)) for found, inner in foreign
         ]
@@ -458,7 +463,7 @@ def _add_services(
         )
     )
     # Whether it is well a server says to everybody: load balancers have no credentials.
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    server.add_generic_rpc_handlers((bind(_HEALTH, health, telemetry=service.telemetry),))
 
 
 def _bind(server: grpc.aio.Server, listen: str, security: Security) -> int:

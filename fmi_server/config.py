@@ -352,7 +352,8 @@ class ServerSettings(BaseSettings):
     admin: bool = Field(default=True, description="serve AdminService")
     reflection: bool = Field(
         default=True,
-        description="serve reflection and channelz; to operators only where callers are authenticated",
+        description="serve reflection, and channelz where that is safe; to operators only where callers are "
+        "authenticated",
     )
     max_message_bytes: int = Field(
         default=8 * 2**20,

@@ -260,6 +260,7 @@ async def admitting(admission: Admission) -> AsyncIterator[grpc.aio.Channel]:
         "Write": grpc.unary_stream_rpc_method_handler(write),
         "Converse": grpc.stream_stream_rpc_method_handler(converse),
     }
+    methods |= {"Check": methods["Answer"], "Watch": methods["Stream"]}
     server = grpc.aio.server(interceptors=[admission])
     for service in ("any.Service", "grpc.health.v1.Health"):
         handlers = grpc.method_handlers_generic_handler(service, methods)
@@ -364,8 +365,11 @@ async def test_while_memory_is_short_only_health_is_told():
     async with admitting(admission) as channel:
         call = channel.unary_unary("/any.Service/Answer")
         assert (await refusal_of(call(b"x", timeout=ANSWER_S))).metadata == {"resource": "memory"}
-        health = channel.unary_unary("/grpc.health.v1.Health/Answer")
+        health = channel.unary_unary("/grpc.health.v1.Health/Check")
         assert await health(b"x", timeout=ANSWER_S) == b"x"
+        watch = channel.unary_stream("/grpc.health.v1.Health/Watch")  # it could stay for ever
+        refused = await refusal_of(watch(b"x", timeout=ANSWER_S).read())
+        assert refused.metadata == {"resource": "memory"}
         pressed = False
         assert await call(b"x", timeout=ANSWER_S) == b"x"
 

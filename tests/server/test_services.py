@@ -28,11 +28,13 @@ from server_harness import (
     zstd,
 )
 
-from fmi.descriptors import SERVICE_NAMES, contract_hash
+from fmi.descriptors import INGEST, SERVICE_NAMES, contract_hash
 from fmi.v1 import admin_service_pb2, cohort_pb2, packet_pb2, registry_service_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
+from fmi_server.errors import OverloadedError
 from fmi_server.storage import SqliteStore
 from fmi_server.testing import running_server
+from fmi_server.transport.health import HealthServicer
 
 Code = grpc.StatusCode
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -194,6 +196,139 @@ async def test_channelz_counts_calls(client):
     stub = channelz_pb2_grpc.ChannelzStub(client.channel)
     servers = (await stub.GetServers(channelz_pb2.GetServersRequest())).server
     assert any(server.data.calls_succeeded >= 1 for server in servers)
+
+
+async def test_a_watcher_of_health_is_told_of_each_state_there_is(client):
+    stub = health_pb2_grpc.HealthStub(client.channel)
+    unknown = stub.Watch(health_pb2.HealthCheckRequest(service="fmi.v1.Nothing"))
+    known = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE_NAMES[0]))
+    async with asyncio.timeout(DEADLINE_S):
+        assert (await unknown.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        assert (await known.read()).status == SERVING
+    unknown.cancel()
+    known.cancel()
+
+
+async def test_health_lists_the_services(client):
+    if not hasattr(health_pb2_grpc.HealthStub(client.channel), "List"):
+        pytest.skip("this version of grpcio-health-checking has no List")
+    answer = await health_pb2_grpc.HealthStub(client.channel).List(health_pb2.HealthListRequest())
+    states = {name: state.status for name, state in answer.statuses.items()}
+    assert states == dict.fromkeys(["", INGEST, *SERVICE_NAMES], SERVING)
+
+
+async def test_a_slow_watcher_gets_the_last_state_and_a_stop_is_for_good():
+    health = HealthServicer(["a", "b"], max_watchers=1)
+    watch = health.Watch(health_pb2.HealthCheckRequest(service="a"), None)
+    assert (await anext(watch)).status == NOT_SERVING
+    health.tell("a", well=True)
+    health.tell("a", well=False)
+    health.tell("a", well=True)
+    assert (await anext(watch)).status == SERVING
+    health.tell("b", well=True)  # says nothing to who watches another
+    health.stop()
+    health.tell("a", well=True)
+    assert (await anext(watch)).status == NOT_SERVING
+    assert health.watchers == 1
+    with pytest.raises(OverloadedError):
+        await anext(health.Watch(health_pb2.HealthCheckRequest(), None))
+    await watch.aclose()
+    assert health.watchers == 0
+
+
+@pytest.mark.parametrize("method", ["Check", "Watch"])
+async def test_what_is_no_request_of_health_is_refused_with_a_reason_and_not_logged(
+    client, caplog, method
+):
+    """Whoever reaches the port may ask: it may fill neither the memory nor the log."""
+    name = "unary_unary" if method == "Check" else "unary_stream"
+    for request, rule in (
+        (b"\xff\xff", "fmi.request.malformed"),
+        (b"\x0a\x80\x80\x40" + b"a" * 2**20, "fmi.request.too_large"),
+        (
+            b"\x12\x80\x80\x40" + b"a" * 2**20,
+            "fmi.request.too_large",
+        ),  # of a field that is not known
+    ):
+        call = getattr(client.channel, name)(f"/grpc.health.v1.Health/{method}")(request)
+        refusal = await refusal_of(call if method == "Check" else call.read())
+        assert (refusal.code, refusal.violations) == (
+            Code.INVALID_ARGUMENT,
+            (("request", rule),),
+        )
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "grpc.channelz.v1.Channelz/GetServers",
+        "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ],
+)
+async def test_what_is_no_request_of_channelz_or_reflection_is_refused_with_a_reason(
+    client, caplog, method
+):
+    if "Channelz" in method:
+        call = client.channel.unary_unary(f"/{method}")(b"\xff\xff")
+    else:
+        stream = client.channel.stream_stream(f"/{method}")(iter([b"\xff\xff"]))
+        call = stream.read()
+    refusal = await refusal_of(call)
+    assert refusal.violations == (("request", "fmi.request.malformed"),)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_watchers_of_health_take_nothing_from_the_others(data_dir):
+    """They need no credentials, and may stay for as long as they like."""
+    async with (
+        running_server(data_dir, max_subscribers=3, max_inflight=2) as server,
+        Client(server.target) as client,
+    ):
+        stub = health_pb2_grpc.HealthStub(client.channel)
+        watchers = []
+        for _ in range(3):
+            watchers.append(stub.Watch(health_pb2.HealthCheckRequest()))
+            assert (await watchers[-1].read()).status == SERVING
+        refusal = await refusal_of(stub.Watch(health_pb2.HealthCheckRequest()).read())
+        assert (refusal.reason, refusal.retry_s) == ("OVERLOADED", 5.0)
+        async with client.subscribed("**"), client.subscribed("**"), client.subscribed("**"):
+            await client.emit(msp())
+            assert await health_of(client) == SERVING
+        server.service.memory_watch.pressed = True
+        assert await health_of(client) == SERVING
+        watchers[0].cancel()
+        refusal = await refusal_of(stub.Watch(health_pb2.HealthCheckRequest()).read())
+        assert refusal.reason == "OVERLOADED"
+        server.service.memory_watch.pressed = False
+
+
+@pytest.mark.parametrize(
+    ("settings", "there"),
+    [
+        ({}, True),
+        ({"listen": "0.0.0.0:0", "insecure": True}, False),
+        ({"admin": False}, False),
+    ],
+)
+async def test_channelz_is_for_this_machine_where_callers_are_not_authenticated(
+    data_dir, settings, there
+):
+    """It tells who is connected from where."""
+    async with running_server(data_dir, **settings) as server:
+        port = server.target.rpartition(":")[2]
+        async with Client(f"127.0.0.1:{port}") as client:
+            stub = channelz_pb2_grpc.ChannelzStub(client.channel)
+            if there:
+                await stub.GetServers(channelz_pb2.GetServersRequest())
+                return
+            refusal = await refusal_of(stub.GetServers(channelz_pb2.GetServersRequest()))
+            assert refusal.code == Code.UNIMPLEMENTED
+            reflected = reflection_pb2_grpc.ServerReflectionStub(
+                client.channel
+            ).ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+            listed = (await reflected.read()).list_services_response.service
+            assert "grpc.channelz.v1.Channelz" not in {service.name for service in listed}
 
 
 async def test_reflection_and_channelz_can_be_closed(data_dir):
