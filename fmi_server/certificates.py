@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
@@ -44,6 +44,18 @@ DOMAIN_URI: Final = "fmi://domain/"
 
 MAX_PRINCIPAL_BYTES: Final = 256
 
+MAX_SHOWN_BYTES: Final = 16 * 1024
+"""Bytes, in PEM, of the authorities that a client may show between its certificate and one known here."""
+
+_UNREADABLE: Final = (
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+"""What the library raises for a certificate that it does not understand; not all of it is a ValueError."""
+
 _CRL_BEGIN: Final = b"-----BEGIN X509 CRL-----"
 _CRL_END: Final = b"-----END X509 CRL-----"
 
@@ -66,6 +78,8 @@ class ClientCertificate:
         issuer: The name of its authority, encoded (DER).
         serial: Its number at the authority.
         expires_at: Unix time in seconds from which it is not valid any more.
+        shown: Authority and number of each certificate that the client showed with it: of those between it
+            and an authority that is known here.
     """
 
     principal: str
@@ -73,6 +87,7 @@ class ClientCertificate:
     issuer: bytes
     serial: int
     expires_at: float
+    shown: tuple[tuple[bytes, int], ...] = ()
 
     @property
     def number(self) -> str:
@@ -88,16 +103,20 @@ class RevocationList:
         revoked: Authority and number of each.
         next_update: When the first of the lists that it was read from should have been followed by a newer
             one, Unix time in seconds; infinite where none says so.
+        withdrawn: Names of authorities that were revoked themselves although they stand among those that
+            clients are checked against. What they signed need not show them.
     """
 
     revoked: frozenset[tuple[bytes, int]] = frozenset()
     next_update: float = math.inf
+    withdrawn: frozenset[bytes] = frozenset()
 
     def __contains__(self, certificate: object) -> bool:
-        return (
-            isinstance(certificate, ClientCertificate)
-            and (certificate.issuer, certificate.serial) in self.revoked
-        )
+        """Say whether a client's certificate was revoked, or an authority on the way to it."""
+        if not isinstance(certificate, ClientCertificate):
+            return False
+        numbers = ((certificate.issuer, certificate.serial), *certificate.shown)
+        return any(number in self.revoked or number[0] in self.withdrawn for number in numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,32 +137,51 @@ class ServerPair:
         return f"ServerPair(expires_at={self.expires_at})"
 
 
-@lru_cache(maxsize=4096)
-def read_client_certificate(pem: bytes) -> ClientCertificate:
+def read_client_certificate(pem: bytes, shown: bytes = b"") -> ClientCertificate:
     """Read whom a client certificate is for. The answers of the last few thousand are kept.
 
+    Args:
+        pem: The certificate.
+        shown: The certificates of authorities that the client showed with it; empty where it showed none.
+
     Raises:
-        UnusableCertificateError: It does not say.
+        UnusableCertificateError: It does not say, or too much is shown with it.
     """
+    if len(shown) > MAX_SHOWN_BYTES:
+        raise UnusableCertificateError(
+            f"more than {MAX_SHOWN_BYTES} bytes of authorities are shown with the certificate"
+        )
     try:
-        certificate = x509.load_pem_x509_certificate(pem)
-        uris, hosts = _alternative_names(certificate)
-        common = [
-            str(attribute.value)
-            for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-        ]
-    except (ValueError, UnsupportedAlgorithm) as error:
+        found = _client_certificate(pem)
+        return replace(found, shown=_numbers(shown)) if shown else found
+    except _UNREADABLE as error:
         raise UnusableCertificateError(f"the certificate cannot be read: {error}") from None
+
+
+@lru_cache(maxsize=4096)
+def _client_certificate(pem: bytes) -> ClientCertificate:
+    certificate = x509.load_pem_x509_certificate(pem)
+    uris, hosts = _alternative_names(certificate)
+    common = [
+        str(attribute.value)
+        for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    ]
     domains = [unquote(uri[len(DOMAIN_URI) :]) for uri in uris if uri.startswith(DOMAIN_URI)]
     others = [uri for uri in uris if not uri.startswith(DOMAIN_URI)]
     principal = _only_name(others, hosts, common)
+    issuer, serial = _number(certificate)
     return ClientCertificate(
         principal=principal,
         domain_ids=frozenset(domains or [principal]),
-        issuer=certificate.issuer.public_bytes(),
-        serial=certificate.serial_number,
+        issuer=issuer,
+        serial=serial,
         expires_at=certificate.not_valid_after_utc.timestamp(),
     )
+
+
+@lru_cache(maxsize=256)  # whoever has a certificate may show whatever else with it
+def _numbers(pem: bytes) -> tuple[tuple[bytes, int], ...]:
+    return tuple(map(_number, x509.load_pem_x509_certificates(pem)))
 
 
 def _alternative_names(certificate: x509.Certificate) -> tuple[list[str], list[str]]:
@@ -234,7 +272,13 @@ def read_revocations(path: Path, authorities: Iterable[x509.Certificate]) -> Rev
         revoked |= {(issuer, entry.serial_number) for entry in found}
         if found.next_update_utc is not None:
             next_update = min(next_update, found.next_update_utc.timestamp())
-    return RevocationList(frozenset(revoked), next_update)
+    doubtful = {a.subject.public_bytes() for a in known if _number(a) in revoked}
+    sound = {a.subject.public_bytes() for a in known if _number(a) not in revoked}
+    return RevocationList(frozenset(revoked), next_update, frozenset(doubtful - sound))
+
+
+def _number(certificate: x509.Certificate) -> tuple[bytes, int]:
+    return certificate.issuer.public_bytes(), certificate.serial_number
 
 
 def _lists(path: Path, content: bytes) -> list[bytes]:

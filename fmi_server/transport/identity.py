@@ -92,11 +92,13 @@ class Authenticator:
         token = _bearer_token(context)
         if token is not None:
             return self._by_token(token)
-        pem = next(iter(context.auth_context().get("x509_pem_cert", ())), None)
+        shown = context.auth_context()
+        pem = next(iter(shown.get("x509_pem_cert", ())), None)
         if self._credentials.revocations is None or pem is None:
             raise UnauthenticatedError(self._lacking())
         try:
-            certificate = read_client_certificate(pem)
+            chain = next(iter(shown.get("x509_pem_cert_chain", ())), b"")
+            certificate = read_client_certificate(pem, chain)
         except UnusableCertificateError as error:
             raise UnauthenticatedError(str(error)) from None
         return self._of_certificate(certificate)
@@ -142,7 +144,9 @@ class Authenticator:
 
     def _of_token(self, record: TokenRecord) -> Principal:
         if record.expires_at is not None and record.expired(self._clock()):
-            raise UnauthenticatedError(f"the token expired at {_time(record.expires_at)}")
+            raise UnauthenticatedError(
+                f"the token {record.token_id} expired at {_time(record.expires_at)}"
+            )
         return self._principal(record.principal, frozenset(record.domain_ids), record)
 
     def _of_certificate(self, certificate: ClientCertificate) -> Principal:
@@ -151,8 +155,11 @@ class Authenticator:
             raise UnauthenticatedError(
                 f"the certificate expired at {_time(certificate.expires_at)}"
             )
-        if certificate in (self._credentials.revocations or ()):
-            raise UnauthenticatedError(f"the certificate {certificate.number} was revoked")
+        revocations = self._credentials.revocations or RevocationList()
+        if certificate in revocations:
+            own = (certificate.issuer, certificate.serial) in revocations.revoked
+            of = "" if own else "an authority on the way to "
+            raise UnauthenticatedError(f"{of}the certificate {certificate.number} was revoked")
         return self._principal(certificate.principal, certificate.domain_ids, certificate)
 
     def _principal(

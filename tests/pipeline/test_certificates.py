@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -9,6 +10,7 @@ import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509 import SubjectAlternativeName
 from cryptography.x509.oid import NameOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from fmi_server.authority import Authority
 from fmi_server.certificates import (
     CertificateFileError,
+    RevocationList,
     UnusableCertificateError,
     read_authorities,
     read_client_certificate,
@@ -30,7 +33,7 @@ ROOT = Authority.create("authority", now=NOW, lifetime=10 * YEAR)
 AUTHORITY = Authority(ROOT.certificate, ROOT.key)
 
 
-def certificate(*, common=(), uris=(), hosts=(), mails=()) -> bytes:
+def certificate(*, common=(), uris=(), hosts=(), mails=(), odd=None) -> bytes:
     """A certificate with the names that are given, signed by itself."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name) for name in common])
     builder = (
@@ -47,8 +50,9 @@ def certificate(*, common=(), uris=(), hosts=(), mails=()) -> bytes:
         *(x509.DNSName(host) for host in hosts),
         *(x509.RFC822Name(mail) for mail in mails),
     ]
-    if names:
-        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    extension = odd or (SubjectAlternativeName(names) if names else None)
+    if extension is not None:
+        builder = builder.add_extension(extension, critical=False)
     return builder.sign(KEY, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
@@ -93,6 +97,60 @@ def test_whom_it_is_for(names, principal, domain_ids):
 def test_a_certificate_that_does_not_say_is_refused(names):
     with pytest.raises(UnusableCertificateError):
         read_client_certificate(certificate(**names))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        b"\x30\x04\xa3\x02\x30\x00",  # x400Address
+        b"\x30\x06\xa5\x04\xa1\x02\x0c\x00",  # ediPartyName
+        b"\x30\x08\x82\x06owne\xff\xfe",
+        b"\x04\x01\x00",
+    ],
+)
+def test_a_certificate_that_the_library_does_not_understand_is_refused(names):
+    """An authority may sign names of kinds that the library knows of and does not read."""
+    odd = x509.UnrecognizedExtension(SubjectAlternativeName.oid, names)
+    with pytest.raises(UnusableCertificateError, match="cannot be read"):
+        read_client_certificate(certificate(common=["a"], odd=odd))
+
+
+def test_an_authority_on_the_way_may_be_revoked():
+    root = trustme.CA()
+    child = root.create_child_ca()
+    leaf = child.issue_cert(common_name="site-1")
+    pem, *shown = (blob.bytes() for blob in leaf.cert_chain_pems)
+    found = read_client_certificate(pem, b"".join(shown))
+    assert replace(found, shown=()) == read_client_certificate(pem)
+    own = x509.load_pem_x509_certificate(child.cert_pem.bytes())
+    revoked = RevocationList(frozenset({(own.issuer.public_bytes(), own.serial_number)}))
+    assert found in revoked
+    assert read_client_certificate(pem) not in revoked
+    assert found not in RevocationList()
+
+
+def test_an_authority_that_clients_are_checked_against_may_be_revoked(tmp_path):
+    """A client need not show it then: what counts is that it stands among those that are known."""
+    root = trustme.CA()
+    child, sound = root.create_child_ca(), root.create_child_ca()
+    signer = Authority(root.cert_pem.bytes(), root.private_key_pem.bytes())
+    path, cas = tmp_path / "revoked.pem", tmp_path / "ca.pem"
+    path.write_bytes(signer.revocations(revoked=[child.cert_pem.bytes()], now=NOW))
+    cas.write_bytes(b"".join(ca.cert_pem.bytes() for ca in (root, child, sound)))
+    _, authorities = read_authorities(cas)
+    found = read_revocations(path, authorities)
+    for ca, expected in ((child, True), (sound, False), (root, False)):
+        pem = ca.issue_cert(common_name="site-1").cert_chain_pems[0].bytes()
+        assert (read_client_certificate(pem) in found) == expected
+
+
+@pytest.mark.parametrize(
+    ("shown", "told"),
+    [(b"garbage", "cannot be read"), (ROOT.certificate * 40, "bytes of authorities")],
+)
+def test_what_is_shown_with_a_certificate_is_bounded(shown, told):
+    with pytest.raises(UnusableCertificateError, match=told):
+        read_client_certificate(certificate(common=["a"]), shown)
 
 
 @pytest.mark.parametrize("pem", [b"", b"garbage", b"-----BEGIN CERTIFICATE-----\nAAAA\n"])

@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import grpc
 import pytest
+import trustme
 from identity_harness import (
     ACCESS,
     OPERATOR,
@@ -29,7 +30,7 @@ from fmi.v1 import cohort_pb2, packet_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi.v1 import registry_service_pb2 as registry_pb2
 from fmi_client import AccessDeniedError, AsyncFMIClient, TLSConfig
-from fmi_server.authority import Authority
+from fmi_server.authority import Authority, Issued
 from fmi_server.errors import SettingUnsupportedError
 from fmi_server.testing import running_server
 from fmi_server.tokens import changed_tokens, rotate_token
@@ -207,6 +208,29 @@ async def test_a_certificate_that_expires_or_is_revoked_ends_what_it_opened(offi
         assert "expired" in refusal.message
         # The connection is still there, and opens nothing any more.
         assert (await one.outcome(*CONTRACT)).reason == "UNAUTHENTICATED"
+
+
+async def test_a_revoked_authority_ends_what_it_vouched_for(office):
+    """One between the client and the authority that is known: the client shows it."""
+    root = trustme.CA()
+    child = root.create_child_ca()
+    leaf = child.issue_cert(common_name="reader")
+    chain = b"".join(blob.bytes() for blob in leaf.cert_chain_pems)
+    client = Issued(chain, leaf.private_key_pem.bytes())
+    signer = Authority(root.cert_pem.bytes(), root.private_key_pem.bytes())
+    office.ca_file.write_bytes(root.cert_pem.bytes())
+    office.crl.write_bytes(signer.revocations(now=office.now))
+    async with (
+        secured(**office.mutual) as server,
+        calling(server.target, ca=office.ca, client=client) as caller,
+        subscribed(caller, "**") as events,
+    ):
+        await events.snapshot()
+        replaced(office.crl, signer.revocations(revoked=[child.cert_pem.bytes()], now=office.now))
+        refusal = await end_of(events)
+        assert refusal.reason == "UNAUTHORIZED"
+        assert "an authority on the way" in refusal.message
+        assert (await caller.outcome(*CONTRACT)).reason == "UNAUTHENTICATED"
 
 
 async def test_a_list_of_revoked_certificates_that_is_not_signed_is_not_taken(
