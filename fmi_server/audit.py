@@ -3,7 +3,7 @@
 A line has a bounded length, and whatever a caller chose stands in it escaped: `json.dumps` writes control
 characters and everything beyond ASCII as escapes, so no name can end a line or forge one. Refusals cost
 whoever is refused nothing, so their lines are bounded in rate; how many were left out stands in the next
-line. Calls of operators are never left out.
+line. Calls of operators, and what others were let do, are never left out.
 
 A line is written at once, without a queue: what an operator did should be there when the process is killed.
 It costs about as much as a line of the server's own log, and is not synced to the disk one by one.

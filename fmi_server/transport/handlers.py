@@ -270,20 +270,35 @@ class _Guard:
         return caller if caller.peer else Caller(UNKNOWN, context.peer(), self._method)
 
     def _note_operation(self, outcome: str, request: _Request, caller: Caller) -> None:
-        if self._operating and self._audit is not None:
+        """Note a call of the operator's service.
+
+        What was done is always written, and so is all that operators try. What others try costs them
+        nothing, so it has the rate of refusals.
+        """
+        if self._audit is None or not self._operating:
+            return
+        if outcome == "OK" or _operates(caller.principal):
             self._audit.operated(outcome, describe(caller, request))
+        else:
+            self._audit.refused(outcome, describe(caller, request))
 
     def _note(
-        self, reason: error_pb2.ErrorReason.ValueType, request: _Request, caller: Caller
+        self, reason: error_pb2.ErrorReason.ValueType, told: str, request: _Request, caller: Caller
     ) -> None:
-        if self._audit is not None and reason in AUDITED_REASONS:
-            self._audit.refused(reason_name(reason), describe(caller, request))
-        else:
+        of_operator = self._operating and _operates(caller.principal)
+        if self._audit is None or of_operator or reason not in AUDITED_REASONS:
             self._note_operation(reason_name(reason), request, caller)
+            return
+        entry = describe(caller, request)
+        if reason == Reason.UNAUTHENTICATED:
+            entry["told"] = (
+                told  # there is no principal; it may name a certificate or a token that is over
+            )
+        self._audit.refused(reason_name(reason), entry)
 
     def _status(self, error: Exception, request: _Request, caller: Caller) -> grpc.Status:
         reason = error.reason if isinstance(error, FMIError) else Reason.INTERNAL
-        self._note(reason, request, caller)
+        self._note(reason, str(error), request, caller)
         return status_of(error, self._method, self._telemetry)
 
 
@@ -316,6 +331,10 @@ class _Status(NamedTuple):
     code: grpc.StatusCode
     details: str
     trailing_metadata: tuple[tuple[str, str | bytes], ...]
+
+
+def _operates(principal: Principal) -> bool:
+    return principal.operator or principal.unrestricted
 
 
 def _parsed(request: _Request) -> _Request:

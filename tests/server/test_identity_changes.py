@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
 
@@ -30,7 +31,9 @@ from fmi.v1 import cohort_pb2, packet_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi.v1 import registry_service_pb2 as registry_pb2
 from fmi_client import AccessDeniedError, AsyncFMIClient, TLSConfig
+from fmi_server import audit
 from fmi_server.authority import Authority, Issued
+from fmi_server.certificates import read_client_certificate
 from fmi_server.errors import SettingUnsupportedError
 from fmi_server.testing import running_server
 from fmi_server.tokens import changed_tokens, rotate_token
@@ -596,10 +599,47 @@ async def test_what_operators_do_and_who_is_refused_is_written_down(office, tmp_
         ("UNAUTHENTICATED", "", "GetContract", ""),
     ]
     assert lines[0]["credential"] == f"token {boss.record.token_id}"
+    assert "may be mistyped" in lines[5]["told"]
     assert lines[3]["count"] == 2
     assert "'emitter'" in lines[3]["told"]
     assert all(line["peer"].startswith("ipv4:127.0.0.1:") for line in lines)
     assert log.stat().st_mode & 0o777 == 0o600
+
+
+async def test_who_shows_what_is_over_is_named_by_it(office, tmp_path):
+    """Such a call has no principal; whose token or certificate still is in use is worth to know."""
+    log = tmp_path / "audit.jsonl"
+    expired, revoked = office.token("member", ago_s=7200), office.client("reader")
+    office.revoke(revoked)
+    async with (
+        secured(**office.mutual, tokens=office.tokens, audit_log=log) as server,
+        calling(server.target, ca=office.ca, client=revoked, token=expired.text) as one,
+        calling(server.target, ca=office.ca, client=revoked) as other,
+    ):
+        for caller in (one, other):
+            assert (await caller.outcome(*CONTRACT)).reason == "UNAUTHENTICATED"
+    first, second = (line["told"] for line in lines_of(log))
+    assert expired.record.token_id in first
+    assert read_client_certificate(revoked.certificate).number in second
+
+
+async def test_who_may_not_operate_cannot_fill_the_audit_log(office, tmp_path, monkeypatch):
+    """Whatever it is refused for: also for what is looked at before who calls."""
+    log = tmp_path / "audit.jsonl"
+    monkeypatch.setattr(audit, "REFUSALS_AT_ONCE", 5)
+    monkeypatch.setattr(audit, "REFUSALS_PER_S", 0.0)
+    wrong = (f"{AD}ListSites", admin_pb2.ListSitesRequest(cohort="no name"))
+    nowhere = (f"{AD}ListSites", admin_pb2.ListSitesRequest(cohort="ghost"))
+    tokens = [office.token(name) for name in ("stranger", OPERATOR)]
+    async with secured(tokens=office.tokens, audit_log=log) as server:
+        for token in tokens:
+            async with calling(server.target, token=token.text) as caller:
+                for _ in range(20):
+                    assert (await caller.outcome(*wrong)).reason == "CONTRACT_VIOLATION"
+                    assert (await caller.outcome(*nowhere)).reason == "COHORT_UNKNOWN"
+    by_whom = Counter(line["principal"] for line in lines_of(log))
+    assert by_whom == {"stranger": 5, OPERATOR: 40}
+    assert sum(line.get("left_out", 0) for line in lines_of(log)) == 35
 
 
 async def test_an_operator_who_hangs_up_leaves_a_trace(office, tmp_path, monkeypatch):
