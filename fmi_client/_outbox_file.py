@@ -266,6 +266,9 @@ def _rows(sequences: Sequence[int]) -> list[tuple[int]]:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
+    # SQLite would let everybody read the site's packets. A failure it meets too, and tells of.
+    with contextlib.suppress(OSError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     # The store's turn sees to it that threads never share it.
     connection = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
     try:

@@ -398,7 +398,7 @@ def _store(settings: ServerSettings) -> Store:
     if settings.store == "memory":
         return MemoryStore()
     try:
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise SettingsError(
             f"data_dir: {settings.data_dir} cannot be made: {error.strerror}"

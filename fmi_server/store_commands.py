@@ -74,7 +74,7 @@ def restore(
     path = _store_path(config, data_dir)
     with _failing():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             message = f"data_dir: {path.parent} cannot be made: {error.strerror}"
             raise SettingsError(message) from None

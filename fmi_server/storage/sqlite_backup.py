@@ -18,6 +18,7 @@ from fmi_server.storage.sqlite_ledger import note_backup, note_restore
 from fmi_server.storage.sqlite_schema import (
     DatabaseLock,
     has_log,
+    make_private,
     prepare_database,
     sync_directory,
     translate_error,
@@ -78,6 +79,7 @@ def copy_database(connection: sqlite3.Connection, target: Path) -> None:
     if target.exists():
         raise _exists(target)
     partial = _partial(target)
+    make_private(partial)
     try:
         with contextlib.closing(sqlite3.connect(partial, isolation_level=None)) as copy:
             connection.backup(copy)
@@ -143,6 +145,7 @@ def _prepare_copy(backup: Path, partial: Path) -> str:
             detail=f"{backup.name}-wal beside it says that it is a live database; back it up, and restore "
             "that",
         )
+    make_private(partial)
     shutil.copyfile(backup, partial)
     if not partial.stat().st_size:
         raise StoreCorruptError(path=str(backup), detail="it is empty")

@@ -39,6 +39,7 @@ __all__ = [
     "connect_writer",
     "has_log",
     "keeping_log",
+    "make_private",
     "prepare_database",
     "read_only_address",
     "set_size_limit",
@@ -260,6 +261,16 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def make_private(path: Path) -> None:
+    """Make an empty file that nobody but its owner may read, where there is none.
+
+    SQLite would let everybody read it, and what it keeps beside a database has the rights of that.
+    """
+    # A failure SQLite meets too, and tells of with its reason.
+    with contextlib.suppress(OSError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     # Threads take turns, never share: the writer's connection stays with its thread, and close()
     # closes the readers' after their threads are gone.
@@ -281,6 +292,7 @@ def connect_writer(path: Path, *, max_bytes: int | None, synced: bool = True) ->
 
     Where it is not synced, a power cut may take the last commits back. It leaves the database whole.
     """
+    make_private(path)
     connection = _connect(path)
     try:
         connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")

@@ -127,6 +127,20 @@ def test_a_packet_is_written_before_it_is_taken(path, emitter):
     assert outbox._store._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
+def test_nobody_but_its_owner_reads_it(path, emitter):
+    """What SQLite makes by itself everybody could read."""
+    before = os.umask(0o022)
+    try:
+        outbox = FileOutbox(path)
+        outbox.put(msps(emitter, 1))
+        found = {file: file.stat().st_mode & 0o777 for file in path.parent.iterdir()}
+        outbox.close()
+    finally:
+        os.umask(before)
+    assert len(found) >= 3
+    assert set(found.values()) == {0o600}
+
+
 def test_one_process_at_a_time(path):
     with pytest.raises(OutboxLockedError) as caught, closing(FileOutbox(path)):
         FileOutbox(path)

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sqlite3
+import stat
 import sys
 from pathlib import Path
 
@@ -101,6 +102,28 @@ async def test_a_backup_under_load_has_what_was_acknowledged_before_it(tmp_path)
         == found["cohorts"]["default"]["packets"]["msp"]["live"]
     )
     assert found["history_epoch"] == live["history_epoch"]
+
+
+async def test_nobody_but_its_owner_reads_a_store_or_a_backup(tmp_path):
+    """They have every packet. What SQLite makes by itself everybody could read."""
+    data_dir, copy, again = tmp_path / "data", tmp_path / "copy.sqlite3", tmp_path / "again"
+    before = os.umask(0o022)
+    try:
+        async with started(*flags(data_dir)) as server, Client(server.target) as client:
+            await client.emit(msp("site"))
+            assert (await store_command("backup", "--data-dir", data_dir, copy)).code == 0
+            running = modes(data_dir)
+            assert {path.name.rpartition("-")[2] for path in running} > {"wal", "shm"}
+        assert (await store_command("restore", "--data-dir", again, copy)).code == 0
+    finally:
+        os.umask(before)
+    found = {**running, **modes(again), copy: stat.S_IMODE(copy.stat().st_mode)}
+    assert {mode for path, mode in found.items() if path not in (data_dir, again)} == {0o600}
+    assert found[data_dir] == found[again] == 0o700
+
+
+def modes(folder: Path) -> dict[Path, int]:
+    return {path: stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.iterdir())}
 
 
 async def test_nothing_is_written_over(tmp_path):
