@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 __all__ = ["WatchedFiles"]
+
+AGAIN_S: Final = 1.0
+"""Seconds after which a version that was not taken is tried again."""
 
 T = TypeVar("T")
 
@@ -19,23 +24,36 @@ _Signature = tuple[tuple[int, int, int] | None, ...]
 class WatchedFiles(Generic[T]):
     """What was read from files, kept up to date.
 
-    A version that cannot be read, or that is not in order, is told of once in the log, and what was read
-    before stays in force. Files that belong together are replaced one after the other; until they agree
-    they are such a version.
+    A version that cannot be read, or that is not in order, is told of in the log, once for each reason, and
+    what was read before stays in force. Files that belong together are replaced one after the other; until
+    they agree they are such a version. It is tried again although the files stay as they are: there may have
+    been no descriptor to open them with, or a certificate's time had not come. A revocation must not be
+    missed for that.
 
     Args:
         paths: The files.
         read: Reads all of them.
         what: What they are, for the log.
+        monotonic: Seconds that never go back.
 
     Raises:
         Exception: What `read` raises at the first reading, when there is nothing else to go by.
     """
 
-    def __init__(self, paths: Sequence[Path], read: Callable[[], T], *, what: str) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        read: Callable[[], T],
+        *,
+        what: str,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._paths = tuple(paths)
         self._read = read
         self._what = what
+        self._monotonic = monotonic
+        self._again_at = math.inf
+        self._told = ""
         # Before it is read: a change meanwhile is found at the next look.
         self._seen = self._signature()
         self.value: T = read()
@@ -43,14 +61,23 @@ class WatchedFiles(Generic[T]):
     def refresh(self) -> bool:
         """Read again what changed since the last look; return whether there is something new."""
         signature = self._signature()
-        if signature == self._seen:
+        if signature == self._seen and self._monotonic() < self._again_at:
             return False
+        if signature != self._seen:
+            self._told = ""
         self._seen = signature
         try:
             value = self._read()
         except Exception as error:
-            _log.error("%s: the new version is not taken, the old one stays: %s", self._what, error)
+            # New connections look too, so that many of them must not read it as often.
+            self._again_at = self._monotonic() + AGAIN_S
+            if str(error) != self._told:
+                self._told = str(error)
+                _log.error(
+                    "%s: the new version is not taken, the old one stays: %s", self._what, error
+                )
             return False
+        self._again_at = math.inf
         self.value = value
         _log.info("%s: a new version is in force", self._what)
         return True
