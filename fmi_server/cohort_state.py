@@ -148,6 +148,10 @@ class CohortState:
         """Return the reputations of all sites that were judged."""
         return self._trust.snapshot()
 
+    def judged_elsewhere(self) -> None:
+        """Note that another server judged the sites by what is counted here."""
+        self._touched.clear()
+
     def take_reputations(self, reputations: dict[str, float]) -> None:
         """Take the reputations that another server came to, in the place of those held here."""
         self._trust = ReputationBook(reputation=reputations)

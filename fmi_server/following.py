@@ -65,6 +65,8 @@ class Following:
         self._put_in_force = put_in_force
         self._changes: dict[tuple[object, ...], Change] = {}
         self._woken = asyncio.Event()
+        self._turn = asyncio.Lock()
+        self._settling: asyncio.Future[None] | None = None
         self._counted_to = 0
         store.follow(self._note)
 
@@ -82,7 +84,8 @@ class Following:
             await self._woken.wait()
             self._woken.clear()
             try:
-                await self._take_in()
+                async with self._turn:
+                    await self._take_in()
             except Exception as error:
                 unknown = not isinstance(error, FMIError)
                 _log.warning(
@@ -92,6 +95,24 @@ class Following:
                 )
                 await asyncio.sleep(RETRY_S)
                 self._woken.set()
+
+    async def settle(self) -> None:
+        """Take in all that anybody was answered before now, wherever it was written.
+
+        Raises:
+            StoreUnavailableError: The brokers do not answer.
+        """
+        # Who comes while another one settles waits for the next turn, together with whoever else comes.
+        if self._settling is not None:
+            await asyncio.wait({self._settling})
+        if self._settling is None or self._settling.done():
+            self._settling = asyncio.ensure_future(self._settle())
+        await asyncio.shield(self._settling)
+
+    async def _settle(self) -> None:
+        await self._store.catch_up()
+        async with self._turn:
+            await self._take_in()
 
     def _note(self, change: Change) -> None:
         key = (change.kind, change.cohort, change.packet)
@@ -116,8 +137,9 @@ class Following:
     async def _take(self, change: Change) -> None:
         match change.kind:
             case "updates":
+                await self._count()  # the release was of these
                 for cohort, at in (await self._releaser.publisher.catch_up()).items():
-                    self._releaser.released_elsewhere(cohort, at)
+                    await self._releaser.released_elsewhere(cohort, at)
             case "cohort":
                 await self._put_in_force(change.cohort)
             case "quarantine":

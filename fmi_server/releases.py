@@ -74,7 +74,6 @@ class _Cohort:
     new_sites: set[str] = field(default_factory=set)
     quorate: bool = False
     stale: bool = False  # the state must be counted anew from the store
-    behind: bool = False  # so must it before a release: another server released
     computed_at: float = float("-inf")
     released_at: float | None = None
     retry_at: float = float("-inf")
@@ -260,16 +259,12 @@ class Releaser:
         rules = self._cohorts.rules(cohort)
         if rules.privacy is not None:
             raise self.private.refusal(rules)
-        if self._store.shared:
-            await self._store.catch_up()
-            self._work[cohort].behind = True
         return await self._release(cohort)
 
     async def _release(self, cohort: str) -> list[update_pb2.Update]:
         work = self._work[cohort]
         started = time.perf_counter()
         async with work.lock:
-            work.stale, work.behind = work.stale or work.behind, False
             await self._count_waiting(cohort, work)
             since, work.dirty_since = work.dirty_since, None
             state = self._state(self._cohorts.rules(cohort))
@@ -346,15 +341,19 @@ class Releaser:
         return taken
 
     def take_over(self, cohort: str) -> None:
-        """Go on where another server was with the releases of a cohort, as after a restart."""
-        self._work[cohort].behind = True
+        """Go on where another server was with the releases of a cohort."""
         self.private.doubt(cohort)
         self._mark_dirty(self._work[cohort])
 
-    def released_elsewhere(self, cohort: str, at: float) -> None:
+    async def released_elsewhere(self, cohort: str, at: float) -> None:
         """Note that another server published of a cohort, at a time in Unix seconds."""
         work = self._work[cohort]
-        work.behind, work.released_at = True, at
+        work.released_at = at
+        if cohort not in self._cohorts:
+            return
+        async with work.lock:
+            await self._count_waiting(cohort, work)
+            self._state(self._cohorts.rules(cohort)).judged_elsewhere()
         if not self.owns(cohort):
             work.dirty_since = None
 

@@ -262,7 +262,7 @@ class FMIService:
 
     async def _take_over(self, partitions: frozenset[int]) -> None:
         """Go on where other servers were with the cohorts of partitions."""
-        await self.store.catch_up()
+        await self.settle()
         for rules in self.cohorts:
             if partition_of(rules.name) in partitions:
                 self.releaser.take_over(rules.name)
@@ -275,6 +275,15 @@ class FMIService:
         await self._dictionaries.load()
         await self.releaser.load()
         self.telemetry.cohorts(len(self.cohorts))
+
+    async def settle(self) -> None:
+        """See all that any of the servers that share the store was answered before now.
+
+        Raises:
+            StoreUnavailableError: That cannot be known now.
+        """
+        if self._following is not None:
+            await self._following.settle()
 
     # Packets in
 
@@ -545,9 +554,25 @@ class FMIService:
             ServerDrainingError: The server is going down.
             SupersededError: The same subscriber and instance subscribed again.
         """
-        log = self.releaser.publisher.log
         if request.subscriber:
             self.gate.require_name(caller, request.subscriber, "subscriber")
+        placed = request.resume_token or request.start_revisions or request.HasField("handover")
+        if self._following is not None and placed:
+            return self._subscribe_settled(request, caller)
+        return self._subscribe(request, caller)
+
+    async def _subscribe_settled(
+        self, request: wire_pb2.SubscribeRequest, caller: Principal
+    ) -> AsyncIterator[bytes]:
+        # Where the subscriber was may be ahead of what was heard here of another server.
+        await self.settle()
+        async for event in self._subscribe(request, caller):
+            yield event
+
+    def _subscribe(
+        self, request: wire_pb2.SubscribeRequest, caller: Principal
+    ) -> AsyncIterator[bytes]:
+        log = self.releaser.publisher.log
         wanted = FeedRequest.from_message(
             request,
             history_epoch=log.history_epoch,
@@ -596,6 +621,9 @@ class FMIService:
         """
         self.gate.require(caller, Action.SUBSCRIBE, cohort)
         latest = self.releaser.publisher.log.latest.get((cohort, kind))
+        if self._following is not None and (latest is None or revision > latest.revision):
+            await self.settle()  # another server may have told of it
+            latest = self.releaser.publisher.log.latest.get((cohort, kind))
         if latest is None:
             if cohort not in self.cohorts:
                 raise CohortUnknownError(cohort)
@@ -673,6 +701,7 @@ class FMIService:
         self.gate.require(caller, Action.ADMIN, cohort)
         if cohort not in self.cohorts:
             raise CohortUnknownError(cohort)
+        await self.settle()
         return await self.uninterrupted(self.releaser.release(cohort))
 
     # Rules

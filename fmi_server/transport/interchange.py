@@ -19,6 +19,7 @@ from fmi_server.errors import (
     Reason,
     RequestInvalidError,
     ServerDrainingError,
+    UpdateNotFoundError,
 )
 from fmi_server.service import FMIService
 from fmi_server.transport.auditing import note_items
@@ -145,9 +146,15 @@ class InterchangeServicer:
         """Take reports of what became of updates."""
         self._service.registry.check_request(request)
         reports = [report_from_message(report) for report in request.reports]
-        recorded = self._service.report_applied(
-            request.subscriber, reports, caller=caller.principal
-        )
+        try:
+            recorded = self._service.report_applied(
+                request.subscriber, reports, caller=caller.principal
+            )
+        except UpdateNotFoundError:
+            await self._service.settle()  # another server may have told of it
+            recorded = self._service.report_applied(
+                request.subscriber, reports, caller=caller.principal
+            )
         return wire_pb2.ReportAppliedResponse(
             recorded=recorded, other_history=len(reports) - recorded
         )

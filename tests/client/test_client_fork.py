@@ -11,7 +11,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -71,7 +70,9 @@ async def anew_async():
 def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [sys.executable, "-m", "fmi_server", "serve", "--listen", "127.0.0.1:0"]
     process = subprocess.Popen(
-        [*command, "--data-dir", str(tmp_path_factory.mktemp("server"))], stdout=subprocess.PIPE, text=True
+        [*command, "--data-dir", str(tmp_path_factory.mktemp("server"))],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     with process, process.stdout:

@@ -132,9 +132,7 @@ async def test_a_bad_network_breaks_no_guarantee(tmp_path):
                 pass
             newest = await direct.update(COHORT, PRIOR)
             line = (newest.cohort, newest.kind)
-            await eventually(
-                lambda: all(r.newest.get(line) == newest.revision for r in records)
-            )
+            await eventually(lambda: all(r.newest.get(line) == newest.revision for r in records))
             for watch in watches:
                 watch.cancel()
         store = Store.from_rows(rows(tmp_path, "packets", "updates", "sites"))

@@ -143,7 +143,9 @@ async def test_a_ledger_that_is_written_late_is_noticed(lives):
     await lives.live("anywhere", draws=1)
     before = lives.paid - lives.drawn
     assert before >= 0
-    for _ in range(20):  # it is late by half a second, which a slow machine may take between the two
+    for _ in range(
+        20
+    ):  # it is late by half a second, which a slow machine may take between the two
         await lives.live("before the publication", "--fault")
         if lives.paid < lives.drawn:
             break

@@ -30,7 +30,10 @@ CHANNELS = 50
 COHORT = "care"
 QUICK = (
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 20_000),  # how long a connection may take to be made, no pause
+    (
+        "grpc.min_reconnect_backoff_ms",
+        20_000,
+    ),  # how long a connection may take to be made, no pause
     ("grpc.max_reconnect_backoff_ms", 500),
 )
 MAX_BYTES_PER_STREAM = 150_000
