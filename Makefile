@@ -9,10 +9,11 @@ IMAGE := build/contract.binpb
 RELEASED_IMAGE := proto/released.binpb
 FMI_TORTURE_MINUTES ?= 60
 FMI_SOAK_MINUTES ?= 30
+FMI_CLUSTER_ROUNDS ?= 100
 FMI_FUZZ_INPUTS ?= 150000
 FMI_SEARCHES ?= 10
 
-.PHONY: help demo test test-lowest search torture soak fuzz check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-jetstream bench-peers bench-privacy bench-quotas bench-start bench-warm-start privacy-error bench-abuse wheel clean
+.PHONY: help demo test test-lowest search torture torture-cluster soak fuzz check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-jetstream bench-peers bench-privacy bench-quotas bench-start bench-warm-start privacy-error bench-abuse wheel clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -31,6 +32,9 @@ search: $(VENV)/ready ## Try other examples of every property, FMI_SEARCHES time
 
 torture: $(VENV)/ready ## Kill a server under load again and again, for FMI_TORTURE_MINUTES
 	$(BIN)/python tests/robustness/torture.py --minutes $(FMI_TORTURE_MINUTES)
+
+torture-cluster: $(VENV)/ready ## Kill, freeze and cut off servers and brokers of a cluster under load, 100 times
+	$(BIN)/python tests/robustness/cluster_torture.py --rounds $(FMI_CLUSTER_ROUNDS)
 
 soak: $(VENV)/ready ## Watch a server under a steady load, for FMI_SOAK_MINUTES, and draw it
 	$(BIN)/python -m benchmarks.soak --minutes $(FMI_SOAK_MINUTES)

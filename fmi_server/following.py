@@ -107,6 +107,8 @@ class Following:
             await asyncio.wait({self._settling})
         if self._settling is None or self._settling.done():
             self._settling = asyncio.ensure_future(self._settle())
+            # Whoever asked may have gone.
+            self._settling.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.shield(self._settling)
 
     async def _settle(self) -> None:

@@ -32,6 +32,9 @@ LOOKS: Final = 5
 RENEWED_AT: Final = 0.6
 """The part of its time from which on a lease is renewed."""
 
+GIVE_BACK_S: Final = 3.0
+"""Seconds for giving leases back: who goes must not wait for brokers that do not answer."""
+
 SERVER: Final = "server-"
 PARTITION: Final = "partition-"
 
@@ -76,6 +79,7 @@ class Partitions:
         self._held: dict[int, Lease] = {}
         self._ready: set[int] = set()
         self._closing = False
+        self._turn = asyncio.Lock()
         self._away = False
 
     def owns(self, cohort: str) -> bool:
@@ -94,11 +98,14 @@ class Partitions:
         while True:
             before = self.owned
             try:
-                await self._look()
-            except StoreError as error:
+                async with self._turn:
+                    await self._look()
+            except Exception as error:
                 if not self._away:
                     _log.warning(
-                        "leases cannot be had, and without them nothing is released: %s", error
+                        "leases cannot be had, and without them nothing is released: %s",
+                        error,
+                        exc_info=not isinstance(error, StoreError),
                     )
                 self._away = True
             else:
@@ -110,14 +117,16 @@ class Partitions:
     async def give_back(self) -> None:
         """Give everything back, so that others go on at once."""
         self._closing = True
-        leases = [*self._held.values(), *([self._own] if self._own else [])]
-        self._held.clear()
         self._ready.clear()
-        self._own = None
-        with contextlib.suppress(StoreError):
-            await asyncio.gather(*(self._leases.release(lease) for lease in leases))
+        with contextlib.suppress(StoreError, TimeoutError):
+            async with asyncio.timeout(GIVE_BACK_S), self._turn:
+                leases = [*self._held.values(), *([self._own] if self._own else [])]
+                self._held, self._own = {}, None
+                await asyncio.gather(*(self._leases.release(lease) for lease in leases))
 
     async def _look(self) -> None:
+        if self._closing:
+            return
         self._own = await self._kept(self._own, f"{SERVER}{self._server}")
         servers = [name.removeprefix(SERVER) for name in await self._leases.held(SERVER)]
         share = share_of(self._server, servers) if self._own else frozenset()
@@ -129,10 +138,6 @@ class Partitions:
         kept = await asyncio.gather(
             *(self._kept(self._held.get(p), f"{PARTITION}{p}") for p in wanted)
         )
-        if self._closing:
-            # They were taken while everything was given back.
-            await asyncio.gather(*(self._leases.release(lease) for lease in kept if lease))
-            return
         held = {p: lease for p, lease in zip(wanted, kept, strict=True) if lease is not None}
         lost = self._held.keys() - held.keys()
         self._held = held
@@ -140,12 +145,11 @@ class Partitions:
         gained = held.keys() - self._ready
         if gained:
             await self._on_gain(frozenset(gained))
-            self._ready |= gained & self._held.keys()
+            if not self._closing:
+                self._ready |= gained
 
     async def _kept(self, lease: Lease | None, name: str) -> Lease | None:
         """Return a lease that is held: as it was, renewed, or taken; None where another server has it."""
-        if self._closing:
-            return lease
         if lease is not None:
             if lease.good_until - time.monotonic() > RENEWED_AT * self._leases.ttl_s:
                 return lease
