@@ -13,13 +13,16 @@ FMI_CLUSTER_ROUNDS ?= 100
 FMI_FUZZ_INPUTS ?= 150000
 FMI_SEARCHES ?= 10
 
-.PHONY: help demo test test-lowest search torture torture-cluster soak fuzz check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-jetstream bench-peers bench-privacy bench-quotas bench-start bench-warm-start privacy-error bench-abuse wheel clean
+.PHONY: help demo demo-cluster test test-lowest search torture torture-cluster soak fuzz check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-jetstream bench-peers bench-privacy bench-quotas bench-start bench-warm-start privacy-error bench-abuse wheel clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 demo: .venv-demo/ready ## Run the federation on real data and draw a chart
 	.venv-demo/bin/python -m fmi_demo
+
+demo-cluster: .venv-demo/cluster ## The same through three brokers and three servers, of which one of each is killed
+	.venv-demo/bin/python -m fmi_demo --cluster --output demo-cluster-output
 
 test: $(VENV)/ready ## Run all tests
 	$(BIN)/python -m pytest
@@ -108,7 +111,7 @@ wheel: $(VENV)/ready ## Build the wheel and the source distribution
 	$(BIN)/python -m build
 
 clean: ## Remove environments and what was built
-	rm -rf $(VENV) .venv-proto .venv-demo .venv-bench .venv-bench-peers .venv-fuzz .venv-lowest build dist demo-output .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-proto .venv-demo .venv-bench .venv-bench-peers .venv-fuzz .venv-lowest build dist demo-output demo-cluster-output .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -118,6 +121,10 @@ $(VENV)/ready: pyproject.toml
 .venv-demo/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/python -m pip install --quiet --editable '.[demo]'
+	@touch $@
+
+.venv-demo/cluster: .venv-demo/ready
+	.venv-demo/bin/python -m pip install --quiet --editable '.[demo-cluster]'
 	@touch $@
 
 .venv-bench/ready: pyproject.toml

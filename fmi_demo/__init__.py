@@ -33,6 +33,7 @@ def run(
     keep_serving: bool = False,
     quick: bool = False,
     json: bool = False,
+    cluster: bool = False,
 ) -> DemoResult:
     """Run the demo: about a minute on two cores.
 
@@ -44,6 +45,7 @@ def run(
         keep_serving: Leave the server up until an interrupt (Ctrl-C).
         quick: Compute much less; the figures then show that everything works and nothing more.
         json: Write the result to standard output as JSON, and the progress to standard error.
+        cluster: Run three brokers and three servers, and kill one of each on the way.
 
     Returns:
         All figures, and where the files are.
@@ -65,4 +67,5 @@ def run(
         keep_serving=keep_serving,
         quick=quick,
         json=json,
+        cluster=cluster,
     )

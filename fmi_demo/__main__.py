@@ -36,9 +36,19 @@ __all__ = ["main"]
 )
 @click.option("--keep-serving", is_flag=True, help="Let the server run on until Ctrl-C.")
 @click.option("--quick", is_flag=True, help="Compute much less.")
+@click.option(
+    "--cluster", is_flag=True, help="Run three brokers and three servers, and kill one of each."
+)
 @click.option("--json", is_flag=True, help="Write the result to standard output as JSON.")
 def main(
-    *, output: Path, sites: int, seed: int, keep_serving: bool, quick: bool, json: bool
+    *,
+    output: Path,
+    sites: int,
+    seed: int,
+    keep_serving: bool,
+    quick: bool,
+    cluster: bool,
+    json: bool,
 ) -> None:
     """Run a server and a federation of sites on this machine, and show what they gain."""
     fmi_demo.run(
@@ -48,6 +58,7 @@ def main(
         keep_serving=keep_serving,
         quick=quick,
         json=json,
+        cluster=cluster,
     )
 
 

@@ -21,10 +21,10 @@ class DemoArgumentError(DemoError):
 
 
 class DemoExtraMissingError(DemoError, ModuleNotFoundError):
-    """A library of the extra `demo` is not installed. `name` is the library's."""
+    """A library of the extra `demo`, or of `demo-cluster`, is not installed. `name` is the library's."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, extra: str = "demo") -> None:
         super().__init__(
-            f"the demo needs {name!r}, which is not installed: in the checkout, pip install '.[demo]'"
+            f"the demo needs {name!r}, which is not installed: in the checkout, pip install '.[{extra}]'"
         )
         self.name = name

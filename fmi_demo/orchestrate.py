@@ -16,10 +16,12 @@ from typing import Final
 
 from rich.console import Console
 
+from fmi.v1 import update_pb2
 from fmi_client import AsyncFMIClient
 from fmi_client.kinds import KIND_NAMES
 from fmi_demo.chart import draw_chart
-from fmi_demo.errors import DemoArgumentError
+from fmi_demo.cluster import DemoCluster
+from fmi_demo.errors import DemoArgumentError, DemoError
 from fmi_demo.events import Curve, HintTried, LatePlan, SiteFinished, SitePlan, WarmStarted
 from fmi_demo.processes import Job, Workshop
 from fmi_demo.report import print_report
@@ -63,6 +65,7 @@ def run_demo(
     keep_serving: bool,
     quick: bool,
     json: bool,
+    cluster: bool = False,
 ) -> DemoResult:
     """Run everything; see `fmi_demo.run`."""
     if not MIN_SITES <= sites <= MAX_SITES:
@@ -73,7 +76,14 @@ def run_demo(
     console = Console(stderr=json)
     if not console.is_terminal:
         console = Console(stderr=json, width=_PLAIN_WIDTH)
-    demo = _Demo(output, sites=sites, seed=seed, effort=QUICK if quick else FULL, console=console)
+    demo = _Demo(
+        output,
+        sites=sites,
+        seed=seed,
+        effort=QUICK if quick else FULL,
+        console=console,
+        cluster=cluster,
+    )
     result, text = asyncio.run(demo.run(keep_serving=keep_serving, json=json))
     if json and not keep_serving:
         sys.stdout.write(text)
@@ -84,13 +94,22 @@ class _Demo:
     """One run: what it is made from, and what it has heard."""
 
     def __init__(
-        self, output: Path, *, sites: int, seed: int, effort: Effort, console: Console
+        self,
+        output: Path,
+        *,
+        sites: int,
+        seed: int,
+        effort: Effort,
+        console: Console,
+        cluster: bool,
     ) -> None:
         self._output = output
         self._sites = sites
         self._seed = seed
         self._effort = effort
         self._console = console
+        self._clustered = cluster
+        self._cluster: DemoCluster | None = None
         self._started = time.monotonic()
         self._finished: list[SiteFinished] = []
         self._warm: dict[str, WarmStarted] = {}
@@ -99,17 +118,20 @@ class _Demo:
 
     async def run(self, *, keep_serving: bool, json: bool) -> tuple[DemoResult, str]:
         """Run the demo; return its result, and the same as JSON."""
-        server = DemoServer(
+        kind = DemoCluster if self._clustered else DemoServer
+        server = kind(
             data_dir=self._output / "data",
             cohorts=self._output / "cohorts",
             log=self._output / "server.log",
         )
+        self._cluster = server if isinstance(server, DemoCluster) else None
         workshop = Workshop(at_once=_AT_ONCE)  # it warms up while the server starts
         async with server:
             async with AsyncFMIClient(server.target) as client:
                 with self._view() as view:
                     await self._run_sites(server.target, client, workshop, view)
                     await self._run_late_site(server.target, workshop, view)
+                await self._check(client)
                 result = await self._result(client, server.target, serving=keep_serving)
             # Everything that draws is beside the event loop: it takes a second.
             text = await asyncio.to_thread(write_results, result, self._curves)
@@ -139,6 +161,7 @@ class _Demo:
         def on_event(event: object) -> None:
             if isinstance(event, SiteFinished):
                 self._finished.append(event)
+                self._trouble(view)
             view.on_event(event)
 
         jobs = [
@@ -157,10 +180,43 @@ class _Demo:
             )
             for site in self._order()
         ]
-        async with client.subscribe(COHORTS, ["prior"], on_update=view.on_update):
+
+        def on_update(update: update_pb2.Update) -> None:
+            if self._cluster is not None:
+                self._cluster.note_update()
+            view.on_update(update)
+
+        async with client.subscribe(COHORTS, ["prior"], on_update=on_update):
             await workshop.run(jobs, on_event)
             for cohort in COHORTS:
                 await client.admin.release_now(cohort)
+
+    def _trouble(self, view: View) -> None:
+        """Kill a broker when the first site is done, and later a server."""
+        if self._cluster is None:
+            return
+        if len(self._finished) == 1:
+            view.stage(f"{self._cluster.kill_broker()} of 3 is killed")
+        elif len(self._finished) == max(2, self._sites // 2):
+            view.stage(f"{self._cluster.kill_server()} of 3, which all are connected to, is killed")
+
+    async def _check(self, client: AsyncFMIClient) -> None:
+        """See that every packet that was acknowledged is there, once.
+
+        Raises:
+            DemoError: It is not so.
+        """
+        acknowledged = sum(site.packets for site in self._finished)
+        stored = sum(status.packets for status in await client.admin.list_cohorts())
+        if stored != acknowledged:
+            raise DemoError(f"{acknowledged} packets were acknowledged, and {stored} are stored")
+        if self._cluster is not None:
+            for line in self._cluster.story():
+                self._console.print(line, highlight=False)
+            self._console.print(
+                f"{acknowledged} packets were acknowledged, and all are stored, once.",
+                highlight=False,
+            )
 
     def _order(self) -> list[int]:
         """Begin with the liars: what they send is there while everyone else is still at work."""
@@ -225,7 +281,9 @@ class _Demo:
             seconds=time.monotonic() - self._started,
             chart=self._output / "demo.png",
             results=self._output / "results.json",
-            commands=_commands(self._output, target if serving else None),
+            commands=()
+            if self._clustered and not serving
+            else _commands(self._output, target if serving else None),
         )
 
     async def _serve_on(self, target: str) -> None:

@@ -192,6 +192,8 @@ def _print_next(console: Console, result: DemoResult) -> None:
     console.print(f"Results  {result.results}", soft_wrap=True, highlight=False)
     console.print(f"Took {result.seconds:.0f} s.", highlight=False)
     console.print()
+    if not result.commands:
+        return
     stopped = result.commands[0].endswith("&")
     console.print(
         "Next: serve this run's data and look around; kill %1 stops the server."

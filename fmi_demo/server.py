@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -26,12 +27,17 @@ class DemoServer:
         data_dir: Where its store is.
         cohorts: Folder of cohort files.
         log: File that its log goes to.
+        flags: Further flags of the server.
     """
 
-    def __init__(self, *, data_dir: Path, cohorts: Path, log: Path) -> None:
+    def __init__(
+        self, *, data_dir: Path, cohorts: Path, log: Path, flags: Sequence[str] = ()
+    ) -> None:
         self._data_dir = data_dir
         self._cohorts = cohorts
-        self._log = log
+        self._flags = flags
+        self._killed = False
+        self.log = log
         self._process: asyncio.subprocess.Process | None = None
         self.target = ""
 
@@ -41,13 +47,14 @@ class DemoServer:
         Raises:
             DemoError: It did not.
         """
-        with self._log.open("wb") as log:
+        with self.log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *("-m", "fmi_server", "serve"),
                 *("--listen", "127.0.0.1:0"),
                 *("--data-dir", str(self._data_dir)),
                 *("--cohorts", str(self._cohorts)),
+                *self._flags,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
@@ -76,8 +83,19 @@ class DemoServer:
             DemoError: It did not end in time, or not with exit code 0.
         """
         code = await self._stop()
-        if code != 0 and error is None:
+        if code != 0 and error is None and not self._killed:
             raise DemoError(f"the server ended with exit code {code}{self._tail()}")
+
+    def kill(self) -> None:
+        """Kill it as `kill -9` does.
+
+        Raises:
+            DemoError: It had ended by itself.
+        """
+        if self._process is None or self._process.returncode is not None:
+            raise DemoError(f"the server ended by itself{self._tail()}")
+        self._killed = True
+        self._process.kill()
 
     async def _listening(self) -> str:
         process = self._process
@@ -104,5 +122,5 @@ class DemoServer:
         return process.returncode
 
     def _tail(self) -> str:
-        text = self._log.read_text(encoding="utf-8", errors="replace").strip()
-        return f"; the end of {self._log}:\n{text[-_TAIL:]}" if text else f"; see {self._log}"
+        text = self.log.read_text(encoding="utf-8", errors="replace").strip()
+        return f"; the end of {self.log}:\n{text[-_TAIL:]}" if text else f"; see {self.log}"

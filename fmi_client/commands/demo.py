@@ -42,6 +42,9 @@ _ADVICE = "the demo needs more than the base install: in the checkout, pip insta
 )
 @click.option("--quick", is_flag=True, help="Compute much less: shows that everything works.")
 @click.option("--keep-serving", is_flag=True, help="Let the server run on until Ctrl-C.")
+@click.option(
+    "--cluster", is_flag=True, help="Run three brokers and three servers, and kill one of each."
+)
 @json_option
 def command(
     settings: Settings,
@@ -50,6 +53,7 @@ def command(
     seed: int,
     quick: bool,
     keep_serving: bool,
+    cluster: bool,
 ) -> int:
     """Run a server and a federation of sites on this machine, and show what they gain."""
     options: dict[str, Any] = {
@@ -59,6 +63,7 @@ def command(
         "keep_serving": keep_serving,
         "quick": quick,
         "json": settings.json,
+        "cluster": cluster,
     }
     try:
         result = importlib.import_module("fmi_demo").run(**options)

@@ -210,3 +210,19 @@ def test_a_missing_library_is_told_with_what_to_install(tmp_path, monkeypatch):
 
 def test_the_public_names():
     assert fmi_demo.__all__ == ["DemoArgumentError", "DemoError", "DemoExtraMissingError", "run"]
+
+
+def test_the_demo_runs_through_a_cluster_of_which_a_broker_and_a_server_are_killed(tmp_path):
+    output = tmp_path / "cluster"
+    command = [sys.executable, "-m", "fmi_demo", "--quick", "--cluster", "--sites", "6"]
+    run = subprocess.run(
+        [*command, "--output", str(output)], capture_output=True, text=True, timeout=500
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "broker 1 was killed (SIGKILL)" in run.stdout
+    assert "server 1 was killed (SIGKILL)" in run.stdout
+    packets = 6 * 7 * len(COHORTS)
+    assert f"{packets} packets were acknowledged, and all are stored, once." in run.stdout
+    assert (output / "results.json").exists()
+    for number in (2, 3):
+        assert "stopped in good order" in (output / f"server-{number}.log").read_text()

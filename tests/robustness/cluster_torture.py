@@ -33,7 +33,7 @@ from followers import Follower
 from guarantees import Broken, History, Store, broken
 from server_harness import eventually
 from sites import Emitter, SingleEmitter, StreamEmitter
-from torture import declare_cohorts, everything_seen, next_set
+from torture import CATCH_UP_S, declare_cohorts, everything_seen, next_set
 
 __all__ = ["ClusterCampaign", "cluster_campaign"]
 
@@ -135,7 +135,7 @@ async def cluster_campaign(
             rig.stopping.set()
             async with asyncio.timeout(QUIET_S):
                 await asyncio.gather(*emitters)
-            await everything_seen(rig)
+            await everything_seen(rig, CATCH_UP_S)
             for task in following:
                 task.cancel()
         for replica in rig.replicas:
