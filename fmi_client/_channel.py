@@ -52,6 +52,10 @@ _OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
 )
 
 
+_THROUGH_NO_PROXY: Final = (("grpc.enable_http_proxy", 0),)
+"""For what is on this machine: gRPC would give it, and tokens in plain text, to the proxy of `http_proxy`."""
+
+
 @dataclass(frozen=True, slots=True)
 class TLSConfig:
     """How a connection is secured.
@@ -89,7 +93,8 @@ def open_channel(target: str, *, tls: TLSConfig | None) -> grpc.aio.Channel:
         ConfigurationError: A certificate or key file cannot be read, or is none.
     """
     if tls is None:
-        return grpc.aio.insecure_channel(target, options=_OPTIONS)
+        options = (*_OPTIONS, *_THROUGH_NO_PROXY) if is_loopback(target) else _OPTIONS
+        return grpc.aio.insecure_channel(target, options=options)
     roots, key, chain = map(_read, (tls.root_certificates, tls.private_key, tls.certificate))
     _check_files(tls)
     credentials = grpc.ssl_channel_credentials(roots, key, chain)

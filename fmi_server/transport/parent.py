@@ -93,8 +93,13 @@ class ParentLink:
     def __init__(self, target: str, credentials: ParentCredentials | None = None) -> None:
         self._target = target
         self._credentials = credentials or ParentCredentials()
-        options = (("grpc.keepalive_time_ms", 120_000), ("grpc.keepalive_timeout_ms", 20_000))
         secure = self._credentials.channel
+        options = (
+            ("grpc.keepalive_time_ms", 120_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+            # A token in plain text is for a parent on this machine, and not for the proxy of `http_proxy`.
+            ("grpc.enable_http_proxy", 0 if secure is None else 1),
+        )
         self._channel = (
             grpc.aio.insecure_channel(target, options=options)
             if secure is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 import pytest
 import trustme
@@ -45,6 +47,39 @@ def test_token_does_not_leave_the_machine_in_plain_text():
     AsyncFMIClient("fmi.example.org:50061", token="t0ken", insecure=True)  # noqa: S106
     AsyncFMIClient("fmi.example.org:50061", token="t0ken", tls=TLSConfig())  # noqa: S106
     AsyncFMIClient("fmi.example.org:50061")
+
+
+async def test_what_is_for_this_machine_goes_through_no_proxy(monkeypatch):
+    """A proxy sees what goes through it in plain text, and is not this machine."""
+    asked = []
+
+    async def proxy(reader, writer):
+        asked.append(await reader.readline())
+        writer.close()
+
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    async with await asyncio.start_server(proxy, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        for name in ("http_proxy", "grpc_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
+        scripted = ScriptedServer()
+        server = grpc.aio.server()
+        interchange_service_pb2_grpc.add_InterchangeServiceServicer_to_server(scripted, server)
+        target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        try:
+            token = "t0ken"
+            async with AsyncFMIClient(target, domain_id="site", token=token) as client:
+                await client.emit_msp(controller={"tau": 0.5})
+            assert asked == []
+            # It is asked for what is elsewhere.
+            with pytest.raises(ConnectionFailedError):
+                async with AsyncFMIClient("192.0.2.1:1", retry=FAST, timeout_s=5.0) as client:
+                    await client.contract()
+            assert asked[0].startswith(b"CONNECT 192.0.2.1:1 ")
+        finally:
+            await server.stop(None)
 
 
 @pytest.mark.parametrize("token", ["", "two words", "line\nbreak", "ümlaut"])

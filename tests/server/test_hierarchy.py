@@ -238,6 +238,17 @@ async def test_what_a_parent_answers_is_understood(answer, kind):
         assert caught.value.fields == ('msp.controller["zz"]',)
 
 
+async def test_a_parent_on_this_machine_is_not_asked_through_a_proxy(monkeypatch):
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    (port,) = free_ports(1)  # where nobody is
+    for name in ("http_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
+    async with scripted_parent(Scripted(grpc.StatusCode.PERMISSION_DENIED)) as link:
+        with pytest.raises(ParentRefusedError, match="scripted"):
+            await link.send(msp("s", "care"))
+
+
 async def test_a_parent_that_is_not_there_is_unavailable():
     (port,) = free_ports(1)
     async with ParentLink(f"127.0.0.1:{port}") as link:
