@@ -334,7 +334,7 @@ async def test_where_there_is_no_store_none_is_made(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_a_killed_restore_leaves_one_store_or_the_other(tmp_path):
+async def test_a_killed_restore_leaves_one_store_or_the_other(tmp_path, command):
     """Killed at each of its steps, it leaves a whole store, the old or the new one, and can be repeated."""
     data_dir, copy = tmp_path / "data", tmp_path / "copy"
     async with started(*flags(data_dir)) as server, Client(server.target) as client:
@@ -366,8 +366,9 @@ async def test_a_killed_restore_leaves_one_store_or_the_other(tmp_path):
         if await process.wait() == 0:
             break
         killed += 1
-        found = await inspected("--data-dir", data_dir, "--check")
-        assert found["checked_packets"] == 200
+        inspected = command("--json", "--data-dir", str(data_dir), "--check", name="inspect")
+        assert inspected.code == 0, inspected
+        assert json.loads(inspected.out)["checked_packets"] == 200
     assert killed >= 8, "the restore was killed at each of its steps"
     async with started(*flags(data_dir)):
         assert len(packet_keys(data_dir)) == 200
