@@ -33,7 +33,7 @@ COHORT = "care"
 LIFE = 1_000_000
 """More packets than a site emits in a life."""
 
-FLUSH_S = 30.0
+FLUSH_S = 120.0
 QUICK = RetryPolicy(initial_s=0.02, max_s=0.2)
 
 

@@ -36,7 +36,7 @@ ROUNDS = int(os.environ.get("FMI_SIGKILL_ROUNDS", "8"))
 HERE = Path(__file__).parent
 SOUND = (sys.executable, str(HERE / "outbox_site.py"))
 KINDS = {"site-async": "async", "site-blocking": "blocking"}
-END_S = 60.0
+END_S = 150.0
 CAMPAIGNS = 5
 
 
@@ -169,7 +169,7 @@ def _broken_site(site: str, noted: Sequence[int], stored: Sequence[int]) -> Iter
         yield Broken("ORDERED", f"{site}: {len(first_seen)} packets are not in order")
 
 
-@pytest.mark.timeout(90 + 15 * ROUNDS)
+@pytest.mark.timeout(400 + 15 * ROUNDS)
 async def test_kill_9_of_sites_and_server_loses_repeats_and_swaps_nothing(tmp_path):
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")  # noqa: T201 - to run it again
@@ -178,7 +178,7 @@ async def test_kill_9_of_sites_and_server_loses_repeats_and_swaps_nothing(tmp_pa
     assert all(len(numbers) > 20 * ROUNDS for numbers in noted.values())
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("fault", "guarantee"),
     [
