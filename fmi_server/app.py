@@ -47,6 +47,7 @@ from fmi_server.transport.admission import Admission
 from fmi_server.transport.foreign import for_operators
 from fmi_server.transport.handlers import bind
 from fmi_server.transport.health import HealthServicer
+from fmi_server.transport.health_port import health_port
 from fmi_server.transport.interchange import InterchangeServicer
 from fmi_server.transport.parent import ParentLink, parent_credentials
 from fmi_server.transport.registry import RegistryServicer
@@ -274,6 +275,7 @@ async def running(
         service,
         _uplinked(settings, service),
         _beside(security.watch(service.router), "credentials"),
+        health_port(settings.health_listen, bind(_HEALTH, health, telemetry=telemetry)),
     ):
         closing.callback(security.close)
         if not settings.force_cohorts:

@@ -313,6 +313,11 @@ class ServerSettings(BaseSettings):
         description="address and port of the Prometheus page; none by default",
         json_schema_extra=_ADDRESS,
     )
+    health_listen: str | None = Field(
+        default=None,
+        description="address and port of health in plain text, for probes; none by default",
+        json_schema_extra=_ADDRESS,
+    )
     tls_cert: Path | None = Field(
         default=None,
         description="PEM file of the server's certificate chain; none by default: plain text",
@@ -487,7 +492,7 @@ class ServerSettings(BaseSettings):
             raise ValueError("must have no user and password: put them into a file, as store_login")
         return value
 
-    @field_validator("listen", "metrics_listen", "parent")
+    @field_validator("listen", "metrics_listen", "health_listen", "parent")
     @classmethod
     def _address(cls, value: str | None) -> str | None:
         if value is None:
