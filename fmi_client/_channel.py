@@ -46,6 +46,12 @@ _OPTIONS: Final[tuple[tuple[str, int | str], ...]] = (
     # One place decides about retries, and it keeps packet ids: ours.
     ("grpc.enable_retries", 0),
     ("grpc.service_config_disable_resolution", 1),
+    # Of several addresses one is taken at random, and another one when it breaks: so the sites are spread
+    # over the servers, and each has all that it does at one of them.
+    (
+        "grpc.service_config",
+        '{"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": true}}]}',
+    ),
     # A new client does not inherit the reconnect backoff of another one in the process.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.primary_user_agent", "fmi-client"),
