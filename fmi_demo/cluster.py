@@ -89,7 +89,7 @@ class DemoCluster:
         return self._kill("broker 1", self._brokers[0])
 
     def kill_server(self) -> str:
-        """Kill the server that clients are connected to, as `kill -9` does; say which."""
+        """Kill a server as `kill -9` does, under the clients that are connected to it; say which."""
         return self._kill("server 1", self._servers[0])
 
     def story(self) -> list[str]:

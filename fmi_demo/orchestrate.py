@@ -198,7 +198,7 @@ class _Demo:
         if len(self._finished) == 1:
             view.stage(f"{self._cluster.kill_broker()} of 3 is killed")
         elif len(self._finished) == max(2, self._sites // 2):
-            view.stage(f"{self._cluster.kill_server()} of 3, which all are connected to, is killed")
+            view.stage(f"{self._cluster.kill_server()} of 3 is killed")
 
     async def _check(self, client: AsyncFMIClient) -> None:
         """See that every packet that was acknowledged is there, once.
