@@ -76,7 +76,7 @@ from fmi_server.quotas import Quotas
 from fmi_server.releases import Releaser
 from fmi_server.router import AGGREGATOR, FMIRouter
 from fmi_server.storage import MemoryStore, Store, StoreError
-from fmi_server.storage.base import StoreUnavailableError
+from fmi_server.storage.base import RevisionConflictError, StoreUnavailableError
 from fmi_server.storage.records import AppendOutcome
 from fmi_server.store_watch import StoreWatch
 from fmi_server.telemetry import FMITelemetry
@@ -86,6 +86,9 @@ __all__ = ["FMIService"]
 
 THREAD_FROM_PACKETS: Final = 32
 """Batches of this size and larger are checked in a thread, so that single Emits do not wait for them."""
+
+RELEASE_TRIES: Final = 5
+"""Tries to release a cohort that other servers release at the same time."""
 
 LEASE_S: Final = 6.0
 """Seconds after which a server that does not answer has lost what it releases alone."""
@@ -701,8 +704,17 @@ class FMIService:
         self.gate.require(caller, Action.ADMIN, cohort)
         if cohort not in self.cohorts:
             raise CohortUnknownError(cohort)
-        await self.settle()
-        return await self.uninterrupted(self.releaser.release(cohort))
+        if self._following is None:
+            return await self.uninterrupted(self.releaser.release(cohort))
+        return await self.uninterrupted(self._release_among_others(cohort))
+
+    async def _release_among_others(self, cohort: str) -> list[update_pb2.Update]:
+        """Release a cohort that another server may be releasing at this moment."""
+        for _ in range(RELEASE_TRIES):
+            await self.settle()
+            with contextlib.suppress(RevisionConflictError):
+                return await self.releaser.release(cohort)
+        raise OverloadedError("releases of the cohort at other servers")
 
     # Rules
 
