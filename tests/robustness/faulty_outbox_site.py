@@ -5,6 +5,7 @@ faulty_outbox_site.py FAULT TARGET FOLDER SITE LIFE (async|blocking)
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ from outbox_site import SlowToForget, main
 
 from fmi.plain import new_packet_id
 from fmi.v1 import packet_pb2
-from fmi_client import outbox
+from fmi_client import ClientClosedError, outbox
 from fmi_client._outbox_store import Item
 from fmi_client.outbox import FileOutbox
 
@@ -34,7 +35,8 @@ class ReturnsEarly(SlowToForget):
 
         def write() -> None:
             time.sleep(LATE_S)
-            super(ReturnsEarly, self).append(items, dropped=dropped)
+            with contextlib.suppress(ClientClosedError):  # the site has ended, and these are lost
+                super(ReturnsEarly, self).append(items, dropped=dropped)
 
         threading.Thread(target=write, daemon=True).start()
 
