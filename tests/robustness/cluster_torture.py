@@ -132,6 +132,7 @@ async def cluster_campaign(
                 await goes_on(rig)
                 watch.cancel()
                 silent[trouble].append(await watch)
+            await eventually(lambda: rig.history.of_all_kinds, LONGEST_S)
             rig.stopping.set()
             async with asyncio.timeout(QUIET_S):
                 await asyncio.gather(*emitters)

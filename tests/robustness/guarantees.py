@@ -38,6 +38,8 @@ __all__ = [
 Key = tuple[str, str]
 """A site and a packet id."""
 
+KINDS = frozenset(update_pb2.UpdateKind.values()) - {update_pb2.UPDATE_KIND_UNSPECIFIED}
+
 Line = tuple[str, int]
 """A cohort and a kind of update, whose revisions count up."""
 
@@ -120,6 +122,11 @@ class History:
 
     answers: list[Answer] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
+
+    @property
+    def of_all_kinds(self) -> bool:
+        """Whether everybody was given updates of every kind."""
+        return all({kind for _, kind in record.newest} == KINDS for record in self.records)
 
     def record(self, name: str, *cohorts: str, every: bool = True) -> Record:
         """Begin the record of one more subscriber, of some cohorts or of all."""
