@@ -27,6 +27,9 @@ AUDITED_REASONS: Final = frozenset(
 )
 """The refusals that are about who calls."""
 
+FLAGS: Final = ("dry_run", "force", "quarantined")
+"""Fields of the operator's requests that say what kind of change is asked for."""
+
 MOST_ITEMS: Final = 8
 """Lines for the refused packets of one batch; alike ones share a line."""
 
@@ -51,6 +54,7 @@ def describe(caller: Caller, request: Any) -> dict[str, str]:
         or _text(header, "domain_id")
         or _text(request, "subscriber"),
         "packet_id": _text(request, "packet_id") or _text(header, "packet_id"),
+        "with": " ".join(name for name in FLAGS if getattr(request, name, False) is True),
     }
 
 

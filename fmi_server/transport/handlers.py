@@ -61,10 +61,6 @@ _Request = Any
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class _Malformed:
-    """Stands in the place of a request that could not be parsed."""
-
-
 def bind(
     service: ServiceDescriptor,
     servicer: object,
@@ -94,7 +90,7 @@ def bind(
         method.name: _handler(
             method,
             getattr(servicer, method.name),
-            _Guard(method.full_name, telemetry, authenticator, audit, quotas),
+            _Guard(method, telemetry, authenticator, audit, quotas),
         )
         for method in service.methods
     }
@@ -104,28 +100,16 @@ def bind(
 def _handler(
     method: MethodDescriptor, call: Callable[[_Request, Caller], Any], guard: _Guard
 ) -> grpc.RpcMethodHandler[Any, Any]:
-    parse = _parser(GetMessageClass(method.input_type))
+    # Requests come as bytes: they are parsed when it is known who calls.
     if method.client_streaming:
         return grpc.stream_stream_rpc_method_handler(
-            guard.streams(call), request_deserializer=parse, response_serializer=_serialise
+            guard.streams(call), response_serializer=_serialise
         )
     if method.server_streaming:
         return grpc.unary_stream_rpc_method_handler(
-            guard.stream(call), request_deserializer=parse, response_serializer=_serialise
+            guard.stream(call), response_serializer=_serialise
         )
-    return grpc.unary_unary_rpc_method_handler(
-        guard.unary(call), request_deserializer=parse, response_serializer=_serialise
-    )
-
-
-def _parser(message_class: type[Message]) -> Callable[[bytes], Message | _Malformed]:
-    def parse(data: bytes) -> Message | _Malformed:
-        try:
-            return message_class.FromString(data)
-        except DecodeError:
-            return _Malformed()
-
-    return parse
+    return grpc.unary_unary_rpc_method_handler(guard.unary(call), response_serializer=_serialise)
 
 
 def _serialise(response: Message | bytes) -> bytes:
@@ -135,14 +119,14 @@ def _serialise(response: Message | bytes) -> bytes:
 class _Requests:
     """The requests of a stream, as they are received."""
 
-    def __init__(self, raw: AsyncIterator[_Request]) -> None:
+    def __init__(self, raw: AsyncIterator[bytes]) -> None:
         self._raw = raw
         self._begun = False
 
     def __aiter__(self) -> _Requests:
         return self
 
-    async def __anext__(self) -> _Request:
+    async def __anext__(self) -> bytes:
         self._begun = True
         return await anext(self._raw)
 
@@ -159,34 +143,40 @@ class _Requests:
 
 
 class _Guard:
-    """Asks who calls, and turns what a method raises into a status, with an id that finds it in the log."""
+    """Asks who calls, and turns what a method raises into a status, with an id that finds it in the log.
+
+    A request is parsed behind that, which takes fifty times the memory of its bytes at worst: strangers, and
+    callers who take too much, are not worth it.
+    """
 
     def __init__(
         self,
-        method: str,
+        method: MethodDescriptor,
         telemetry: FMITelemetry,
         authenticator: Authenticator | None,
         audit: AuditLog | None,
         quotas: Quotas | None,
     ) -> None:
-        self._method = method
+        self._method = method.full_name
+        self._message_class = GetMessageClass(method.input_type)
         self._telemetry = telemetry
         self._authenticator = authenticator
         self._audit = audit
         self._quotas = quotas
-        self._operating = method.startswith(f"{OPERATORS_SERVICE}.")
-        self._nobody = Caller(TRUSTED, method=method)
+        self._operating = self._method.startswith(f"{OPERATORS_SERVICE}.")
+        self._nobody = Caller(TRUSTED, method=self._method)
 
     def unary(
         self, call: Callable[[_Request, Caller], Awaitable[Message]]
-    ) -> Callable[[_Request, _Context], Awaitable[bytes]]:
-        async def handle(request: _Request, context: _Context) -> bytes:
-            caller = self._nobody
+    ) -> Callable[[bytes, _Context], Awaitable[bytes]]:
+        async def handle(data: bytes, context: _Context) -> bytes:
+            caller, request = self._nobody, None
             try:
                 caller = self._caller(context)
                 self._charge(caller)
+                request = self._parsed(data)
                 # As bytes: a peer that does not read its answer would keep the message, ten times as large.
-                response = _serialise(await call(_parsed(request), caller))
+                response = _serialise(await call(request, caller))
                 self._note_operation("OK", request, caller)
                 return response
             except asyncio.CancelledError:
@@ -194,7 +184,7 @@ class _Guard:
                 self._note_operation("CANCELLED", request, caller)
                 raise
             except Exception as error:
-                await self._stall(error, request, caller)
+                await self._stall(error, len(data), caller)
                 status = self._status(error, request, self._from(context, caller))
             await context.abort_with_status(status)
             raise AssertionError("abort_with_status returned")
@@ -203,43 +193,57 @@ class _Guard:
 
     def stream(
         self, call: Callable[[_Request, Caller], AsyncIterator[Message | bytes]]
-    ) -> Callable[[_Request, _Context], AsyncIterator[Message | bytes]]:
-        async def handle(request: _Request, context: _Context) -> AsyncIterator[Message | bytes]:
-            caller = self._nobody
+    ) -> Callable[[bytes | _Requests, _Context], AsyncIterator[Message | bytes]]:
+        async def handle(
+            data: bytes | _Requests, context: _Context
+        ) -> AsyncIterator[Message | bytes]:
+            caller, request = self._nobody, None
             try:
                 caller = self._caller(context)
                 self._charge(caller)
-                async for response in call(_parsed(request), caller):
+                request = self._parsed(data) if isinstance(data, bytes) else data
+                async for response in call(request, caller):
                     yield response
                 return
             except Exception as error:
-                await self._stall(error, request, caller)
+                await self._stall(error, len(data) if isinstance(data, bytes) else 0, caller)
                 status = self._status(error, request, self._from(context, caller))
-            if isinstance(request, _Requests):
-                await request.begun()
+            if isinstance(data, _Requests):
+                await data.begun()
             await context.abort_with_status(status)
 
         return handle
 
     def streams(
         self, call: Callable[[AsyncIterator[_Request], Caller], AsyncIterator[Message | bytes]]
-    ) -> Callable[[AsyncIterator[_Request], _Context], AsyncIterator[Message | bytes]]:
-        async def requests(raw: AsyncIterator[_Request], caller: Caller) -> AsyncIterator[_Request]:
-            async for request in raw:
+    ) -> Callable[[AsyncIterator[bytes], _Context], AsyncIterator[Message | bytes]]:
+        async def requests(raw: AsyncIterator[bytes], caller: Caller) -> AsyncIterator[_Request]:
+            async for data in raw:
                 # A stream may outlive the credentials that it began with.
                 if self._authenticator is not None:
                     self._authenticator.check(caller.principal)
-                yield _parsed(request)
+                yield self._parsed(data)
 
         answer = self.stream(lambda raw, caller: call(requests(raw, caller), caller))
 
         async def handle(
-            raw: AsyncIterator[_Request], context: _Context
+            raw: AsyncIterator[bytes], context: _Context
         ) -> AsyncIterator[Message | bytes]:  # gRPC looks for an async generator
             async for response in answer(_Requests(raw), context):
                 yield response
 
         return handle
+
+    def _parsed(self, data: bytes) -> _Request:
+        try:
+            return self._message_class.FromString(data)
+        except DecodeError:
+            malformed = Violation(
+                "request",
+                "fmi.request.malformed",
+                "cannot be parsed; it is not the message of this method",
+            )
+            raise RequestInvalidError([malformed]) from None
 
     def _caller(self, context: _Context) -> Caller:
         if self._authenticator is not None:
@@ -256,12 +260,12 @@ class _Guard:
         if self._quotas is not None:
             self._quotas.admit_call(caller.principal.account)
 
-    async def _stall(self, error: Exception, request: _Request, caller: Caller) -> None:
+    async def _stall(self, error: Exception, size: int, caller: Caller) -> None:
         """Hold back the refusal of a caller who asks for too much, where what it sent is small."""
         if (
             isinstance(error, QuotaExceededError)
             and self._quotas is not None
-            and (not isinstance(request, Message) or request.ByteSize() <= MAX_STALLED_BYTES)
+            and size <= MAX_STALLED_BYTES
         ):
             await self._quotas.stall(caller.principal.account, error)
 
@@ -335,14 +339,3 @@ class _Status(NamedTuple):
 
 def _operates(principal: Principal) -> bool:
     return principal.operator or principal.unrestricted
-
-
-def _parsed(request: _Request) -> _Request:
-    if isinstance(request, _Malformed):
-        malformed = Violation(
-            "request",
-            "fmi.request.malformed",
-            "cannot be parsed; it is not the message of this method",
-        )
-        raise RequestInvalidError([malformed])
-    return request

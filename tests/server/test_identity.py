@@ -25,6 +25,7 @@ from server_harness import Client, identity, msp, refusal_of
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi.v1 import registry_service_pb2 as registry_pb2
 from fmi_server.testing import running_server
+from fmi_server.transport import handlers
 
 IN, RE, AD = "fmi.v1.InterchangeService/", "fmi.v1.RegistryService/", "fmi.v1.AdminService/"
 OK, DENIED, UNKNOWN = "ok", "ACCESS_DENIED", "COHORT_UNKNOWN"
@@ -367,6 +368,30 @@ async def test_plain_text_gets_no_answer_from_a_server_with_tls(office):
     ):
         outcome = await caller.outcome(f"{RE}GetContract", registry_pb2.GetContractRequest())
         assert outcome.reason == "UNAVAILABLE"
+
+
+async def test_what_a_stranger_sends_is_not_parsed(office, monkeypatch):
+    """Parsed a message may take fifty times its size."""
+    parsed = []
+    parse = handlers._Guard._parsed
+
+    def noting(self, data):
+        parsed.append(self._method)
+        return parse(self, data)
+
+    monkeypatch.setattr(handlers._Guard, "_parsed", noting)
+    token = office.token("member").text
+    forms = requests_of("care", "member")
+    async with secured(tokens=office.tokens) as server:
+        for shown in ("fmi_0000_x", token):
+            async with calling(server.target, token=shown) as caller:
+                for form, requests in forms.items():
+                    await caller.outcome(EXTRA.get(form, form), *requests)
+            if shown != token:
+                assert parsed == []
+    # Who may reflect is asked before anything is read of such a stream.
+    unread = {"grpc.reflection.v1alpha.ServerReflection.ServerReflectionInfo"}
+    assert set(parsed) == {method.replace("/", ".") for method in METHODS} - unread
 
 
 # What is closed

@@ -631,6 +631,23 @@ async def test_what_operators_do_and_who_is_refused_is_written_down(office, tmp_
     assert log.stat().st_mode & 0o777 == 0o600
 
 
+async def test_how_an_operator_changes_something_is_written_down(office, tmp_path):
+    log = tmp_path / "audit.jsonl"
+    token = office.token(OPERATOR).text
+    async with secured(tokens=office.tokens, audit_log=log) as server:
+        await seed(server)
+        async with calling(server.target, token=token) as caller:
+            (request,) = requests_of("care")[f"{AD}SetQuarantine"]
+            for quarantined in (True, False):
+                request.quarantined = quarantined
+                await caller(f"{AD}SetQuarantine", request)
+            await caller(
+                f"{AD}PutCohortSpec",
+                admin_pb2.PutCohortSpecRequest(spec=spec("care"), force=True, dry_run=True),
+            )
+    assert [line.get("with") for line in lines_of(log)] == ["quarantined", None, "dry_run force"]
+
+
 async def test_who_shows_what_is_over_is_named_by_it(office, tmp_path):
     """Such a call has no principal; whose token or certificate still is in use is worth to know."""
     log = tmp_path / "audit.jsonl"
