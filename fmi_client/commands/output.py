@@ -258,7 +258,9 @@ def hint(error: FMIError) -> str:
         case ServerInternalError() if error.request_id:
             return f"The server's log has more under request id {error.request_id}."
         case CohortUnknownError():
-            return "`fmi cohorts` lists the cohorts that the server has."
+            return (
+                "`fmi cohorts` lists those that you may use; an operator can give access to others."
+            )
         case _:
             return ""
 
