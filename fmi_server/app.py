@@ -17,7 +17,6 @@ from typing import Any, Final
 
 import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2
-from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 from prometheus_client import start_http_server
 
@@ -46,7 +45,7 @@ from fmi_server.transport.admin import AdminServicer
 from fmi_server.transport.admission import Admission
 from fmi_server.transport.foreign import for_operators
 from fmi_server.transport.handlers import bind
-from fmi_server.transport.health import HealthServicer
+from fmi_server.transport.health import HEALTH, HealthServicer
 from fmi_server.transport.health_port import health_port
 from fmi_server.transport.interchange import InterchangeServicer
 from fmi_server.transport.parent import ParentLink, parent_credentials
@@ -94,7 +93,6 @@ OTHER_FILES: Final = 128
 
 # Of protobuf's two types of descriptors, or one.
 _CHANNELZ: Final[Any] = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"]
-_HEALTH: Final[Any] = health_pb2.DESCRIPTOR.services_by_name["Health"]
 _REFLECTION: Final[Any] = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
 
 _log = logging.getLogger(__name__)
@@ -275,7 +273,7 @@ async def running(
         service,
         _uplinked(settings, service),
         _beside(security.watch(service.router), "credentials"),
-        health_port(settings.health_listen, bind(_HEALTH, health, telemetry=telemetry)),
+        health_port(settings.health_listen, health.handler(telemetry)),
     ):
         closing.callback(security.close)
         if not settings.force_cohorts:
@@ -445,7 +443,7 @@ def _add_services(
         # It tells who is connected from where, which is not for whoever reaches the port.
         if settings.authenticated or (settings.admin and not reaches_beyond_loopback(settings)):
             foreign.append((_CHANNELZ, channelz.aio.ChannelzServicer()))
-        names = [*served, _HEALTH.full_name, reflection.SERVICE_NAME]
+        names = [*served, HEALTH.full_name, reflection.SERVICE_NAME]
         names += [found.full_name for found, _ in foreign]
         foreign.append((_REFLECTION, reflection.aio.ReflectionServicer(names)))
         servicers += [
@@ -465,7 +463,7 @@ def _add_services(
         )
     )
     # Whether it is well a server says to everybody: load balancers have no credentials.
-    server.add_generic_rpc_handlers((bind(_HEALTH, health, telemetry=service.telemetry),))
+    server.add_generic_rpc_handlers((health.handler(service.telemetry),))
 
 
 def _bind(server: grpc.aio.Server, listen: str, security: Security) -> int:

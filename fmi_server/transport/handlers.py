@@ -69,6 +69,7 @@ def bind(
     authenticator: Authenticator | None = None,
     audit: AuditLog | None = None,
     quotas: Quotas | None = None,
+    max_request_bytes: int | None = None,
 ) -> grpc.GenericRpcHandler:
     """Bind every method of a service to the servicer's method of the same name.
 
@@ -82,6 +83,7 @@ def bind(
         authenticator: Says who calls; without it every call is trusted.
         audit: Takes what operators do and who is refused.
         quotas: What each caller may take.
+        max_request_bytes: The largest request that is parsed; where it is not given, whatever gRPC takes.
 
     Raises:
         AttributeError: The servicer lacks a method.
@@ -90,7 +92,7 @@ def bind(
         method.name: _handler(
             method,
             getattr(servicer, method.name),
-            _Guard(method, telemetry, authenticator, audit, quotas),
+            _Guard(method, telemetry, authenticator, audit, quotas, max_request_bytes),
         )
         for method in service.methods
     }
@@ -156,6 +158,7 @@ class _Guard:
         authenticator: Authenticator | None,
         audit: AuditLog | None,
         quotas: Quotas | None,
+        max_request_bytes: int | None,
     ) -> None:
         self._method = method.full_name
         self._message_class = GetMessageClass(method.input_type)
@@ -163,6 +166,7 @@ class _Guard:
         self._authenticator = authenticator
         self._audit = audit
         self._quotas = quotas
+        self._max_request_bytes = max_request_bytes
         self._operating = self._method.startswith(f"{OPERATORS_SERVICE}.")
         self._nobody = Caller(TRUSTED, method=self._method)
 
@@ -235,6 +239,10 @@ class _Guard:
         return handle
 
     def _parsed(self, data: bytes) -> _Request:
+        largest = self._max_request_bytes
+        if largest is not None and len(data) > largest:
+            told = f"has {len(data)} bytes, and no request of this method needs more than {largest}"
+            raise RequestInvalidError([Violation("request", "fmi.request.too_large", told)])
         try:
             return self._message_class.FromString(data)
         except DecodeError:

@@ -9,15 +9,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable, Iterator
-from typing import Final
+from typing import Any, Final
 
+import grpc
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
-from fmi_server.errors import OverloadedError, RequestInvalidError, ThingNotFoundError, Violation
+from fmi_server.errors import OverloadedError, ThingNotFoundError
+from fmi_server.telemetry import FMITelemetry
+from fmi_server.transport.handlers import bind
 from fmi_server.transport.identity import Caller
 
-__all__ = ["HealthServicer"]
+__all__ = ["HEALTH", "HealthServicer"]
+
+# Of protobuf's two types of descriptors, or one.
+HEALTH: Final[Any] = health_pb2.DESCRIPTOR.services_by_name["Health"]
+"""The service."""
 
 MAX_REQUEST_BYTES: Final = 1024
 """No name of a service comes near it; a watcher holds its request for as long as it watches."""
@@ -43,6 +50,14 @@ class HealthServicer:
         self._changed = asyncio.Event()
         self._stopped = False
 
+    def handler(self, telemetry: FMITelemetry) -> grpc.GenericRpcHandler:
+        """Return what answers the calls of a server, of anybody.
+
+        Args:
+            telemetry: Counts refusals.
+        """
+        return bind(HEALTH, self, telemetry=telemetry, max_request_bytes=MAX_REQUEST_BYTES)
+
     @property
     def watchers(self) -> int:
         """Calls of Watch that are open."""
@@ -66,7 +81,6 @@ class HealthServicer:
     ) -> health_pb2.HealthCheckResponse:
         """Say how a service is."""
         del caller
-        _check_size(request)
         state = self._states.get(request.service)
         if state is None:
             raise ThingNotFoundError("service", request.service)
@@ -74,8 +88,7 @@ class HealthServicer:
 
     async def List(self, request: Message, caller: Caller) -> Message:
         """Say how each service is."""
-        del caller
-        _check_size(request)
+        del request, caller
         # The stubs do not know it yet.
         response: Message = health_pb2.HealthListResponse(  # type: ignore[attr-defined]
             statuses={service: _States(status=state) for service, state in self._states.items()}
@@ -87,7 +100,6 @@ class HealthServicer:
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """Say how a service is, and again when that changes; of one that there is not, that it is unknown."""
         del caller
-        _check_size(request)
         told: int | None = None
         with self._watching():
             while True:
@@ -111,10 +123,3 @@ class HealthServicer:
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
-
-
-def _check_size(request: Message) -> None:
-    size = request.ByteSize()
-    if size > MAX_REQUEST_BYTES:
-        told = f"has {size} bytes, and no name of a service takes more than {MAX_REQUEST_BYTES}"
-        raise RequestInvalidError([Violation("request", "fmi.request.too_large", told)])
