@@ -88,7 +88,12 @@ class UpdateLog:
     recent: deque[PublishedUpdate] = field(default_factory=lambda: deque(maxlen=1024))
 
     def add(self, update: PublishedUpdate) -> None:
-        """Add the next update."""
+        """Add the next update.
+
+        Where others publish too, updates before it may be trimmed already. What is older is in the store then.
+        """
+        if update.sequence != self.head + 1:
+            self.recent.clear()
         self.head = update.sequence
         self.latest[update.key] = update
         self.recent.append(update)

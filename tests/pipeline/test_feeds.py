@@ -17,6 +17,7 @@ from fmi_server import feed_requests, patterns
 from fmi_server.errors import CompactedError, InvalidFilterError, ServerDrainingError
 from fmi_server.feed_requests import PAUSE_S, FeedRequest, Key, kind_name
 from fmi_server.patterns import PatternSet, matches
+from fmi_server.update_log import PublishedUpdate, UpdateLog
 
 # Patterns
 
@@ -651,3 +652,15 @@ async def play(mode: int, script: Sequence[tuple], page: int) -> None:  # noqa: 
     newest = {key: update.revision for key, update in history.log.latest.items()}
     assert {key: revision for key, revision in subscriber.had.items() if revision} == newest
     await reader.close()
+
+
+def test_what_is_missing_between_two_updates_is_read_from_the_store():
+    """Others publish too, and what they did may be trimmed before it is heard of here."""
+    log = UpdateLog("epoch")
+    for sequence in (1, 2, 3, 7, 8):
+        log.add(PublishedUpdate(("care", 1), sequence, sequence, b"", 0))
+    assert log.since(3, 10) is None
+    assert log.since(1, 10) is None
+    assert [update.sequence for update in log.since(6, 10)] == [7, 8]
+    assert [update.sequence for update in log.since(7, 10)] == [8]
+    assert log.since(8, 10) == []
