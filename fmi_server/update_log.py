@@ -90,7 +90,8 @@ class UpdateLog:
     def add(self, update: PublishedUpdate) -> None:
         """Add the next update.
 
-        Where others publish too, updates before it may be trimmed already. What is older is in the store then.
+        Where other servers publish too, some before it may be trimmed already. The older ones are read from the
+        store then.
         """
         if update.sequence != self.head + 1:
             self.recent.clear()
