@@ -7,13 +7,15 @@ BIN := $(VENV)/bin
 PROTO_BIN := .venv-proto/bin
 IMAGE := build/contract.binpb
 RELEASED_IMAGE := proto/released.binpb
+ENGINE ?= docker
+VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 FMI_TORTURE_MINUTES ?= 60
 FMI_SOAK_MINUTES ?= 30
 FMI_CLUSTER_ROUNDS ?= 100
 FMI_FUZZ_INPUTS ?= 150000
 FMI_SEARCHES ?= 10
 
-.PHONY: help demo demo-cluster test test-lowest search torture torture-cluster soak fuzz check format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-jetstream bench-peers bench-privacy bench-quotas bench-start bench-warm-start privacy-error bench-abuse wheel clean
+.PHONY: help demo demo-cluster test test-lowest search torture torture-cluster soak fuzz check check-deploy image format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-jetstream bench-peers bench-privacy bench-quotas bench-start bench-warm-start privacy-error bench-abuse wheel clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -51,6 +53,13 @@ check: $(VENV)/ready .venv-proto/ready ## Check format, lint, types, imports, co
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MAKE) --no-print-directory proto-check
+
+check-deploy: .venv-deploy/ready ## Check the container file, compose, the chart and the unit with what reads them
+	.venv-deploy/bin/python -m pytest tests/packaging/test_deployment.py tests/packaging/test_chart.py
+
+image: ## Build the container image with docker, or ENGINE=podman
+	$(ENGINE) build --file Containerfile --tag fmi-server:$(VERSION) --build-arg VERSION=$(VERSION) \
+	  --build-arg REVISION=$$(git rev-parse HEAD) $(IMAGE_FLAGS) .
 
 format: $(VENV)/ready .venv-proto/ready ## Format the code and the contract
 	$(BIN)/ruff check --fix-only --quiet .
@@ -111,7 +120,7 @@ wheel: $(VENV)/ready ## Build the wheel and the source distribution
 	$(BIN)/python -m build
 
 clean: ## Remove environments and what was built
-	rm -rf $(VENV) .venv-proto .venv-demo .venv-bench .venv-bench-peers .venv-fuzz .venv-lowest build dist demo-output demo-cluster-output .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-proto .venv-demo .venv-bench .venv-bench-peers .venv-deploy .venv-fuzz .venv-lowest build dist demo-output demo-cluster-output .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -135,6 +144,11 @@ $(VENV)/ready: pyproject.toml
 .venv-bench-peers/ready: requirements/bench-peers.txt
 	$(PYTHON) -m venv .venv-bench-peers
 	.venv-bench-peers/bin/python -m pip install --quiet --requirement requirements/bench-peers.txt
+	@touch $@
+
+.venv-deploy/ready: pyproject.toml requirements/deploy.txt
+	$(PYTHON) -m venv .venv-deploy
+	.venv-deploy/bin/python -m pip install --quiet --requirement requirements/deploy.txt --editable '.[nats]'
 	@touch $@
 
 .venv-fuzz/ready: pyproject.toml requirements/fuzz.txt

@@ -1,11 +1,14 @@
-"""Write the tables of docs/settings.md from the definitions in the code, or check that they are up to date.
+"""Write what follows from the definitions of settings, or check that it is up to date.
 
-The text around the tables is written by hand.
+That is the tables of docs/settings.md, of which the text around them is written by hand, and the settings
+that the chart takes (deploy/helm/fmi/values.schema.json), which are those that it does not decide itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +22,13 @@ from fmi_server.config import ServerSettings
 from fmi_server.envelope import EnvelopeLimits
 from fmi_server.storage.sqlite_writer import GroupLimits
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "settings.md"
+CHART = ROOT / "deploy" / "helm" / "fmi"
+SCHEMA = CHART / "values.schema.json"
+
+SAID_BY_PEOPLE_TOO = {"insecure"}
+"""Settings that the chart decides in one case, and leaves to its values in all others."""
 
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 """What pydantic calls a bound, and what people call it."""
@@ -34,6 +43,21 @@ def generated(document: str) -> str:
             raise SystemExit(f"{DOCUMENT}: there must be a place for the table {name}")
         document = "".join((before, begin, _table(list(rows)), end, after))
     return document
+
+
+def generated_schema(schema: str) -> str:
+    """Return the schema of the chart's values with the settings that may stand among them."""
+    names = [name for name in ServerSettings.model_fields if name not in _decided_by_the_chart()]
+    content = json.loads(schema)
+    content["properties"]["settings"]["propertyNames"] = {"enum": names}
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _decided_by_the_chart() -> set[str]:
+    template = (CHART / "templates" / "_helpers.tpl").read_text(encoding="utf-8")
+    (first,) = re.findall(r"\$made := dict (.*?) -}}", template)
+    decided = {*re.findall(r'set \$made "(\w+)"', template), *re.findall(r'"(\w+)" "', first)}
+    return decided - SAID_BY_PEOPLE_TOO
 
 
 def _settings() -> Iterator[Sequence[str]]:
@@ -124,18 +148,23 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def main() -> int:
-    """Write the tables, or compare (`--check`)."""
+    """Write them, or compare (`--check`)."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
     options = parser.parse_args()
-    present = DOCUMENT.read_text(encoding="utf-8")
-    wanted = generated(present)
-    if not options.check:
-        DOCUMENT.write_text(wanted, encoding="utf-8")
-    elif present != wanted:
-        print("docs/settings.md: run `python tools/generate_settings.py`", file=sys.stderr)
-        return 1
-    return 0
+    outdated = 0
+    for path, generate in ((DOCUMENT, generated), (SCHEMA, generated_schema)):
+        present = path.read_text(encoding="utf-8")
+        wanted = generate(present)
+        if not options.check:
+            path.write_text(wanted, encoding="utf-8")
+        elif present != wanted:
+            outdated += 1
+            print(
+                f"{path.relative_to(ROOT)}: run `python tools/generate_settings.py`",
+                file=sys.stderr,
+            )
+    return min(outdated, 1)
 
 
 if __name__ == "__main__":

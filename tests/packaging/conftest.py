@@ -1,0 +1,13 @@
+"""Fixtures of the tests of what is shipped."""
+
+from __future__ import annotations
+
+import pytest
+
+from fmi_server.config import ServerSettings
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ServerSettings.model_fields:
+        monkeypatch.delenv(f"FMI_{name.upper()}", raising=False)
