@@ -19,7 +19,7 @@ from typing import Final, Self
 from fmi_demo.errors import DemoError, DemoExtraMissingError
 from fmi_demo.server import DemoServer
 
-__all__ = ["DemoCluster"]
+__all__ = ["Broker", "DemoCluster", "brokers"]
 
 _SIZE: Final = 3
 _STOP_S: Final = 10.0
@@ -40,7 +40,7 @@ class DemoCluster:
 
     def __init__(self, *, data_dir: Path, cohorts: Path, log: Path) -> None:
         self._stack = AsyncExitStack()
-        self._brokers = _brokers(data_dir.absolute(), log)
+        self._brokers = brokers(data_dir.absolute(), log)
         url = "nats://" + ",".join(broker.address for broker in self._brokers)
         self._servers = [
             DemoServer(
@@ -127,22 +127,28 @@ class DemoCluster:
                 return when - at
         return None
 
-    def _kill(self, name: str, part: _Broker | DemoServer) -> str:
+    def _kill(self, name: str, part: Broker | DemoServer) -> str:
         part.kill()
         self._killed_at[name] = time.time()
         return name
 
 
-class _Broker:
-    """A `nats-server` process with JetStream."""
+class Broker:
+    """A `nats-server` process with JetStream.
 
-    def __init__(self, folder: Path, log: Path, *, name: str, port: int, cluster: str) -> None:
+    Attributes:
+        address: Where it listens, `HOST:PORT`.
+    """
+
+    def __init__(
+        self, folder: Path, log: Path, *, name: str, port: int, cluster: str, sync: str
+    ) -> None:
         self._folder = folder
         self._log = log
         self._settings = (
             f"server_name: {name}\n"
             f"listen: 127.0.0.1:{port}\n"
-            f'jetstream {{ store_dir: "{folder}", sync_interval: always }}\n'
+            f'jetstream {{ store_dir: "{folder}", sync_interval: {sync} }}\n'
             f"{cluster}\n"
         )
         self._process: asyncio.subprocess.Process | None = None
@@ -181,21 +187,34 @@ class _Broker:
             await process.wait()
 
     def kill(self) -> None:
+        """Kill it as `kill -9` does.
+
+        Raises:
+            DemoError: It had ended by itself.
+        """
         if self._process is None or self._process.returncode is not None:
             raise DemoError(f"a broker ended by itself; see {self._log}")
         self._process.kill()
 
 
-def _brokers(folder: Path, log: Path) -> Sequence[_Broker]:
+def brokers(folder: Path, log: Path, *, sync: str = "always") -> Sequence[Broker]:
+    """Make three brokers of one cluster.
+
+    Args:
+        folder: Where they keep what they have.
+        log: File in whose folder the logs go.
+        sync: When they sync their disk.
+    """
     ports = _free_ports(2 * _SIZE)
     clients, routes = ports[:_SIZE], ports[_SIZE:]
     members = ", ".join(f"nats://127.0.0.1:{port}" for port in routes)
     return [
-        _Broker(
+        Broker(
             folder / f"broker-{number}",
             log.with_name(f"broker-{number}.log"),
             name=f"broker-{number}",
             port=client,
+            sync=sync,
             cluster=f"cluster {{ name: demo, listen: 127.0.0.1:{route}, routes: [{members}] }}",
         )
         for number, (client, route) in enumerate(zip(clients, routes, strict=True), 1)

@@ -90,8 +90,8 @@ class UpdateLog:
     def add(self, update: PublishedUpdate) -> None:
         """Add the next update.
 
-        Where other servers publish too, some before it may be trimmed already. The older ones are read from the
-        store then.
+        Where other servers publish too, some before it may be trimmed already: older ones are then read from
+        the store.
         """
         if update.sequence != self.head + 1:
             self.recent.clear()

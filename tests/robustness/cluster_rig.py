@@ -17,8 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
 
-from broker import Broker, free_port
+from broker import Broker
 from guarantees import History, Store
+from ports import lasting_port
 from proxy import BadNetwork
 from server_harness import rows
 from server_process import COMMAND, START_S, environment
@@ -40,7 +41,7 @@ class Replica:
 
     def __init__(self, name: str, folder: Path, brokers: Sequence[Broker]) -> None:
         self.name = name
-        self.target = f"127.0.0.1:{free_port()}"
+        self.target = f"127.0.0.1:{lasting_port()}"
         self.data_dir = folder / name
         self.log = folder / f"{name}.log"
         self.up = False
@@ -156,7 +157,7 @@ class ClusterRig:
 
 
 def _brokers(folder: Path) -> list[Broker]:
-    routes = [free_port() for _ in range(SIZE)]
+    routes = [lasting_port() for _ in range(SIZE)]
     members = ", ".join(f"nats://127.0.0.1:{port}" for port in routes)
     return [
         Broker(

@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import random
 import signal
-import socket
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
 from guarantees import History, Store
+from ports import lasting_port
 from server_harness import rows
 from server_process import START_S, environment
 
@@ -51,9 +51,7 @@ class Rig:
     """
 
     def __init__(self, data_dir: Path, seed: int, *commands: Sequence[str]) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.target = f"127.0.0.1:{free.getsockname()[1]}"
+        self.target = f"127.0.0.1:{lasting_port()}"
         self.data_dir = data_dir
         self.log = data_dir.with_name("server.log")
         self.history = History()

@@ -6,11 +6,14 @@ import asyncio
 import contextlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
+
+from ports import lasting_port
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -23,26 +26,12 @@ def _binary() -> str:
     return found
 
 
-_GIVEN: set[int] = set()
-
-
-def free_port() -> int:
-    """Return a port that nothing listens on, another one each time: a broker may not listen on it yet."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port not in _GIVEN:
-            _GIVEN.add(port)
-            return port
-
-
 class Broker:
     """One broker; it can be killed and started again on the same port with the same files."""
 
     def __init__(self, folder: Path, *, sync: str = "always", extra: str = "") -> None:
         self.folder = folder
-        self.port = free_port()
+        self.port = lasting_port()
         self._process: subprocess.Popen[bytes] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "broker.conf").write_text(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import nats
 import pytest
-from broker import Broker, free_port
+from broker import Broker, lasting_port
 from test_jetstream import QUICK, ids, packet, stubborn, until, update
 
 from fmi_server.storage import JetStreamStore
@@ -89,7 +89,7 @@ async def test_a_replica_is_killed_while_it_writes(tmp_path: Path) -> None:
 
 @pytest.fixture
 async def cluster(tmp_path: Path) -> AsyncIterator[list[Broker]]:
-    routes = [free_port() for _ in range(3)]
+    routes = [lasting_port() for _ in range(3)]
     members = ", ".join(f"nats://127.0.0.1:{port}" for port in routes)
     brokers = [
         Broker(
