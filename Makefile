@@ -15,7 +15,7 @@ FMI_CLUSTER_ROUNDS ?= 100
 FMI_FUZZ_INPUTS ?= 150000
 FMI_SEARCHES ?= 10
 
-.PHONY: help demo demo-cluster test test-lowest search torture torture-cluster soak fuzz check check-deploy image format proto proto-check proto-release serve bench bench-aggregation bench-confidence bench-jetstream bench-peers bench-privacy bench-quotas bench-start bench-warm-start privacy-error bench-abuse wheel clean
+.PHONY: help demo demo-cluster test test-lowest search torture torture-cluster soak fuzz check check-deploy image format proto proto-check proto-release serve bench bench-aggregation bench-cluster bench-confidence bench-jetstream bench-peers bench-privacy bench-quotas bench-start bench-warm-start privacy-error bench-abuse wheel clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -94,6 +94,9 @@ bench-aggregation: $(VENV)/ready ## Measure the aggregation core beside numpy an
 
 bench-peers: .venv-bench-peers/ready ## The same beside Flower; and ByzFL, where it is installed
 	.venv-bench-peers/bin/python -m benchmarks.aggregation
+
+bench-cluster: $(VENV)/ready ## Measure one, two and three servers on one store, and failover
+	$(BIN)/python -m benchmarks.cluster
 
 bench-confidence: $(VENV)/ready ## Simulate what a stated confidence holds, and draw it
 	$(BIN)/python benchmarks/confidence.py
