@@ -86,6 +86,7 @@ async def send_batches(target: str, count: int) -> None:
             batch = packet_pb2.PacketBatch(packets=made[start : start + BATCH])
             await call.write(wire.EmitStreamRequest(packets=batch))
             answer = await call.read()
+            assert isinstance(answer, wire.EmitStreamResponse), "the stream ended"
             assert answer.accepted == len(batch.packets), answer
         print(json.dumps(time.perf_counter() - started))
 
