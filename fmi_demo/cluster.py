@@ -35,7 +35,7 @@ class DemoCluster:
         log: File in whose folder the logs go; each has a number of its own.
 
     Attributes:
-        target: Where clients connect: all the servers, of which they take the first that is there.
+        target: Where clients connect: all the servers, of which each client takes one at random.
     """
 
     def __init__(self, *, data_dir: Path, cohorts: Path, log: Path) -> None:

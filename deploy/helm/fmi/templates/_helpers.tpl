@@ -58,7 +58,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 {{- if .Values.metrics.enabled -}}
 {{- $_ := set $made "metrics_listen" (printf "0.0.0.0:%d" (int .Values.metrics.port)) -}}
-{{- /* The server lets nobody but the machine itself read the page, unless it is told that the network is protected. */ -}}
+{{- /* The server lets the machine alone read the page, unless it is told that the network is protected. */ -}}
 {{- $_ := set $made "insecure" true -}}
 {{- end -}}
 {{- merge $made .Values.settings | toYaml -}}
