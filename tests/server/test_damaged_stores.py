@@ -190,7 +190,8 @@ async def test_damage_found_later_is_told_plainly_and_not_written_over(tmp_path,
         async with client.subscribed("care", kinds=[PRIOR]) as events:
             assert len(await events.snapshot()) == 1
         if found_by == "a read":
-            await client.emit(msp("s1", "care", controller={"tau": 0.9}))
+            changed = [msp(f"s{n}", "care", controller={"tau": n / 77}) for n in range(SITES)]
+            await client.emit(*changed)
             await client.release("care")
             assert (await client.update("care")).revision == newest + 1
         server.process.send_signal(signal.SIGTERM)
