@@ -14,7 +14,7 @@ import trustme
 from broker import Broker
 
 from fmi.plain import CURRENT_REVISION, new_packet_id
-from fmi.v1 import packet_pb2
+from fmi.v1 import packet_pb2, update_pb2
 from fmi_server.service import FMIService
 from fmi_server.storage import JetStreamStore, SqliteStore
 from fmi_server.storage.base import (
@@ -39,6 +39,8 @@ from fmi_server.storage.sqlite_writer import GroupLimits
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
+
+PRIOR = update_pb2.UPDATE_KIND_PRIOR
 
 QUICK = BrokerOptions(
     connect_timeout_s=1.0, ack_timeout_s=0.3, patience_s=9.0, heartbeat_s=0.3, duplicate_window_s=10
@@ -524,8 +526,9 @@ async def test_a_service_goes_on_where_another_replica_was(broker: Broker, tmp_p
         assert (await service.emit(sent)).status == "accepted"
         for number in range(1, 5):
             assert (await service.emit(msp(f"s{number}", 0.5))).status == "accepted"
-        first = await service.release("care")
-        assert first
+        await service.release("care")  # where the service has not done so by itself
+        first = await service.update("care", PRIOR)
+        assert first.prior_update.prior["tau"] == pytest.approx(0.5)
         epoch = store.history_epoch
     store = JetStreamStore(broker.url(), tmp_path / "other.db", options=QUICK)
     async with FMIService(store=store) as service:
@@ -533,11 +536,12 @@ async def test_a_service_goes_on_where_another_replica_was(broker: Broker, tmp_p
         assert (await service.emit(sent)).status == "duplicate"
         for number in range(5):
             await service.emit(msp(f"s{number}", 0.75))
-        second = await service.release("care")
-        revisions = {update.kind: update.revision for update in first}
-        for update in second:
-            assert update.revision == revisions.get(update.kind, 0) + 1
-        assert second
+        await service.release("care")
+        second = await service.update("care", PRIOR)
+        assert second.prior_update.prior["tau"] == pytest.approx(0.75)
+        assert second.revision > first.revision
+        kept = await store.updates("care", PRIOR)
+        assert [update.revision for update in kept] == list(range(1, second.revision + 1))
 
 
 async def test_the_release_of_a_late_replica_fails(
