@@ -19,7 +19,7 @@ from fmi_server.compaction import Compactor
 from fmi_server.dictionaries import DictionaryShelf
 from fmi_server.errors import CohortUnknownError, FMIError
 from fmi_server.releases import Releaser
-from fmi_server.storage import Store
+from fmi_server.storage import Store, StoreError
 from fmi_server.storage.base import UnknownPacketError
 from fmi_server.storage.records import Change, StoredPacket
 from fmi_server.stored_packets import parsed
@@ -31,6 +31,9 @@ PAGE_PACKETS: Final = 500
 
 RETRY_S: Final = 1.0
 """Seconds after which what could not be taken in is tried again."""
+
+FAILURES: Final = 3
+"""Failures in a row after which this server must not release what it may know too little of."""
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +71,13 @@ class Following:
         self._turn = asyncio.Lock()
         self._settling: asyncio.Future[None] | None = None
         self._counted_to = 0
+        self._failures = 0
         store.follow(self._note)
+
+    @property
+    def well(self) -> bool:
+        """Whether what others write is taken in; a failure that does not last is none."""
+        return self._failures < FAILURES
 
     async def load(self) -> None:
         """Note where counting goes on: before the packets that are there are brought back."""
@@ -85,16 +94,28 @@ class Following:
             self._woken.clear()
             try:
                 async with self._turn:
-                    await self._take_in()
+                    failed = await self._take_in()
             except Exception as error:
-                unknown = not isinstance(error, FMIError)
+                failed = [error]
+            self._tell(failed)
+            if failed:
+                await asyncio.sleep(RETRY_S)
+                self._woken.set()
+
+    def _tell(self, failed: Sequence[Exception]) -> None:
+        if not failed:
+            if self._failures:
+                _log.info("what other servers wrote is taken in again")
+            self._failures = 0
+            return
+        if not self._failures:
+            for error in failed:
                 _log.warning(
                     "what another server wrote could not be taken in, which is tried again: %s",
                     error,
-                    exc_info=unknown,
+                    exc_info=not isinstance(error, FMIError),
                 )
-                await asyncio.sleep(RETRY_S)
-                self._woken.set()
+        self._failures += 1
 
     async def settle(self) -> None:
         """Take in all that anybody was answered before now, wherever it was written.
@@ -114,7 +135,10 @@ class Following:
     async def _settle(self) -> None:
         await self._store.catch_up()
         async with self._turn:
-            await self._take_in()
+            for error in await self._take_in():
+                # What else fails hinders nobody who waits here, and is tried again.
+                if isinstance(error, StoreError):
+                    raise error
 
     def _note(self, change: Change) -> None:
         key = (change.kind, change.cohort, change.packet)
@@ -125,16 +149,24 @@ class Following:
         self._changes[key] = change
         self._woken.set()
 
-    async def _take_in(self) -> None:
-        while self._changes:
-            key, change = next(iter(self._changes.items()))
-            del self._changes[key]
+    async def _take_in(self) -> list[Exception]:
+        """Take in what was told until now, and count what is there; return what went wrong.
+
+        What comes meanwhile is for the next turn: under load this one would not end. One change that
+        cannot be taken in does not keep the others from it.
+        """
+        failed: list[Exception] = []
+        for key in list(self._changes):
+            change = self._changes.pop(key)
             try:
                 await self._take(change)
-            except BaseException:
+            except BaseException as error:
                 self._changes.setdefault(key, change)
-                raise
+                if not isinstance(error, Exception):
+                    raise
+                failed.append(error)
         await self._count()
+        return failed
 
     async def _take(self, change: Change) -> None:
         match change.kind:
@@ -176,7 +208,11 @@ class Following:
             await self._releaser.rebuild(cohort)
 
     async def _count(self) -> None:
-        while page := await self._store.load(after=self._counted_to, limit=PAGE_PACKETS):
+        last = await self._store.last_sequence()
+        while self._counted_to < last:
+            page = await self._store.load(after=self._counted_to, limit=PAGE_PACKETS)
+            if not page:
+                return
             counting = [stored for stored in page if not stored.record.quarantined]
             await self._count_page(counting)
             self._counted_to = page[-1].sequence

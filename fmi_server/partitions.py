@@ -63,6 +63,7 @@ class Partitions:
         leases: Of all servers.
         server: The name of this one, of letters, digits and hyphens; no other one may have it.
         on_gain: Is awaited with the partitions that were taken, before anything is done for them.
+        fit: Says whether this server can release at all. While it cannot, it leaves everything to the others.
     """
 
     def __init__(
@@ -71,10 +72,12 @@ class Partitions:
         *,
         server: str,
         on_gain: Callable[[frozenset[int]], Awaitable[None]],
+        fit: Callable[[], bool] = lambda: True,
     ) -> None:
         self._leases = leases
         self._server = server
         self._on_gain = on_gain
+        self._fit = fit
         self._own: Lease | None = None
         self._held: dict[int, Lease] = {}
         self._ready: set[int] = set()
@@ -120,12 +123,19 @@ class Partitions:
         self._ready.clear()
         with contextlib.suppress(StoreError, TimeoutError):
             async with asyncio.timeout(GIVE_BACK_S), self._turn:
-                leases = [*self._held.values(), *([self._own] if self._own else [])]
-                self._held, self._own = {}, None
-                await asyncio.gather(*(self._leases.release(lease) for lease in leases))
+                await self._give_all_back()
+
+    async def _give_all_back(self) -> None:
+        self._ready.clear()
+        leases = [*self._held.values(), *([self._own] if self._own else [])]
+        self._held, self._own = {}, None
+        await asyncio.gather(*(self._leases.release(lease) for lease in leases))
 
     async def _look(self) -> None:
         if self._closing:
+            return
+        if not self._fit():
+            await self._give_all_back()
             return
         self._own = await self._kept(self._own, f"{SERVER}{self._server}")
         servers = [name.removeprefix(SERVER) for name in await self._leases.held(SERVER)]
@@ -134,19 +144,30 @@ class Partitions:
             # Nothing is begun for it any more; what is under way is behind the fences.
             self._ready.discard(partition)
             await self._leases.release(self._held.pop(partition))
-        wanted = sorted(share)
-        kept = await asyncio.gather(
-            *(self._kept(self._held.get(p), f"{PARTITION}{p}") for p in wanted)
-        )
-        held = {p: lease for p, lease in zip(wanted, kept, strict=True) if lease is not None}
-        lost = self._held.keys() - held.keys()
-        self._held = held
-        self._ready -= lost
-        gained = held.keys() - self._ready
+        await self._hold(share)
+        gained = self._held.keys() - self._ready
         if gained:
             await self._on_gain(frozenset(gained))
             if not self._closing:
                 self._ready |= gained
+
+    async def _hold(self, share: frozenset[int]) -> None:
+        """Renew or take the leases of a share, as far as they can be had."""
+        wanted = sorted(share)
+        found = await asyncio.gather(
+            *(self._kept(self._held.get(p), f"{PARTITION}{p}") for p in wanted),
+            return_exceptions=True,
+        )
+        failure: BaseException | None = None
+        for partition, lease in zip(wanted, found, strict=True):
+            if isinstance(lease, BaseException):
+                failure = lease  # what was held is as good as it was
+            elif lease is not None:
+                self._held[partition] = lease
+            elif self._held.pop(partition, None) is not None:
+                self._ready.discard(partition)
+        if failure is not None:
+            raise failure
 
     async def _kept(self, lease: Lease | None, name: str) -> Lease | None:
         """Return a lease that is held: as it was, renewed, or taken; None where another server has it."""

@@ -349,6 +349,8 @@ class Releaser:
         """Note that another server published of a cohort, at a time in Unix seconds."""
         work = self._work[cohort]
         work.released_at = at
+        # `min_interval` counts from there, by a clock that may be ahead of ours.
+        work.computed_at = max(work.computed_at, min(at, self._clock()))
         if cohort not in self._cohorts:
             return
         async with work.lock:

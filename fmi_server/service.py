@@ -260,8 +260,25 @@ class FMIService:
             await self.store.leases(ttl_s=self.lease_s),
             server=secrets.token_hex(8),
             on_gain=self._take_over,
+            fit=self._may_release,
         )
         self.releaser.owns = self.partitions.owns
+
+    def _may_release(self) -> bool:
+        """Say whether this server hears what others write; what it releases would else be of the past.
+
+        Brokers that do not answer are no reason: they say the same to everybody.
+        """
+        stats = self.store.stats()
+        if stats.damage is not None or (self._following is not None and not self._following.well):
+            return False
+        # What was short a moment ago may be so again in the next.
+        return {stats.fault, self.store_watch.fault} <= {
+            None,
+            "no_answer",
+            "no_broker",
+            "no_quorum",
+        }
 
     async def _take_over(self, partitions: frozenset[int]) -> None:
         """Go on where other servers were with the cohorts of partitions."""
@@ -701,6 +718,8 @@ class FMIService:
             PrivacyBudgetExhaustedError: It is private, and releases nothing more.
             StoreError: The updates could not be stored; nothing was published.
         """
+        if cohort not in self.cohorts:
+            await self.settle()  # it may have come into being at another server
         self.gate.require(caller, Action.ADMIN, cohort)
         if cohort not in self.cohorts:
             raise CohortUnknownError(cohort)
@@ -734,8 +753,10 @@ class FMIService:
             SpecChangeUnsafeError: The change would break sites, or promises a budget that is overspent
                 already, and `force` was not said.
             SettingUnsupportedError: It asks for what this version does not have.
+            StoreUnavailableError: What other servers have in force cannot be known now.
         """
         self.gate.require_operator(caller, "change the specs of cohorts")
+        await self.settle()  # it is checked against what is in force everywhere
         if spec.name in self.cohorts and not self.cohorts.rules(spec.name).declared:
             await self.uninterrupted(
                 self.releaser.reading(spec.name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 from fmi_server.storage.base import StoreCorruptError, StoreUnavailableError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from nats.aio.msg import Msg
 
     from fmi_server.storage.jetstream_log import BrokerLog
+    from fmi_server.storage.records import UnavailableReason
 
 __all__ = ["LogFeed"]
 
@@ -40,12 +42,18 @@ class _FeedLostError(Exception):
 
 
 class LogFeed:
-    """Give the entries of a log, in order."""
+    """Give the entries of a log, in order.
+
+    Attributes:
+        fault: Why the log cannot be read now; None while it is.
+    """
 
     def __init__(self, log: BrokerLog) -> None:
         self._log = log
         self._broker = log.broker
         self._messages: asyncio.Queue[Msg | None] | None = None
+        self.fault: UnavailableReason | None = None
+        self._failing_since: float | None = None
         log.broker.on_reconnect = self._reconnected
 
     def _reconnected(self) -> None:
@@ -75,8 +83,17 @@ class LogFeed:
                 if error.cause == "closed":
                     raise
                 _LOG.info("the log cannot be read now: %s", error)
+                self._note_loss(error.cause)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def _note_loss(self, cause: UnavailableReason) -> None:
+        # While the brokers choose a leader one try fails, and the next does not.
+        now = time.monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+        elif now - self._failing_since > self._broker.options.heartbeat_s:
+            self.fault = cause
 
     async def _consume(self, position: ViewPosition) -> AsyncGenerator[list[LogEntry], None]:
         """Yield from one consumer until it is lost."""
@@ -97,6 +114,7 @@ class LogFeed:
         start = position
         try:
             name = await self._add_consumer(inbox, position.sequence + 1)
+            self.fault = self._failing_since = None
             async with contextlib.aclosing(self._batches(feed)) as batches:
                 async for batch in batches:
                     self._check_order(batch, position.sequence, fresh=position is start)

@@ -31,6 +31,8 @@ from fmi_server.storage.jetstream_names import name_token
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from nats.js.api import RawStreamMsg
+
     from fmi_server.storage.jetstream_broker import BrokerConnection
     from fmi_server.storage.jetstream_names import LogNames
 
@@ -142,7 +144,9 @@ class LeaseTable:
         self.ttl_s = float(info.config.max_age)
 
     async def acquire(self, name: str, holder: str) -> Lease | None:
-        """Take a lease; None where somebody has it.
+        """Take a lease; None where somebody else has it.
+
+        A holder that did not hear that it had taken or renewed it takes it once more, with a new token.
 
         Raises:
             StoreUnavailableError: The brokers do not answer; it may be held until it dies.
@@ -151,9 +155,9 @@ class LeaseTable:
         try:
             revision = await self._put(name, holder, token=0, expected=0)
         except FenceError:
-            # A key is there. It may be the mark of one that was given back.
+            # A key is there. It may be the mark of one that was given back, or our own.
             found = await self._broker.last_message(self._stream, self._subject(name))
-            if found is None or (found.headers or {}).get(_OPERATION) != _DELETED:
+            if found is None or _holder_of(found) not in (None, holder):
                 return None
             try:
                 revision = await self._put(name, holder, token=0, expected=int(found.seq or 0))
@@ -188,10 +192,10 @@ class LeaseTable:
     async def holder(self, name: str) -> LeaseHolder | None:
         """Return who has a lease, as the leader of the brokers knows it; None for nobody."""
         found = await self._broker.last_message(self._stream, self._subject(name))
-        if found is None or not found.data:
+        who = None if found is None else _holder_of(found)
+        if found is None or who is None:
             return None
-        value = json.loads(found.data)
-        return LeaseHolder(str(value["holder"]), int(value["token"] or found.seq or 0))
+        return LeaseHolder(who, int(json.loads(found.data or b"")["token"] or found.seq or 0))
 
     async def held(self, prefix: str) -> dict[str, LeaseHolder]:
         """Return the leases that are held, of names of letters, digits and hyphens with a prefix."""
@@ -226,3 +230,10 @@ class LeaseTable:
             headers=headers,
             deadline=time.monotonic() + self.ttl_s * _PATIENCE,
         )
+
+
+def _holder_of(message: RawStreamMsg) -> str | None:
+    """Return who wrote a key; None where it is the mark of a lease that was given back."""
+    if not message.data or (message.headers or {}).get(_OPERATION) == _DELETED:
+        return None
+    return str(json.loads(message.data)["holder"])

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from fmi_server.storage.jetstream_names import LogNames
+    from fmi_server.storage.records import UnavailableReason
     from fmi_server.storage.sqlite import SqliteStore
     from fmi_server.storage.sqlite_writer import GroupLimits
 
@@ -116,7 +117,9 @@ class Replica:
         self._limits = limits
         self._patience_s = patience_s
         self.listeners: list[Callable[[Change], None]] = []
+        self._feed = LogFeed(log)
         self._stats = StoreStats()
+        self._view_fault: UnavailableReason | None = None
         self._broken: StoreError | None = None
         self._stopping = False
         self._calls = 0
@@ -138,7 +141,8 @@ class Replica:
 
     def stats(self) -> StoreStats:
         """Return the counters with what waits now."""
-        broken, fault = self._broken, self._stats.fault
+        broken = self._broken
+        fault = self._view_fault or self._stats.fault or self._feed.fault
         damage = None
         if isinstance(broken, StoreUnavailableError):
             fault = broken.cause
@@ -235,6 +239,9 @@ class Replica:
             answer = await self._answer(future, sequence)
         finally:
             del self._commands[command_id]
+        if self._stats.fault is not None:
+            # Whatever came of it: it is in the log, and the view has come to it.
+            self._stats = replace(self._stats, fault=None)
         if isinstance(answer, BaseException):
             raise answer
         return answer
@@ -435,7 +442,7 @@ class Replica:
     async def _follow(self) -> None:
         """Carry out what the log holds, and answer who waits for it."""
         try:
-            async with contextlib.aclosing(LogFeed(self._log).follow(self._position)) as batches:
+            async with contextlib.aclosing(self._feed.follow(self._position)) as batches:
                 async for batch in batches:
                     await self._take(batch)
         except LogBehindError as error:
@@ -476,13 +483,16 @@ class Replica:
         change = partial(apply_entries, entries=entries, where=self._log.location)
         while True:
             try:
-                return await self._view.transact(change)
+                done = await self._view.transact(change)
             except StoreUnavailableError as error:
                 if error.cause == "closed":
                     raise
-                if self._stats.fault != error.cause:
+                if self._view_fault != error.cause:
                     _LOG.warning("the view cannot be written: %s", error)
-                    self._stats = replace(self._stats, fault=error.cause)
+                    self._view_fault = error.cause
+            else:
+                self._view_fault = None
+                return done
             await asyncio.sleep(_RETRY_PAUSE_S)
 
     def _with_command(self, entry: LogEntry) -> LogEntry:
