@@ -1,4 +1,4 @@
-"""Servers of a cluster as processes of their own: killed, standing still, and restarted one after the other."""
+"""Servers of a cluster as processes of their own: killed, standing still, restarted one by one."""
 
 from __future__ import annotations
 
