@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Final, Literal
 
 from google.protobuf.message import DecodeError
 
@@ -30,7 +31,15 @@ __all__ = [
     "opening_warnings",
     "overtaking_warnings",
     "settle",
+    "size_of",
+    "slices",
 ]
+
+SLICE_PACKETS: Final = 64
+"""Packets that are checked in one turn, which takes some 5 ms."""
+
+SLICE_BYTES: Final = 64 * 1024
+"""Bytes after which a turn ends too."""
 
 PacketStatus = Literal["accepted", "duplicate", "quarantined", "refused"]
 
@@ -119,34 +128,52 @@ class Intake:
         own = packet_pb2.Packet.FromString(payload)
         return Candidate(own, record, inspection.warnings)
 
+    def parsed(self, data: bytes, path: str = "packet") -> packet_pb2.Packet:
+        """Parse a packet, unless it is larger than every cohort takes: parsed it may take fifty times that.
+
+        Args:
+            data: It, serialised.
+            path: Where it stands, for what is told of it.
+
+        Raises:
+            PacketRefusedError: It is too large, or no packet.
+        """
+        if (too_large := self._validator.size_violation(len(data))) is not None:
+            raise PacketRefusedError([too_large])
+        try:
+            return packet_pb2.Packet.FromString(data)
+        except DecodeError:
+            malformed = Violation(path, "fmi.packet.malformed", "cannot be parsed as a Packet")
+            raise PacketRefusedError([malformed]) from None
+
     def inspect_many(
         self,
         items: Sequence[bytes | packet_pb2.Packet],
         *,
         received_at_us: int,
         caller: Principal = TRUSTED,
+        first: int = 0,
     ) -> list[Candidate | Answer]:
-        """Check packets one by one: a candidate for each that keeps the rules, else its answer."""
+        """Check packets one by one: a candidate for each that keeps the rules, else its answer.
+
+        Args:
+            items: Packets, typed or serialised.
+            received_at_us: When they came, Unix microseconds.
+            caller: Who sends them.
+            first: The place of the first of them in their batch, for what is told of it.
+        """
         return [
             self._inspect_item(item, f"packets[{index}]", received_at_us, caller)
-            for index, item in enumerate(items)
+            for index, item in enumerate(items, first)
         ]
 
     def _inspect_item(
         self, item: bytes | packet_pb2.Packet, path: str, received_at_us: int, caller: Principal
     ) -> Candidate | Answer:
-        if isinstance(item, bytes):
-            if (too_large := self._validator.size_violation(len(item))) is not None:
-                error = PacketRefusedError([too_large])  # parsed it may take fifty times its size
-                return Answer("", "unknown", "refused", error=error)
-            try:
-                packet = packet_pb2.Packet.FromString(item)
-            except DecodeError:
-                malformed = Violation(path, "fmi.packet.malformed", "cannot be parsed as a Packet")
-                error = PacketRefusedError([malformed])
-                return Answer("", "unknown", "refused", error=error)
-        else:
-            packet = item
+        try:
+            packet = self.parsed(item, path) if isinstance(item, bytes) else item
+        except PacketRefusedError as refusal:
+            return Answer("", "unknown", "refused", error=refusal)
         try:
             return self.inspect(packet, received_at_us=received_at_us, caller=caller)
         except PacketRefusedError as refusal:
@@ -156,6 +183,24 @@ class Intake:
                 "refused",
                 error=refusal,
             )
+
+
+def size_of(packet: bytes | packet_pb2.Packet) -> int:
+    """Return the bytes of a packet on the wire."""
+    return len(packet) if isinstance(packet, bytes) else packet.ByteSize()
+
+
+def slices(
+    items: Sequence[bytes | packet_pb2.Packet],
+) -> Sequence[Sequence[bytes | packet_pb2.Packet]]:
+    """Divide the packets of a batch into turns: whoever checks one after the other lets others in between."""
+    cuts, size = [0], 0
+    for place, item in enumerate(items):
+        if place - cuts[-1] == SLICE_PACKETS or size > SLICE_BYTES:
+            cuts.append(place)
+            size = 0
+        size += size_of(item)
+    return [items[start:end] for start, end in pairwise((*cuts, len(items)))]
 
 
 def opening_warnings(cohort: str) -> tuple[str, ...]:

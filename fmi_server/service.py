@@ -55,13 +55,15 @@ from fmi_server.emission import (
     opening_warnings,
     overtaking_warnings,
     settle,
+    size_of,
+    slices,
 )
 from fmi_server.envelope import ByteBudget, EnvelopeDecoder, EnvelopeLimits
 from fmi_server.errors import (
     CohortUnknownError,
-    EnvelopeTooLargeError,
     FMIError,
     OverloadedError,
+    PacketRefusedError,
     ServerDrainingError,
     SpecChangeUnsafeError,
     UpdateNotFoundError,
@@ -80,12 +82,16 @@ from fmi_server.storage.base import RevisionConflictError, StoreUnavailableError
 from fmi_server.storage.records import AppendOutcome
 from fmi_server.store_watch import StoreWatch
 from fmi_server.telemetry import FMITelemetry
+from fmi_server.threads import in_thread
 from fmi_server.validator import FMIValidator, Inspection
 
 __all__ = ["FMIService"]
 
 THREAD_FROM_PACKETS: Final = 32
 """Batches of this size and larger are checked in a thread, so that single Emits do not wait for them."""
+
+CHECKING: Final = 1
+"""Threads that check batches: it is plain computing, and more of them only take turns with the event loop."""
 
 RELEASE_TRIES: Final = 5
 """Tries to release a cohort that other servers release at the same time."""
@@ -168,6 +174,7 @@ class FMIService:
         self._intake = Intake(self.registry, self.validator)
         self._decoder = EnvelopeDecoder(limits or EnvelopeLimits())
         self._decoding = ByteBudget(self._decoder.limits.max_decoded_bytes)
+        self._checking = asyncio.Semaphore(CHECKING)
         self._dictionaries = DictionaryShelf(self.store, self._decoder, clock=clock)
         self._specs_lock = asyncio.Lock()
         self._following: Following | None = None
@@ -308,12 +315,12 @@ class FMIService:
     # Packets in
 
     async def emit(
-        self, packet: packet_pb2.Packet | Mapping[str, Any], *, caller: Principal = TRUSTED
+        self, packet: bytes | packet_pb2.Packet | Mapping[str, Any], *, caller: Principal = TRUSTED
     ) -> Answer:
         """Take one packet; return when it is durable.
 
         Args:
-            packet: Typed, or plain in any form that the registry takes.
+            packet: Serialised, typed, or plain in any form that the registry takes.
             caller: Who sends it.
 
         Raises:
@@ -327,9 +334,13 @@ class FMIService:
         with self._admitted():
             kind = "unknown"
             try:
-                typed = self.registry.coerce(packet)
-                if caller.account:
-                    self.quotas.admit_packets(caller.account, 1, typed.ByteSize())
+                if isinstance(packet, bytes):
+                    self.quotas.admit_packets(caller.account, 1, len(packet))
+                    typed = self._intake.parsed(packet)
+                else:
+                    typed = self.registry.coerce(packet)
+                    if caller.account:
+                        self.quotas.admit_packets(caller.account, 1, typed.ByteSize())
                 kind = typed.WhichOneof("body") or kind
                 received_at_us = int(self._clock() * 1e6)
                 candidate = self._open_cohort(
@@ -349,37 +360,76 @@ class FMIService:
             return answer
 
     async def emit_batch(
-        self, items: Sequence[bytes | packet_pb2.Packet], *, caller: Principal = TRUSTED
+        self, items: bytes | Sequence[bytes | packet_pb2.Packet], *, caller: Principal = TRUSTED
     ) -> list[Answer]:
         """Take packets; return an answer for each, in order, when those that were taken are durable.
 
         Args:
-            items: Packets, typed or serialised.
+            items: Packets, typed or serialised; or a serialised `PacketBatch`, of which no more are taken at
+                the same time than `EnvelopeLimits` says.
             caller: Who sends them.
 
         Raises:
+            EnvelopeMalformedError: It is no `PacketBatch`, or an empty one; nothing was stored.
+            EnvelopeTooLargeError: It has too many packets; nothing was stored.
             QuotaExceededError: The caller takes too much; nothing was stored.
             OverloadedError: There is too much under way; nothing was stored.
             ServerDrainingError: The server is going down; nothing was stored.
             StoreUnavailableError: They could not be stored now; nothing was stored.
         """
         with self._admitted():
-            if caller.account:
-                size = sum(_size(item) for item in items)
-                self.quotas.admit_packets(caller.account, len(items), size)
-            return await self._emit_items(items, caller)
+            if not isinstance(items, bytes):
+                if caller.account:
+                    size = sum(size_of(item) for item in items)
+                    self.quotas.admit_packets(caller.account, len(items), size)
+                return await self._emit_items(items, caller)
+            self.quotas.admit_packets(caller.account, 0, len(items))
+            async with self._decoding.spending(len(items)):
+                packets = self._decoder.split(items)
+                self.quotas.charge_packets(caller.account, len(packets))
+                return await self._emit_items(packets, caller)
+
+    async def emit_envelope(
+        self, envelope: wire_pb2.EncodedPackets, *, caller: Principal = TRUSTED
+    ) -> list[Answer]:
+        """Take the packets of an envelope; see `emit_batch`.
+
+        Raises:
+            EnvelopeMalformedError: It cannot be decoded; nothing was stored.
+            EnvelopeTooLargeError: It would decode to too much; nothing was stored.
+            DictionaryUnknownError: It names a dictionary that is not registered.
+            QuotaExceededError: The caller takes too much; nothing was stored.
+        """
+        with self._admitted():
+            self._decoder.refuse_too_large(envelope)
+            self.quotas.admit_packets(caller.account, 0, envelope.uncompressed_size)
+            async with self._decoding.spending(envelope.uncompressed_size):
+                items = await asyncio.to_thread(self._decoder.decode, envelope)
+                self.quotas.charge_packets(caller.account, len(items))
+                return await self._emit_items(items, caller)
 
     async def _emit_items(
         self, items: Sequence[bytes | packet_pb2.Packet], caller: Principal
     ) -> list[Answer]:
-        now_us = int(self._clock() * 1e6)
-        if len(items) < THREAD_FROM_PACKETS:
-            inspected = self._intake.inspect_many(items, received_at_us=now_us, caller=caller)
-        else:
-            inspected = await asyncio.to_thread(
-                self._intake.inspect_many, items, received_at_us=now_us, caller=caller
-            )
+        inspected = await self._inspected(items, caller)
         return await self.uninterrupted(self._keep_batch(inspected, caller))
+
+    async def _inspected(
+        self, items: Sequence[bytes | packet_pb2.Packet], caller: Principal
+    ) -> list[Candidate | Answer]:
+        """Check packets: few at once, many a slice at a time in a thread, in turns with other batches."""
+        now_us = int(self._clock() * 1e6)
+        check = self._intake.inspect_many
+        turns = slices(items)
+        if len(turns) == 1 and len(items) < THREAD_FROM_PACKETS:
+            return check(items, received_at_us=now_us, caller=caller)
+        inspected: list[Candidate | Answer] = []
+        for turn in turns:
+            async with self._checking:
+                inspected += await in_thread(
+                    check, turn, received_at_us=now_us, caller=caller, first=len(inspected)
+                )
+        return inspected
 
     async def _keep_batch(
         self, inspected: Sequence[Candidate | Answer], caller: Principal
@@ -405,37 +455,15 @@ class FMIService:
             self.telemetry.packet(kind, status, count=count)
         return answers
 
-    async def emit_envelope(
-        self, envelope: wire_pb2.EncodedPackets, *, caller: Principal = TRUSTED
-    ) -> list[Answer]:
-        """Take the packets of an envelope; see `emit_batch`.
-
-        Raises:
-            EnvelopeMalformedError: It cannot be decoded; nothing was stored.
-            EnvelopeTooLargeError: It would decode to too much; nothing was stored.
-            DictionaryUnknownError: It names a dictionary that is not registered.
-            QuotaExceededError: The caller takes too much; nothing was stored.
-        """
-        with self._admitted():
-            self._decoder.refuse_too_large(envelope)
-            self.quotas.admit_packets(caller.account, 0, envelope.uncompressed_size)
-            async with self._decoding.spending(envelope.uncompressed_size):
-                items = await asyncio.to_thread(self._decoder.decode, envelope)
-                self.quotas.charge_packets(caller.account, len(items))
-                return await self._emit_items(items, caller)
-
-    def check_batch_size(self, packets: int) -> None:
-        """Refuse a batch with more packets than an envelope may hold.
-
-        Raises:
-            EnvelopeTooLargeError: It has too many.
-        """
-        limit = self._decoder.limits.max_packets
-        if packets > limit:
-            raise EnvelopeTooLargeError(packets, limit, "packets")
-
-    def inspect(self, packet: packet_pb2.Packet, *, caller: Principal = TRUSTED) -> Inspection:
+    def inspect(
+        self, packet: bytes | packet_pb2.Packet, *, caller: Principal = TRUSTED
+    ) -> Inspection:
         """Check a packet as `emit` would, and store nothing."""
+        if isinstance(packet, bytes):
+            try:
+                packet = self._intake.parsed(packet)
+            except PacketRefusedError as refusal:
+                return Inspection(tuple(refusal.violations))
         found = self.validator.inspect(packet, caller=caller)
         if found.violations or packet.header.cohort in self.cohorts:
             return found
@@ -834,7 +862,3 @@ class FMIService:
     async def dictionary(self, dictionary_id: int = 0) -> tuple[int, bytes]:
         """Read a dictionary; the newest where no id is given; see `DictionaryShelf.read`."""
         return await self._dictionaries.read(dictionary_id)
-
-
-def _size(item: bytes | packet_pb2.Packet) -> int:
-    return len(item) if isinstance(item, bytes) else item.ByteSize()

@@ -421,6 +421,61 @@ async def zstd_bomb(ground: Ground) -> None:
     await _bombs(ground, frames.block(EMIT), frames.message(payload))
 
 
+async def empty_items(ground: Ground) -> None:
+    """Send batches of 8 MiB of empty packets, which are fifty times that when they are parsed."""
+    batch = packet_pb2.PacketBatch(packets=[packet_pb2.Packet()] * 1000).SerializeToString()
+    batch *= (MESSAGE_BYTES - 64) // len(batch)
+    payload = b"\x12" + _length(batch) + batch  # field 2 of an EmitStreamRequest
+    await _conversations(ground, frames.message(payload))
+
+
+async def empty_pairs(ground: Ground) -> None:
+    """Send Emits of 8 MiB with nothing but empty causal pairs."""
+    pairs = packet_pb2.ConceptCausalSummary(causal_pairs=[packet_pb2.CausalPair()] * 1000)
+    summary = pairs.SerializeToString() * ((MESSAGE_BYTES - 64) // 2000)
+    packet = b"\x22" + _length(summary) + summary  # `ccs`
+    payload = b"\x0a" + _length(packet) + packet
+    await _bombs(ground, frames.block(EMIT), frames.message(payload))
+
+
+async def bad_batches(ground: Ground) -> None:
+    """Send envelopes of a few hundred bytes with 10,000 packets that break every rule."""
+    content = packet_pb2.PacketBatch(packets=[packet_pb2.Packet()] * 10_000).SerializeToString()
+    envelope = wire.EncodedPackets(
+        encoding=wire.ENCODING_ZSTD,
+        uncompressed_size=len(content),
+        data=zstandard.ZstdCompressor(level=19).compress(content),
+    )
+    payload = wire.EmitStreamRequest(encoded=envelope).SerializeToString()
+    await _conversations(ground, frames.message(payload))
+
+
+async def _conversations(ground: Ground, message: bytes) -> None:
+    """Send the same message again and again on calls of EmitStream, and take all that is answered."""
+    fields = frames.block(EMIT_STREAM)
+
+    async def flood(peer: Peer) -> None:
+        await peer.send(frames.window_update(0, frames.LARGEST_WINDOW - 65_535))
+        for stream in streams():
+            if not await peer.send(frames.headers(stream, fields)):
+                return
+            while await peer.send_within_windows(stream, message):
+                ground.tally["sent"] += 1
+
+    settings_sent = {frames.INITIAL_WINDOW_SIZE: frames.LARGEST_WINDOW}
+    peers = await ground.connected(ground.sized(4), settings_sent=settings_sent)
+    await each(peers, flood)
+
+
+def _length(data: bytes) -> bytes:
+    """Write how long a field is, as a varint."""
+    size, written = len(data), bytearray()
+    while size > 0x7F:
+        written.append(size & 0x7F | 0x80)
+        size >>= 7
+    return bytes([*written, size])
+
+
 async def _bombs(ground: Ground, fields: bytes, payload: bytes) -> None:
     async def flood(peer: Peer) -> None:
         for stream in streams():
@@ -502,5 +557,8 @@ ATTACKS: Final[Mapping[str, Attack]] = {
         declared,
         gzip_bomb,
         zstd_bomb,
+        empty_items,
+        empty_pairs,
+        bad_batches,
     )
 }

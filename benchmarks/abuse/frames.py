@@ -17,6 +17,8 @@ __all__ = [
     "ACK",
     "END_HEADERS",
     "END_STREAM",
+    "INITIAL_WINDOW_SIZE",
+    "LARGEST_WINDOW",
     "PREFACE",
     "Kind",
     "Peer",

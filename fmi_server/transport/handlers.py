@@ -18,7 +18,6 @@ from typing import Any, Final, NamedTuple, cast
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
-from google.protobuf.message_factory import GetMessageClass
 from grpc_status import rpc_status
 
 from fmi.v1 import error_pb2
@@ -36,6 +35,7 @@ from fmi_server.quotas import Quotas
 from fmi_server.telemetry import FMITelemetry
 from fmi_server.transport.auditing import AUDITED_REASONS, describe
 from fmi_server.transport.identity import Authenticator, Caller, account_of_address
+from fmi_server.transport.requests import reader_of
 from fmi_server.transport.status import status_message
 
 __all__ = ["REQUEST_ID_KEY", "bind", "status_of"]
@@ -83,7 +83,7 @@ def bind(
         authenticator: Says who calls; without it every call is trusted.
         audit: Takes what operators do and who is refused.
         quotas: What each caller may take.
-        max_request_bytes: The largest request that is parsed; where it is not given, whatever gRPC takes.
+        max_request_bytes: The largest request that is parsed; else what the method can need.
 
     Raises:
         AttributeError: The servicer lacks a method.
@@ -147,8 +147,7 @@ class _Requests:
 class _Guard:
     """Asks who calls, and turns what a method raises into a status, with an id that finds it in the log.
 
-    A request is parsed behind that, which takes fifty times the memory of its bytes at worst: strangers, and
-    callers who take too much, are not worth it.
+    A request is read behind that: strangers, and callers who take too much, are not worth it.
     """
 
     def __init__(
@@ -161,12 +160,11 @@ class _Guard:
         max_request_bytes: int | None,
     ) -> None:
         self._method = method.full_name
-        self._message_class = GetMessageClass(method.input_type)
+        self._read = reader_of(method, max_bytes=max_request_bytes)
         self._telemetry = telemetry
         self._authenticator = authenticator
         self._audit = audit
         self._quotas = quotas
-        self._max_request_bytes = max_request_bytes
         self._operating = self._method.startswith(f"{OPERATORS_SERVICE}.")
         self._nobody = Caller(TRUSTED, method=self._method)
 
@@ -239,12 +237,8 @@ class _Guard:
         return handle
 
     def _parsed(self, data: bytes) -> _Request:
-        largest = self._max_request_bytes
-        if largest is not None and len(data) > largest:
-            told = f"has {len(data)} bytes, and no request of this method needs more than {largest}"
-            raise RequestInvalidError([Violation("request", "fmi.request.too_large", told)])
         try:
-            return self._message_class.FromString(data)
+            return self._read(data)
         except DecodeError:
             malformed = Violation(
                 "request",

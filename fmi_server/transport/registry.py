@@ -9,6 +9,7 @@ from fmi.v1 import registry_service_pb2 as wire_pb2
 from fmi_server.errors import CohortUnknownError, PacketRefusedError
 from fmi_server.service import FMIService
 from fmi_server.transport.identity import Caller
+from fmi_server.transport.requests import RawValidatePacketRequest
 from fmi_server.transport.status import refusal_message
 
 __all__ = ["RegistryServicer"]
@@ -74,10 +75,11 @@ class RegistryServicer:
         return wire_pb2.GetDictionaryResponse(dictionary_id=dictionary_id, data=data)
 
     async def ValidatePacket(
-        self, request: wire_pb2.ValidatePacketRequest, caller: Caller
+        self, request: RawValidatePacketRequest, caller: Caller
     ) -> wire_pb2.ValidatePacketResponse:
         """Check a packet as Emit would."""
-        self._service.registry.check_request(request, skip="packet.")
+        if not request.HasField("packet"):
+            self._service.registry.check_request(wire_pb2.ValidatePacketRequest())
         found = self._service.inspect(request.packet, caller=caller.principal)
         response = wire_pb2.ValidatePacketResponse(
             valid=not found.violations and not found.quarantine_reason,

@@ -36,6 +36,12 @@ from fmi_server.storage import MemoryStore
 from fmi_server.transport.identity import Caller
 from fmi_server.transport.interchange import InterchangeServicer
 from fmi_server.transport.registry import RegistryServicer
+from fmi_server.transport.requests import (
+    RawEmitStreamRequest,
+    read_emit,
+    read_emit_stream,
+    read_validate_packet,
+)
 from fmi_server.transport.status import status_message
 
 START = NOW // DAY_S * DAY_S + 3600.0
@@ -350,7 +356,8 @@ class World:
         match step:
             case Validate(packet):
                 check = registry_pb2.ValidatePacketRequest(packet=packet.typed(number, self._base))
-                return self._ask("validate", self._registry.ValidatePacket(check, NOBODY))
+                asked = read_validate_packet(check.SerializeToString())
+                return self._ask("validate", self._registry.ValidatePacket(asked, NOBODY))
             case AskWarmStart(profile_class, regime, concepts):
                 wanted = wire_pb2.GetWarmStartRequest(
                     cohort="care", profile_class=profile_class, regime_tag=regime, concepts=concepts
@@ -384,7 +391,8 @@ class World:
 
     async def _emit(self, packet: packet_pb2.Packet) -> None:
         self._sent.append(packet)
-        call = self._wire.Emit(wire_pb2.EmitRequest(packet=packet), NOBODY)
+        sent = wire_pb2.EmitRequest(packet=packet).SerializeToString()
+        call = self._wire.Emit(read_emit(sent), NOBODY)
         if packet.header.domain_id != VICTIM:
             await self._ask(f"emit {packet.WhichOneof('body')}", call)
         elif self.with_victim:
@@ -397,8 +405,8 @@ class World:
         request = wire_pb2.EmitStreamRequest(batch_id=1)
         request.packets.packets.extend(packets)
 
-        async def requests() -> AsyncIterator[wire_pb2.EmitStreamRequest]:
-            yield request
+        async def requests() -> AsyncIterator[RawEmitStreamRequest]:
+            yield read_emit_stream(request.SerializeToString())
 
         async for response in self._wire.EmitStream(requests(), NOBODY):
             self._saw("batch", response)

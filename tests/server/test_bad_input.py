@@ -569,7 +569,7 @@ async def test_invalid_utf8_in_a_packet(client):
     refusal = await refusal_of(
         client.raw("InterchangeService/Emit", good.replace(b"site-x", b"si\xc3\x28-x"))
     )
-    assert refusal.violations == (("request", "fmi.request.malformed"),)
+    assert refusal.violations == (("packet", "fmi.packet.malformed"),)
 
 
 @pytest.mark.parametrize(
