@@ -15,6 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
 
 from broker import Broker
+from cluster_harness import care, member, prior_of, shared_out, taus, two
 from server_harness import (
     HINT,
     PRIOR,
@@ -36,73 +37,15 @@ from fmi.v1 import admin_service_pb2 as admin_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi.v1 import update_pb2
 from fmi_server import broker_settings
-from fmi_server.app import RunningServer, running
-from fmi_server.config import ServerSettings
+from fmi_server.app import RunningServer
 from fmi_server.partitions import PARTITIONS, partition_of, share_of
 from fmi_server.testing import running_server
-
-LEASE_S = 2.0
 
 
 @pytest.fixture
 async def broker(tmp_path) -> AsyncIterator[Broker]:
     async with Broker(tmp_path / "broker", sync="2m") as started:
         yield started
-
-
-@contextlib.asynccontextmanager
-async def member(broker: Broker, folder: Path, **settings) -> AsyncIterator[RunningServer]:
-    """A server of the cluster, in this process."""
-    chosen = {"listen": "127.0.0.1:0", "drain_s": 1.0, "lease_s": LEASE_S, **settings}
-    async with running(ServerSettings(store=broker.url(), data_dir=folder, **chosen)) as server:
-        yield server
-
-
-@contextlib.asynccontextmanager
-async def two(broker: Broker, folder: Path) -> AsyncIterator[tuple[RunningServer, ...]]:
-    """Two servers, each with its share."""
-    async with (
-        member(broker, folder / "a") as first,
-        member(broker, folder / "b") as second,
-    ):
-        await shared_out(first, second)
-        yield first, second
-
-
-async def shared_out(*servers: RunningServer) -> None:
-    """Wait until every partition is one server's."""
-
-    def done() -> bool:
-        owned = [server.service.partitions.owned for server in servers]
-        return sum(map(len, owned)) == PARTITIONS and len(frozenset().union(*owned)) == PARTITIONS
-
-    await eventually(done)
-
-
-def owner(cohort: str, *servers: RunningServer) -> RunningServer:
-    (found,) = [server for server in servers if server.service.partitions.owns(cohort)]
-    return found
-
-
-def care(**fields):
-    made = spec("care", **fields)
-    made.release.min_interval.FromMilliseconds(20)
-    return made
-
-
-def taus(*values, cohort="care"):
-    return [msp(f"s{n}", cohort, controller={"tau": value}) for n, value in enumerate(values)]
-
-
-async def prior_of(client: Client, revision_from: int = 0) -> dict[str, float]:
-    """The newest prior, as soon as it is of a later revision."""
-
-    async def newest():
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            found = await client.update("care")
-            return found if found.revision > revision_from else None
-
-    return dict((await eventually(newest)).prior_update.prior)
 
 
 def test_shares_part_everything_and_only_what_must_move_moves():

@@ -1,0 +1,78 @@
+"""Servers of a cluster in the process of the test, on one store at a real broker."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
+
+from broker import Broker
+from server_harness import Client, eventually, msp, spec
+
+from fmi_server.app import RunningServer, running
+from fmi_server.config import ServerSettings
+from fmi_server.partitions import PARTITIONS
+
+__all__ = ["care", "member", "owner", "prior_of", "shared_out", "taus", "two"]
+
+LEASE_S = 2.0
+
+
+@contextlib.asynccontextmanager
+async def member(broker: Broker, folder: Path, **settings) -> AsyncIterator[RunningServer]:
+    """A server of the cluster, in this process."""
+    chosen = {"listen": "127.0.0.1:0", "drain_s": 1.0, "lease_s": LEASE_S, **settings}
+    async with running(ServerSettings(store=broker.url(), data_dir=folder, **chosen)) as server:
+        yield server
+
+
+@contextlib.asynccontextmanager
+async def two(broker: Broker, folder: Path) -> AsyncIterator[tuple[RunningServer, ...]]:
+    """Two servers, each with its share."""
+    async with (
+        member(broker, folder / "a") as first,
+        member(broker, folder / "b") as second,
+    ):
+        await shared_out(first, second)
+        yield first, second
+
+
+async def shared_out(*servers: RunningServer) -> None:
+    """Wait until every partition is one server's."""
+
+    def done() -> bool:
+        owned = [server.service.partitions.owned for server in servers]
+        return sum(map(len, owned)) == PARTITIONS and len(frozenset().union(*owned)) == PARTITIONS
+
+    await eventually(done)
+
+
+def owner(cohort: str, *servers: RunningServer) -> RunningServer:
+    (found,) = [server for server in servers if server.service.partitions.owns(cohort)]
+    return found
+
+
+def care(**fields):
+    made = spec("care", **fields)
+    made.release.min_interval.FromMilliseconds(20)
+    return made
+
+
+def taus(*values, cohort="care"):
+    return [msp(f"s{n}", cohort, controller={"tau": value}) for n, value in enumerate(values)]
+
+
+async def prior_of(client: Client, revision_from: int = 0) -> dict[str, float]:
+    """The newest prior, as soon as it is of a later revision."""
+
+    async def newest():
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            found = await client.update("care")
+            return found if found.revision > revision_from else None
+
+    return dict((await eventually(newest)).prior_update.prior)

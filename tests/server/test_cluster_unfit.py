@@ -1,0 +1,144 @@
+"""Servers of a cluster that cannot do their part: others do it, health says so, all mends itself."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
+
+from broker import Broker
+from cluster_harness import care, member, owner, shared_out, taus, two
+from server_harness import PRIOR, Client, eventually, msp, refusal_of, spec
+
+from fmi_server import broker_settings
+from fmi_server.app import RunningServer
+from fmi_server.partitions import PARTITIONS
+from fmi_server.storage import JetStreamStore
+
+
+@pytest.fixture
+async def broker(tmp_path) -> AsyncIterator[Broker]:
+    async with Broker(tmp_path / "broker", sync="2m") as started:
+        yield started
+
+
+@pytest.fixture
+def impatient(monkeypatch) -> None:
+    """Brokers that do not answer are told of soon."""
+    monkeypatch.setattr(broker_settings, "PATIENCE_S", 2.0)
+
+
+def view_of(server: RunningServer):
+    assert isinstance(server.service.store, JetStreamStore)
+    return server.service.store._view
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_who_cannot_write_its_view_leaves_its_cohorts_to_others(broker, tmp_path):
+    async with two(broker, tmp_path) as servers:
+        async with Client(servers[0].target) as client:
+            await client.put_spec(care())
+        await eventually(lambda: "care" in servers[1].service.cohorts)
+        stuck = owner("care", *servers)
+        (other,) = [server for server in servers if server is not stuck]
+        async with Client(other.target) as there, Client(stuck.target) as here:
+            await view_of(stuck).set_max_bytes(1)
+            large = {f"signal-{n}": 0.5 for n in range(200)}
+            while stuck.service.store.stats().fault != "disk_full":
+                await there.emit(msp("s0", "care", metrics=large))
+            await there.emit(*taus(0.1, 0.2, 0.3))
+
+            async def released():
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    estimates = (await there.update("care")).prior_update.estimates
+                    return "tau" in estimates and estimates["tau"].sites == 3
+
+            await eventually(released)
+            assert other.service.partitions.owns("care")
+            assert not stuck.service.partitions.owned
+            await eventually(lambda: not stuck.service.store_watch.sound)
+            assert other.service.store_watch.sound
+            await view_of(stuck).set_max_bytes(None)
+            await shared_out(*servers)
+            await eventually(lambda: stuck.service.store_watch.sound)
+            await there.emit(*taus(0.4, 0.5, 0.6))
+            await eventually(lambda: newest(stuck) == newest(other) and newest(other))
+            assert await here.update("care") == await there.update("care")
+
+
+def newest(server: RunningServer) -> int:
+    return server.service.releaser.publisher.log.newest_revision(("care", PRIOR))
+
+
+async def test_who_cannot_take_in_a_spec_goes_on_with_the_rest(broker, tmp_path):
+    async with (
+        two(broker, tmp_path) as servers,
+        Client(servers[0].target) as a,
+        Client(servers[1].target) as b,
+        b.subscribed("care") as events,
+    ):
+        await a.put_spec(care())
+        kept = spec("kept")
+        kept.access.emit.append("*")
+        refused = await refusal_of(b.put_spec(kept))
+        assert refused.reason == "SETTING_UNSUPPORTED", "it authenticates nobody"
+        # Put into the store by a server that does authenticate, as far as the first one hears.
+        await servers[1].service.store.put_cohort("kept", kept.SerializeToString(), 1)
+        await eventually(lambda: not servers[0].service.partitions.owned)
+        await eventually(lambda: len(servers[1].service.partitions.owned) == PARTITIONS)
+        await a.emit(*taus(0.1, 0.2, 0.3))
+        found = await events.until("update")
+        # The rest of what others write is taken in all the same.
+        token = found[-1].resume_token
+        async with a.subscribed("care", resume_token=token) as going_on:
+            await going_on.until("snapshot_end")
+        await servers[1].service.store.put_cohort("kept", spec("kept").SerializeToString(), 1)
+        await shared_out(*servers)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_server_that_nobody_emits_to_says_that_brokers_are_away_and_mends_itself(
+    broker, tmp_path
+):
+    async with member(broker, tmp_path / "a") as server, Client(server.target) as client:
+        await client.put_spec(care())
+        broker.kill()
+        await eventually(lambda: not server.service.store_watch.sound)
+        await broker.start()
+        await eventually(lambda: server.service.store_watch.sound)
+        await eventually(lambda: len(server.service.partitions.owned) == PARTITIONS)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_health_comes_back_though_nobody_emits_to_a_server_that_is_not_well(broker, tmp_path):
+    async with member(broker, tmp_path / "a") as server, Client(server.target) as client:
+        await client.put_spec(care())
+        broker.kill()
+        told = await refusal_of(client.emit(msp("s0", "care")))
+        assert told.reason == "STORE_UNAVAILABLE"
+        await eventually(lambda: not server.service.store_watch.sound)
+        await broker.start()
+        await eventually(lambda: server.service.store_watch.sound)
+
+
+async def test_what_was_put_in_force_anywhere_is_known_to_who_asks_elsewhere(broker, tmp_path):
+    async with (
+        two(broker, tmp_path) as servers,
+        Client(servers[0].target) as a,
+        Client(servers[1].target) as b,
+    ):
+        signals = [{"name": "tau", "section": 2, "lower": 0.0, "upper": 1.0}]
+        for turn in range(10):
+            name = f"care-{turn}"
+            await a.put_spec(spec(name, signals=signals))
+            assert await b.release(name)
+            # A narrower bound is unsafe against what the other server has in force by now.
+            await a.put_spec(spec(name, signals=[{**signals[0], "upper": 2.0}]))
+            refused = await refusal_of(b.put_spec(spec(name, signals=signals)))
+            assert refused.reason == "SPEC_CHANGE_UNSAFE"
