@@ -20,11 +20,14 @@ from fmi_server.telemetry import FMITelemetry
 
 __all__ = ["MemoryWatch", "default_limit", "resident_bytes"]
 
-LOOK_S: Final = 0.2
-"""Seconds between two looks. What peers can send meanwhile goes past the limit."""
+LOOK_S: Final = 0.05
+"""Seconds between two looks, of some 20 us. What peers can send meanwhile goes past the limit."""
 
 TRIM_S: Final = 1.0
-"""Seconds between two attempts to give memory back, while there is too much."""
+"""Seconds between two attempts to give memory back, while there is too much or much has come."""
+
+MUCH_BYTES: Final = 64 * 2**20
+"""What is held past the least since the last attempt, after which the next one is made."""
 
 ENOUGH: Final = 0.95
 """The share of the limit below which all is well again, so that the state does not change with each call."""
@@ -91,9 +94,12 @@ class MemoryWatch:
         self._relief.append(relief)
 
     async def run(self) -> None:
-        """Look again and again, until cancelled."""
-        trimmed = 0.0
-        clock = asyncio.get_running_loop().time
+        """Look again and again, and give back what is free, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._look(), name="looks at memory")
+            tasks.create_task(self._give_back(), name="memory given back")
+
+    async def _look(self) -> None:
         while True:
             await asyncio.sleep(LOOK_S)
             held = self._read()
@@ -106,9 +112,16 @@ class MemoryWatch:
             let_go = sum(relief() for relief in self._relief)
             if let_go:
                 _log.warning("%d calls whose message had not arrived are ended for memory", let_go)
-            if clock() - trimmed >= TRIM_S:
-                await asyncio.to_thread(_trim)
-                trimmed = clock()
+
+    async def _give_back(self) -> None:
+        least = self._read()
+        while True:
+            await asyncio.sleep(TRIM_S)
+            held = self._read()
+            least = min(least, held)
+            if self.pressed or held > least + MUCH_BYTES:
+                await asyncio.to_thread(_trim)  # beside the looks, which do not wait for it
+                least = self._read()
 
     def _judge(self, held: int) -> None:
         if not self.pressed and held > self.limit_bytes:

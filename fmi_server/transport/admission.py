@@ -36,7 +36,7 @@ MESSAGE_S: Final = 30.0
 QUICK: Final = 16
 """Calls that may wait for their message the quick way, without an end: with the largest messages, 128 MiB."""
 
-AWAITED_S: Final = 1.0
+AWAITED_S: Final = 0.2
 """Seconds for which a message is awaited before its call may be ended for memory."""
 
 SPARED: Final = (
@@ -175,23 +175,25 @@ class Admission(grpc.aio.ServerInterceptor):
             task = asyncio.current_task()
             if task is not None:
                 self._unsaid.discard(task)
-            return await call(request, context)
+            held = [request]
+            del request  # a call that is refused keeps its frames for a while, and not its message
+            return await call(held.pop(), context)
 
         return serve
 
     def _answering(self, call: Callable[..., Any], method: str) -> Callable[..., Any]:
         async def serve(_requests: object, context: _Context) -> None:
             async with self._refused(context, method):
-                request = await self._message(context)
-            await context.write(await call(request, context))
+                held = [await self._message(context)]
+            await context.write(await call(held.pop(), context))
 
         return serve
 
     def _streaming(self, call: Callable[..., Any], method: str) -> Callable[..., Any]:
         async def serve(_requests: object, context: _Context) -> None:
             async with self._refused(context, method):
-                request = await self._message(context)
-            answers = call(request, context)
+                held = [await self._message(context)]
+            answers = call(held.pop(), context)
             if inspect.isawaitable(answers):  # it writes its answers itself
                 await answers
                 return

@@ -188,6 +188,8 @@ class _Guard:
             except Exception as error:
                 await self._stall(error, len(data), caller)
                 status = self._status(error, request, self._from(context, caller))
+            # What ends the call keeps this frame, until the garbage collector comes by.
+            del data, request
             await context.abort_with_status(status)
             raise AssertionError("abort_with_status returned")
 
@@ -212,6 +214,7 @@ class _Guard:
                 status = self._status(error, request, self._from(context, caller))
             if isinstance(data, _Requests):
                 await data.begun()
+            del data, request
             await context.abort_with_status(status)
 
         return handle
