@@ -22,7 +22,7 @@ __all__ = [
     "shows_token",
 ]
 
-MAX_SEND_BYTES: Final = 8 * 1024 * 1024
+MAX_SEND_BYTES: Final = 4 * 1024 * 1024
 """The largest message sent: what a server takes by default (its `max_message_bytes`)."""
 
 MAX_RECEIVE_BYTES: Final = 16 * 1024 * 1024

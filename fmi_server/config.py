@@ -361,7 +361,7 @@ class ServerSettings(BaseSettings):
         "authenticated",
     )
     max_message_bytes: int = Field(
-        default=8 * 2**20,
+        default=4 * 2**20,
         ge=2**16,
         le=2**30,
         description="largest gRPC message taken",

@@ -32,7 +32,7 @@ EMIT: Final = "/fmi.v1.InterchangeService/Emit"
 EMIT_STREAM: Final = "/fmi.v1.InterchangeService/EmitStream"
 SUBSCRIBE: Final = "/fmi.v1.InterchangeService/Subscribe"
 GET_UPDATE: Final = "/fmi.v1.InterchangeService/GetUpdate"
-MESSAGE_BYTES: Final = 8 * 2**20
+MESSAGE_BYTES: Final = 4 * 2**20
 """The largest message that a server takes by default."""
 
 MIB: Final = 2**20
@@ -193,7 +193,7 @@ async def _half_sent(ground: Ground, path: str) -> None:
                     return
                 ground.tally["sent MiB"] += 1
 
-        await asyncio.gather(*(one(stream) for stream in range(1, 2 * ground.sized(50), 2)))
+        await asyncio.gather(*(one(stream) for stream in range(1, 2 * ground.sized(100), 2)))
 
     await each(await ground.connected(4), fill)
 
@@ -422,7 +422,7 @@ async def zstd_bomb(ground: Ground) -> None:
 
 
 async def empty_items(ground: Ground) -> None:
-    """Send batches of 8 MiB of empty packets, which are fifty times that when they are parsed."""
+    """Send batches of 4 MiB of empty packets, which are fifty times that when they are parsed."""
     batch = packet_pb2.PacketBatch(packets=[packet_pb2.Packet()] * 1000).SerializeToString()
     batch *= (MESSAGE_BYTES - 64) // len(batch)
     payload = b"\x12" + _length(batch) + batch  # field 2 of an EmitStreamRequest
@@ -430,7 +430,7 @@ async def empty_items(ground: Ground) -> None:
 
 
 async def empty_pairs(ground: Ground) -> None:
-    """Send Emits of 8 MiB with nothing but empty causal pairs."""
+    """Send Emits of 4 MiB with nothing but empty causal pairs."""
     pairs = packet_pb2.ConceptCausalSummary(causal_pairs=[packet_pb2.CausalPair()] * 1000)
     summary = pairs.SerializeToString() * ((MESSAGE_BYTES - 64) // 2000)
     packet = b"\x22" + _length(summary) + summary  # `ccs`

@@ -31,10 +31,10 @@ from fmi_server.transport.handlers import status_of
 __all__ = ["Admission"]
 
 MESSAGE_S: Final = 30.0
-"""Seconds that the message of a call has to arrive whole: 8 MiB at 2.3 Mbit/s."""
+"""Seconds that the message of a call has to arrive whole: 4 MiB at 1.2 Mbit/s."""
 
 QUICK: Final = 16
-"""Calls that may wait for their message the quick way, without an end: with the largest messages, 128 MiB."""
+"""Calls that may wait for their message the quick way, without an end: with the largest messages, 64 MiB."""
 
 AWAITED_S: Final = 0.2
 """Seconds for which a message is awaited before its call may be ended for memory."""

@@ -23,6 +23,7 @@ from fmi.v1 import (
     update_pb2,
 )
 from fmi_client import FMIEncoder, RetryPolicy
+from fmi_client._channel import MAX_SEND_BYTES
 
 __all__ = [
     "FAST",
@@ -140,7 +141,9 @@ class ScriptedServer(
         self._server: grpc.aio.Server | None = None
 
     async def start(self, port=0):
-        self._server = grpc.aio.server(options=[("grpc.max_receive_message_length", 8 * 2**20)])
+        self._server = grpc.aio.server(
+            options=[("grpc.max_receive_message_length", MAX_SEND_BYTES)]
+        )
         for add in (
             interchange_service_pb2_grpc.add_InterchangeServiceServicer_to_server,
             registry_service_pb2_grpc.add_RegistryServiceServicer_to_server,
