@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sys
 from collections.abc import AsyncIterator
@@ -133,12 +134,15 @@ async def test_what_was_put_in_force_anywhere_is_known_to_who_asks_elsewhere(bro
         Client(servers[0].target) as a,
         Client(servers[1].target) as b,
     ):
-        signals = [{"name": "tau", "section": 2, "lower": 0.0, "upper": 1.0}]
-        for turn in range(10):
-            name = f"care-{turn}"
-            await a.put_spec(spec(name, signals=signals))
-            assert await b.release(name)
-            # A narrower bound is unsafe against what the other server has in force by now.
-            await a.put_spec(spec(name, signals=[{**signals[0], "upper": 2.0}]))
-            refused = await refusal_of(b.put_spec(spec(name, signals=signals)))
-            assert refused.reason == "SPEC_CHANGE_UNSAFE"
+        signal = {"name": "tau", "section": 2, "lower": 0.0}
+        following = servers[1].service._following
+        assert following is not None
+        async with following._turn:  # it has not heard of anything yet
+            await a.put_spec(spec("care", signals=[{**signal, "upper": 2.0}]))
+            released = asyncio.ensure_future(b.release("care"))
+            narrowed = asyncio.ensure_future(
+                refusal_of(b.put_spec(spec("care", signals=[{**signal, "upper": 1.0}])))
+            )
+            await asyncio.wait({released, narrowed}, timeout=0.5)
+        assert await released
+        assert (await narrowed).reason == "SPEC_CHANGE_UNSAFE"
