@@ -162,6 +162,9 @@ class Operations:
         """
         key = PacketKey(domain_id, packet_id)
         stored = await self._service.store.packet(key)
+        if stored is None:
+            await self._service.settle()  # another server may have taken it
+            stored = await self._service.store.packet(key)
         cohort = "" if stored is None else stored.record.cohort
         if stored is None or not self._service.gate.may(caller, Action.ADMIN, cohort):
             raise UnknownPacketError(packet=key)

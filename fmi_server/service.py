@@ -64,6 +64,7 @@ from fmi_server.errors import (
     FMIError,
     OverloadedError,
     PacketRefusedError,
+    Reason,
     ServerDrainingError,
     SpecChangeUnsafeError,
     UpdateNotFoundError,
@@ -342,6 +343,8 @@ class FMIService:
                     if caller.account:
                         self.quotas.admit_packets(caller.account, 1, typed.ByteSize())
                 kind = typed.WhichOneof("body") or kind
+                if self._following is not None and typed.header.cohort not in self.cohorts:
+                    await self.settle()  # another server may know it
                 received_at_us = int(self._clock() * 1e6)
                 candidate = self._open_cohort(
                     self._intake.inspect(typed, received_at_us=received_at_us, caller=caller),
@@ -412,7 +415,18 @@ class FMIService:
         self, items: Sequence[bytes | packet_pb2.Packet], caller: Principal
     ) -> list[Answer]:
         inspected = await self._inspected(items, caller)
+        if self._following is not None and any(self._is_strange(item) for item in inspected):
+            known = len(self.cohorts)
+            await self.settle()
+            if len(self.cohorts) != known:
+                inspected = await self._inspected(items, caller)
         return await self.uninterrupted(self._keep_batch(inspected, caller))
+
+    def _is_strange(self, item: Candidate | Answer) -> bool:
+        """Say whether an item is of a cohort that is not known here: another server may know it."""
+        if isinstance(item, Candidate):
+            return item.record.cohort not in self.cohorts
+        return item.error is not None and item.error.reason == Reason.COHORT_UNKNOWN
 
     async def _inspected(
         self, items: Sequence[bytes | packet_pb2.Packet], caller: Principal

@@ -15,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
 
 from broker import Broker
 from cluster_harness import care, member, owner, shared_out, taus, two
-from server_harness import PRIOR, Client, eventually, msp, refusal_of, spec
+from server_harness import PRIOR, Client, eventually, identity, msp, refusal_of, spec
 
+from fmi.v1 import error_pb2
+from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi_server import broker_settings
 from fmi_server.app import RunningServer
 from fmi_server.partitions import PARTITIONS
@@ -146,3 +148,31 @@ async def test_what_was_put_in_force_anywhere_is_known_to_who_asks_elsewhere(bro
             await asyncio.wait({released, narrowed}, timeout=0.5)
         assert await released
         assert (await narrowed).reason == "SPEC_CHANGE_UNSAFE"
+
+
+async def test_a_cohort_declared_anywhere_takes_packets_elsewhere(broker, tmp_path):
+    async with (
+        member(broker, tmp_path / "a", open_cohorts=False) as first,
+        member(broker, tmp_path / "b", open_cohorts=False) as second,
+        Client(first.target) as a,
+        Client(second.target) as b,
+    ):
+        following = second.service._following
+        assert following is not None
+        refused = await refusal_of(b.emit(msp("s0", "one")))
+        assert refused.reason == "COHORT_UNKNOWN"
+        async with following._turn:  # it has not heard of them yet
+            await a.put_spec(spec("one"))
+            await a.put_spec(spec("other"))
+            calls = [
+                asyncio.ensure_future(b.emit(msp("s0", "one"))),
+                asyncio.ensure_future(
+                    b.emit_encoded(identity(msp("s0", "other"), msp("s0", "no")))
+                ),
+            ]
+            await asyncio.wait(calls, timeout=0.5)
+        (alone,) = await calls[0]
+        assert alone.status == wire_pb2.EMIT_STATUS_ACCEPTED
+        taken, left = (await calls[1]).results
+        assert taken.status == wire_pb2.EMIT_STATUS_ACCEPTED
+        assert left.refusal.reason == error_pb2.ERROR_REASON_COHORT_UNKNOWN
