@@ -80,9 +80,13 @@ class EveryFeed(Feed):
         """Give every wanted update behind a position, up to the head as it is then."""
         self._position = position
         while position < self._log.head:
-            page = await self._page_behind(position)
+            head = self._log.head
+            # The store may have more by now, of which nobody was told yet.
+            page = [u for u in await self._page_behind(position) if u.sequence <= head]
             if not page:
                 return
+            if page[-1].sequence != position + len(page):
+                await self._refuse_lost(position)
             answers = await self._answers(update.key for update in page)
             for update in page:
                 self._holes |= update.sequence != position + 1
@@ -106,6 +110,33 @@ class EveryFeed(Feed):
         if update.sequence <= (self.request.after(key) or 0):
             return True
         return update.revision <= self._given.get(key, self._snapshot.get(key, 1) - 1)
+
+    async def _refuse_lost(self, position: int) -> None:
+        """Raise where something wanted behind a position is no longer kept and the subscriber may lack it.
+
+        Before anything of what comes behind it is given: a stream that is cut there goes on from the token of
+        another key, and behind that nobody could tell.
+        """
+        log = self._log
+        answers = await self._answers(log.latest)
+        behind = [
+            key
+            for key, newest in log.latest.items()
+            if newest.sequence > position
+            and key not in self._snapshot
+            and self._wants(key, answers)
+        ]
+        oldest = await self._reader.oldest_places(behind)
+        for key in behind:
+            revision, sequence = oldest.get(key, (1, 0))
+            given, after = self._given.get(key), self.request.after(key)
+            if given is None and after is None:
+                given = 0  # it came into being after the start
+            if given is not None:
+                if revision > given + 1:
+                    raise await self._compacted(key, given + 1)
+            elif revision > 1 and sequence > max(position, after or 0):
+                raise await self._compacted(key, revision - 1)
 
     async def _refuse_gap(self, update: PublishedUpdate) -> None:
         """Raise where updates before this one are no longer kept and the subscriber may lack them."""

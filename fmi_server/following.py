@@ -139,6 +139,8 @@ class Following:
                 # What else fails hinders nobody who waits here, and is tried again.
                 if isinstance(error, StoreError):
                     raise error
+            # One of this server's own may be in the store, and known elsewhere, and be told of here next.
+            await self._hear_of_updates()
 
     def _note(self, change: Change) -> None:
         key = (change.kind, change.cohort, change.packet)
@@ -172,8 +174,7 @@ class Following:
         match change.kind:
             case "updates":
                 await self._count()  # the release was of these
-                for cohort, at in (await self._releaser.publisher.catch_up()).items():
-                    await self._releaser.released_elsewhere(cohort, at)
+                await self._hear_of_updates()
             case "cohort":
                 await self._put_in_force(change.cohort)
             case "quarantine":
@@ -188,6 +189,10 @@ class Following:
                 await self._compactor.load()
             case "packets":
                 pass  # they are counted behind everything else
+
+    async def _hear_of_updates(self) -> None:
+        for cohort, at in (await self._releaser.publisher.catch_up()).items():
+            await self._releaser.released_elsewhere(cohort, at)
 
     async def _recount(self, change: Change) -> None:
         """Count a cohort anew of which another server put a packet into quarantine, or took it out."""

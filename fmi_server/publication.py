@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 from google.protobuf.message import Message
@@ -52,6 +52,10 @@ class StoredUpdates:
     async def oldest(self, key: Key) -> int:
         """Return the oldest revision kept; 0 where there is none."""
         return await self._store.oldest_revision(*key) or 0
+
+    async def oldest_places(self, keys: Sequence[Key]) -> Mapping[Key, tuple[int, int]]:
+        """Return the revision and the sequence of the oldest update kept, by key."""
+        return await self._store.oldest_updates(keys)
 
     async def kept(self, key: Key, revision: int) -> PublishedUpdate:
         """Return an update that was published once.

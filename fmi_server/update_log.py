@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final, Protocol
@@ -69,6 +69,9 @@ class UpdateReader(Protocol):
 
     async def oldest(self, key: Key) -> int:
         """Return the oldest revision kept; 0 where there is none."""
+
+    async def oldest_places(self, keys: Sequence[Key]) -> Mapping[Key, tuple[int, int]]:
+        """Return the revision and the sequence of the oldest update kept, by key."""
 
 
 @dataclass(slots=True)

@@ -520,6 +520,15 @@ class Store(ABC):
         """Return the oldest revision still held, or None when there is none."""
 
     @abstractmethod
+    async def oldest_updates(
+        self, keys: Sequence[tuple[str, int]]
+    ) -> dict[tuple[str, int], tuple[int, int]]:
+        """Return the revision and the sequence of the oldest update still held, by cohort and kind.
+
+        Keys that have none are left out.
+        """
+
+    @abstractmethod
     async def trim_updates(self, cohort: str, kind: int, *, keep: int) -> int:
         """Keep only the newest `keep` updates of a cohort and kind; return how many went.
 

@@ -410,6 +410,12 @@ class JetStreamStore(Store):
         """Return the oldest revision still held."""
         return await self._open_view().oldest_revision(cohort, kind)
 
+    async def oldest_updates(
+        self, keys: Sequence[tuple[str, int]]
+    ) -> dict[tuple[str, int], tuple[int, int]]:
+        """Return the revision and the sequence of the oldest update still held, by cohort and kind."""
+        return await self._open_view().oldest_updates(keys)
+
     async def trim_updates(self, cohort: str, kind: int, *, keep: int) -> int:
         """Keep only the newest updates of a cohort and kind."""
         if keep < 1:

@@ -380,6 +380,13 @@ class MemoryStore(Store):
         held = self._data.updates.get((cohort, kind))
         return held[0].revision if held else None
 
+    async def oldest_updates(
+        self, keys: Sequence[tuple[str, int]]
+    ) -> dict[tuple[str, int], tuple[int, int]]:
+        """Return the revision and the sequence of the oldest update still held, by cohort and kind."""
+        held = {key: self._data.updates[key] for key in keys if self._data.updates.get(key)}
+        return {key: (updates[0].revision, updates[0].sequence) for key, updates in held.items()}
+
     async def trim_updates(self, cohort: str, kind: int, *, keep: int) -> int:
         """Keep only the newest updates of a cohort and kind."""
         if keep < 1:

@@ -439,6 +439,21 @@ class SqliteStore(Store):
 
         return await self._read(query)
 
+    async def oldest_updates(
+        self, keys: Sequence[tuple[str, int]]
+    ) -> dict[tuple[str, int], tuple[int, int]]:
+        """Return the revision and the sequence of the oldest update still held, by cohort and kind."""
+
+        def query(connection: sqlite3.Connection) -> dict[tuple[str, int], tuple[int, int]]:
+            question = (
+                "SELECT revision, sequence FROM updates WHERE cohort = ? AND kind = ? "
+                "ORDER BY revision LIMIT 1"
+            )
+            found = {key: connection.execute(question, key).fetchone() for key in keys}
+            return {key: row for key, row in found.items() if row is not None}
+
+        return await self._read(query)
+
     async def trim_updates(self, cohort: str, kind: int, *, keep: int) -> int:
         """Keep only the newest updates of a cohort and kind."""
         if keep < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi.v1 import update_pb2
@@ -97,6 +97,11 @@ class History:
 
     async def oldest(self, key: Key) -> int:
         return min(self.kept.get(key, {}), default=0)
+
+    async def oldest_places(self, keys: Sequence[Key]) -> Mapping[Key, tuple[int, int]]:
+        await asyncio.sleep(0)
+        oldest = {key: min(self.kept[key]) for key in keys if self.kept.get(key)}
+        return {key: (first, self.kept[key][first].sequence) for key, first in oldest.items()}
 
 
 class Reader:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 import pytest
-from histories import EPOCH, A, B, C, History, show
+from histories import EPOCH, A, B, C, History, Reader, show
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -374,6 +374,34 @@ async def test_a_start_that_is_no_longer_kept_is_compacted(history):
     assert await reader.until_end() == ["care.1@7", "care.1@8", "care.1@9"]
     reader = history.open(mode=LATEST, start_revisions=[start(revision=2)])
     assert await reader.until_end() == ["care.1 lagged 2-8", "care.1@9"]
+
+
+async def taken(reader: Reader, events: int) -> None:
+    for _ in range(events):
+        await reader.next()
+
+
+async def test_what_is_lost_is_told_though_the_stream_is_cut_before_its_turn(history):
+    """Tokens of others lead past what is no longer kept: behind them nobody could tell that it was missed."""
+    history.publish(A, 2)
+    history.publish(B)
+    reader = history.open(mode=EVERY)
+    await reader.until_end()
+    token = reader.token
+    for key in (A, B, A, B, A):
+        history.publish(key)
+    history.trim(A, 1)
+    history.forget_memory()
+    for _ in range(3):
+        reader = history.open(mode=EVERY, resume_token=token)
+        with pytest.raises(CompactedError) as caught:
+            await taken(reader, 2)
+        assert caught.value.metadata["revision"] == "4"
+        assert caught.value.metadata["oldest_revision"] == "5"
+        token = reader.token or token
+    # Who does not want it is not troubled.
+    reader = history.open(mode=EVERY, resume_token=token, kinds=[2])
+    assert await reader.until_end() == ["care.2@2", "care.2@3"]
 
 
 @pytest.mark.parametrize("mode", [LATEST, EVERY])

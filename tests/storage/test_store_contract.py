@@ -574,6 +574,8 @@ async def test_retention_keeps_the_newest(store: Store) -> None:
     assert await store.oldest_revision("health", 1) == 5
     assert await store.oldest_revision("health", 2) == 1
     assert await store.oldest_revision("nobody", 1) is None
+    keys = [("health", 1), ("health", 2), ("nobody", 1)]
+    assert await store.oldest_updates(keys) == {("health", 1): (5, 5), ("health", 2): (1, 8)}
     assert [u.revision for u in await store.updates("health", 1)] == [5, 6, 7]
     with pytest.raises(ValueError, match="keep"):
         await store.trim_updates("health", 1, keep=0)
