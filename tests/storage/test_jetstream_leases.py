@@ -84,6 +84,20 @@ async def test_who_gives_it_back_lets_another_have_it_at_once(leases: LeaseTable
     assert await leases.holder("a") == LeaseHolder("two", second.token)
 
 
+async def test_who_did_not_hear_that_it_has_it_takes_it_again(leases: LeaseTable) -> None:
+    """The answer to a taking or a renewal may be lost: then the key is there, under its own name."""
+    unheard = await leases.acquire("a", "one")
+    assert unheard is not None
+    assert await leases.acquire("a", "two") is None
+    lease = await leases.acquire("a", "one")
+    assert lease is not None
+    assert lease.token > unheard.token
+    assert await leases.holder("a") == LeaseHolder("one", lease.token)
+    assert (await leases.renew(lease)).token == lease.token
+    with pytest.raises(LeaseLostError):
+        await leases.renew(unheard)
+
+
 async def test_who_renews_keeps_it_and_its_token(brief: LeaseTable) -> None:
     lease = await brief.acquire("a", "one")
     assert lease is not None
