@@ -434,8 +434,20 @@ async def empty_pairs(ground: Ground) -> None:
     pairs = packet_pb2.ConceptCausalSummary(causal_pairs=[packet_pb2.CausalPair()] * 1000)
     summary = pairs.SerializeToString() * ((MESSAGE_BYTES - 64) // 2000)
     packet = b"\x22" + _length(summary) + summary  # `ccs`
-    payload = b"\x0a" + _length(packet) + packet
-    await _bombs(ground, frames.block(EMIT), frames.message(payload))
+    payload = frames.message(b"\x0a" + _length(packet) + packet)
+    fields = frames.block(EMIT)
+
+    async def flood(peer: Peer) -> None:
+        for sent, stream in enumerate(streams(), 1):
+            await peer.send(frames.headers(stream, fields))
+            if not await peer.send_within_windows(stream, payload):
+                return
+            await peer.send(frames.data(stream, b"", end=True))
+            ground.tally["sent"] += 1
+            # One after the other: what is sent before it can be looked at is held as it is.
+            await peer.heard(lambda: peer.said[Kind.HEADERS] >= sent)  # noqa: B023
+
+    await each(await ground.connected(ground.sized(4)), flood)
 
 
 async def bad_batches(ground: Ground) -> None:

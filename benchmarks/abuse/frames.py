@@ -10,7 +10,7 @@ import contextlib
 import socket
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 __all__ = [
@@ -174,6 +174,7 @@ class Peer:
         self.credits: Counter[int] = Counter()
         self.window = 65_535
         self._credited = asyncio.Event()
+        self._said = asyncio.Event()
 
     async def open(self, *, preface: bool = True) -> None:
         """Connect; greet, where nothing else is said."""
@@ -219,6 +220,12 @@ class Peer:
                 return False
         return True
 
+    async def heard(self, what: Callable[[], bool]) -> None:
+        """Wait until the server said something, or closed the connection."""
+        while not what() and not self.closed.is_set():
+            self._said.clear()
+            await self._said.wait()
+
     def abort(self) -> None:
         """Reset the connection, as a peer does that goes away without a word."""
         if self._writer is not None:
@@ -249,9 +256,11 @@ class Peer:
         except (asyncio.IncompleteReadError, OSError):
             self.closed.set()
             self._credited.set()
+            self._said.set()
 
     def _note(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         self.said[kind] += 1
+        self._said.set()
         match kind:
             case Kind.RST_STREAM:
                 self.resets[int.from_bytes(payload[:4], "big")] += 1

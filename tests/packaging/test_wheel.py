@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+LOWEST_CLIENT = ROOT / "requirements" / "lowest-client.txt"
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -38,13 +39,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-@pytest.fixture(scope="module")
-def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the scripts folder of an environment with the base install and nothing else."""
+@pytest.fixture(scope="module", params=["newest", "lowest"])
+def site(
+    request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return the scripts folder of an environment with the base install and nothing else.
+
+    It has the newest versions of what that needs, or the lowest that are declared.
+    """
     folder = tmp_path_factory.mktemp("site")
     assert run([sys.executable, "-m", "venv", folder / "venv"], cwd=folder).returncode == 0
     scripts = folder / "venv" / "bin"
-    done = run([scripts / "python", "-m", "pip", "install", "--quiet", wheel], cwd=folder)
+    bounds = ["--constraint", LOWEST_CLIENT] if request.param == "lowest" else []
+    done = run([scripts / "python", "-m", "pip", "install", "--quiet", *bounds, wheel], cwd=folder)
     assert done.returncode == 0, done.stderr
     return scripts
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import resource
 from pathlib import Path
 
+import pytest
 from parts import NOW, Clock, msp
 
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi.v1 import packet_pb2
+from fmi_server.cohorts import CohortRegistry
 from fmi_server.contracts import FMIContractRegistry
-from fmi_server.emission import Candidate, Intake
+from fmi_server.emission import Candidate, Intake, slices
+from fmi_server.errors import PacketRefusedError
+from fmi_server.service import FMIService
 from fmi_server.validator import FMIValidator
 
 GOOD = msp(controller={"tau": 0.5})
@@ -39,6 +44,56 @@ def test_what_was_overwritten_is_not_kept():
     ]
     assert all(candidate.packet == GOOD for candidate in kept)
     assert rss_mb() - before < 100, "each took 25 MB"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "turns"),
+    [
+        ([], [0]),
+        ([600], [1]),
+        ([600] * 128, [128]),
+        ([600] * 129, [128, 1]),
+        ([1] * 300, [128, 128, 44]),
+        ([2**18] * 3, [1, 1, 1]),
+        ([2**17, 1, 1], [2, 1]),
+    ],
+)
+def test_a_batch_is_checked_in_turns(sizes, turns):
+    items = [bytes(size) for size in sizes]
+    found = slices(items)
+    assert [len(turn) for turn in found] == turns
+    assert [item for turn in found for item in turn] == items
+
+
+async def test_a_small_batch_does_not_wait_for_the_whole_of_a_large_one(monkeypatch):
+    checked = []
+    check = Intake.inspect_many
+
+    def noting(self, items, **given):
+        checked.append(len(items))
+        return check(self, items, **given)
+
+    monkeypatch.setattr(Intake, "inspect_many", noting)
+    async with FMIService(clock=Clock(NOW)) as service:
+        large = asyncio.create_task(service.emit_batch([b"\xff"] * 1280))
+        small = asyncio.create_task(service.emit_batch([GOOD.SerializeToString()] * 100))
+        assert [answer.status for answer in await small] == ["accepted"] + ["duplicate"] * 99
+        assert not large.done()
+        answers = await large
+    assert checked[:3] == [128, 100, 128]
+    assert len(checked) == 11
+    told = {error.violations[0].field for error in (answer.error for answer in answers)}
+    assert told == {f"packets[{index}]" for index in range(1280)}, "by their places in the batch"
+
+
+def test_what_no_cohort_takes_is_refused_before_it_is_parsed():
+    largest = CohortRegistry(FMIContractRegistry()).largest_packet_bytes
+    with pytest.raises(PacketRefusedError) as caught:
+        INTAKE.parsed(b"\xff" * (largest + 1))
+    assert [found.rule_id for found in caught.value.violations] == ["fmi.policy.max_packet_bytes"]
+    with pytest.raises(PacketRefusedError) as caught:
+        INTAKE.parsed(b"\xff" * largest)
+    assert [found.rule_id for found in caught.value.violations] == ["fmi.packet.malformed"]
 
 
 def test_a_good_packet_does_not_keep_its_batch():
