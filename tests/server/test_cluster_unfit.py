@@ -19,10 +19,12 @@ from server_harness import PRIOR, Client, eventually, identity, msp, refusal_of,
 
 from fmi.v1 import error_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
-from fmi_server import broker_settings
+from fmi_server import broker_settings, partitions
 from fmi_server.app import RunningServer
 from fmi_server.partitions import PARTITIONS
 from fmi_server.storage import JetStreamStore
+from fmi_server.storage.base import StoreUnavailableError
+from fmi_server.storage.jetstream_leases import Lease
 
 
 @pytest.fixture
@@ -176,3 +178,37 @@ async def test_a_cohort_declared_anywhere_takes_packets_elsewhere(broker, tmp_pa
         taken, left = (await calls[1]).results
         assert taken.status == wire_pb2.EMIT_STATUS_ACCEPTED
         assert left.refusal.reason == error_pb2.ERROR_REASON_COHORT_UNKNOWN
+
+
+async def test_renewals_whose_answers_are_lost_lose_nothing(broker, tmp_path, monkeypatch):
+    monkeypatch.setattr(partitions, "RENEWED_AT", 2.0)  # at each look
+    gained: list[frozenset[int]] = []
+
+    async def gain(new: frozenset[int]) -> None:
+        gained.append(new)
+
+    async with JetStreamStore(broker.url(), tmp_path / "a.db") as store:
+        leases = await store.leases(ttl_s=60.0)
+        held = partitions.Partitions(leases, server="a", on_gain=gain)
+        await held._look()
+        assert len(held.owned) == PARTITIONS
+        renew = leases.renew
+
+        async def deaf(lease: Lease) -> Lease:
+            renewed = await renew(lease)
+            if lease.name.endswith("7"):
+                raise StoreUnavailableError("no_answer", detail="lost", path=store.location)
+            return renewed
+
+        leases.renew = deaf  # type: ignore[method-assign]
+        with pytest.raises(StoreUnavailableError):
+            await held._look()
+        assert len(held.owned) == PARTITIONS, "what was held is as good as it was"
+        leases.renew = renew  # type: ignore[method-assign]
+        await held._look()
+        assert len(held.owned) == PARTITIONS
+        # Others may have had these between: they are taken as if they were new.
+        assert gained == [
+            frozenset(range(PARTITIONS)),
+            frozenset(p for p in range(PARTITIONS) if p % 10 == 7),
+        ]
