@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
 
+from google.protobuf.message import DecodeError
+
+from fmi.v1 import packet_pb2
 from fmi_server.audit import AuditLog
 from fmi_server.certificates import ClientCertificate
 from fmi_server.emission import Answer
@@ -30,6 +33,9 @@ AUDITED_REASONS: Final = frozenset(
 FLAGS: Final = ("dry_run", "force", "quarantined")
 """Fields of the operator's requests that say what kind of change is asked for."""
 
+MOST_BYTES: Final = 256 * 1024
+"""The largest packet that is read for who sent it."""
+
 MOST_ITEMS: Final = 8
 """Lines for the refused packets of one batch; alike ones share a line."""
 
@@ -41,7 +47,7 @@ def describe(caller: Caller, request: Any) -> dict[str, str]:
         caller: Who calls.
         request: A request of any method.
     """
-    header = getattr(getattr(request, "packet", None), "header", None)
+    header = getattr(_packet(request), "header", None)
     spec = getattr(request, "spec", None)
     patterns = getattr(request, "cohorts", ())
     return {
@@ -67,6 +73,19 @@ def note_items(audit: AuditLog, caller: Caller, answers: Sequence[Answer]) -> No
     )
     for (reason, told), count in refused.most_common(MOST_ITEMS):
         audit.refused(reason_name(reason), {**_who(caller), "told": told}, count=count)
+
+
+def _packet(request: Any) -> object:
+    """Return the packet of a request, which may be bytes; None where there is none that can be read."""
+    packet = getattr(request, "packet", None)
+    if not isinstance(packet, bytes):
+        return packet
+    if len(packet) > MOST_BYTES:
+        return None
+    try:
+        return packet_pb2.Packet.FromString(packet)
+    except DecodeError:
+        return None
 
 
 def _who(caller: Caller) -> dict[str, str]:
