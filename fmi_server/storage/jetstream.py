@@ -139,7 +139,8 @@ class JetStreamStore(Store):
             try:
                 await self._open()
             except StoreUnavailableError as error:
-                if error.cause not in ("no_answer", "no_broker") or time.monotonic() > deadline:
+                passing = error.cause in ("no_answer", "no_broker", "no_quorum")
+                if not passing or time.monotonic() > deadline:
                     raise
                 if not told:
                     _LOG.warning("%s; tried again", error)

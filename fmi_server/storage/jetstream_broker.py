@@ -206,12 +206,17 @@ class BrokerConnection:
     # Asking
 
     async def ensure_stream(self, config: StreamConfig) -> None:
-        """Make a stream if there is none of its name; one that is there is left as it is."""
+        """Make a stream if there is none of its name; one that is there is left as it is.
+
+        Raises:
+            StoreUnavailableError: It cannot be made, or that is not answered.
+        """
         try:
-            await uncancelled(self.jetstream.add_stream(config))
-        except Exception as error:
-            if getattr(error, "err_code", None) != STREAM_EXISTS:
-                raise broker_error(error, self.location) from error
+            # To make it twice changes nothing.
+            await self.ask(lambda: self.jetstream.add_stream(config))
+        except StoreUnavailableError as error:
+            if getattr(error.__cause__, "err_code", None) != STREAM_EXISTS:
+                raise
 
     async def stream_info(self, stream: str, *, subjects: str | None = None) -> StreamInfo:
         """Return what the leader of a stream knows of it; with the subjects that match, where asked for."""

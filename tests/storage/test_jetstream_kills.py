@@ -221,3 +221,30 @@ async def test_without_a_majority_nothing_is_acknowledged(
     assert outcome.status in ("stored", "duplicate")
     await one.catch_up()
     assert await ids(one) == ["before", "alone"]
+
+
+async def test_who_opens_waits_until_the_brokers_have_a_leader(
+    cluster: list[Broker], tmp_path: Path
+) -> None:
+    url = f"nats://{','.join(broker.address for broker in cluster)}/fmi"
+    quick = replace(QUICK, replicas=3, patience_s=1.0)
+    async with await opened(JetStreamStore(url, tmp_path / "a.db", options=quick)) as store:
+        await store.append([packet("p0")])
+    for broker in cluster[1:]:
+        broker.kill()
+    # The one that is left knows after a while that it is alone, and says so.
+    cause = ""
+    async with asyncio.timeout(180):
+        while cause != "no_quorum":
+            with pytest.raises(StoreUnavailableError) as caught:
+                await JetStreamStore(url, tmp_path / "b.db", options=quick).open()
+            cause = caught.value.cause
+    patient = replace(quick, open_patience_s=120.0)
+    again = JetStreamStore(url, tmp_path / "a.db", options=patient)
+    opening = asyncio.create_task(again.open())
+    await asyncio.wait({opening}, timeout=1.0)
+    for broker in cluster[1:]:
+        await broker.start()
+    await opening
+    assert await ids(again) == ["p0"]
+    await again.close()
