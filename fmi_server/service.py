@@ -32,6 +32,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar, cast
 
@@ -93,6 +94,9 @@ THREAD_FROM_PACKETS: Final = 32
 
 CHECKING: Final = 1
 """Threads that check batches: it is plain computing, and more of them only take turns with the event loop."""
+
+THREAD_FROM_BYTES: Final = 32 * 1024
+"""The same of a single packet: what is wrong with one of 250 kB takes 100 ms to be told."""
 
 RELEASE_TRIES: Final = 5
 """Tries to release a cohort that other servers release at the same time."""
@@ -345,11 +349,10 @@ class FMIService:
                 kind = typed.WhichOneof("body") or kind
                 if self._following is not None and typed.header.cohort not in self.cohorts:
                     await self.settle()  # another server may know it
-                received_at_us = int(self._clock() * 1e6)
-                candidate = self._open_cohort(
-                    self._intake.inspect(typed, received_at_us=received_at_us, caller=caller),
-                    caller,
-                )
+                now_us = int(self._clock() * 1e6)
+                inspect = partial(self._intake.inspect, typed, received_at_us=now_us, caller=caller)
+                inspected = await self._in_turn(inspect) if _large(packet) else inspect()
+                candidate = self._open_cohort(inspected, caller)
                 outcome = await self._append(candidate)
                 answer = self._settled(candidate, outcome)
                 if answer.error is not None:
@@ -439,11 +442,16 @@ class FMIService:
             return check(items, received_at_us=now_us, caller=caller)
         inspected: list[Candidate | Answer] = []
         for turn in turns:
-            async with self._checking:
-                inspected += await in_thread(
-                    check, turn, received_at_us=now_us, caller=caller, first=len(inspected)
-                )
+            first = len(inspected)
+            inspected += await self._in_turn(
+                partial(check, turn, received_at_us=now_us, caller=caller, first=first)
+            )
         return inspected
+
+    async def _in_turn(self, check: Callable[[], _T]) -> _T:
+        """Check in a thread what takes long, one after the other."""
+        async with self._checking:
+            return await in_thread(check)
 
     async def _keep_batch(
         self, inspected: Sequence[Candidate | Answer], caller: Principal
@@ -469,19 +477,17 @@ class FMIService:
             self.telemetry.packet(kind, status, count=count)
         return answers
 
-    def inspect(
-        self, packet: bytes | packet_pb2.Packet, *, caller: Principal = TRUSTED
-    ) -> Inspection:
-        """Check a packet as `emit` would, and store nothing."""
-        if isinstance(packet, bytes):
-            try:
-                packet = self._intake.parsed(packet)
-            except PacketRefusedError as refusal:
-                return Inspection(tuple(refusal.violations))
-        found = self.validator.inspect(packet, caller=caller)
-        if found.violations or packet.header.cohort in self.cohorts:
+    async def inspect(self, packet: bytes, *, caller: Principal = TRUSTED) -> Inspection:
+        """Check a serialised packet as `emit` would, and store nothing."""
+        try:
+            typed = self._intake.parsed(packet)
+        except PacketRefusedError as refusal:
+            return Inspection(tuple(refusal.violations))
+        inspect = partial(self.validator.inspect, typed, caller=caller)
+        found = await self._in_turn(inspect) if _large(packet) else inspect()
+        if found.violations or typed.header.cohort in self.cohorts:
             return found
-        return replace(found, warnings=(*found.warnings, *opening_warnings(packet.header.cohort)))
+        return replace(found, warnings=(*found.warnings, *opening_warnings(typed.header.cohort)))
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -876,3 +882,7 @@ class FMIService:
     async def dictionary(self, dictionary_id: int = 0) -> tuple[int, bytes]:
         """Read a dictionary; the newest where no id is given; see `DictionaryShelf.read`."""
         return await self._dictionaries.read(dictionary_id)
+
+
+def _large(packet: object) -> bool:
+    return isinstance(packet, bytes) and len(packet) > THREAD_FROM_BYTES

@@ -189,9 +189,10 @@ class InterchangeServicer:
     async def _take(self, request: RawEmitStreamRequest, caller: Caller) -> list[Answer]:
         principal = caller.principal
         if request.HasField("packets"):
-            if not request.packets:
+            batch = request.packets  # a copy each time
+            if not batch:
                 raise EnvelopeMalformedError("the batch has no packets")
-            return await self._service.emit_batch(request.packets, caller=principal)
+            return await self._service.emit_batch(batch, caller=principal)
         self._service.registry.check_request(
             wire_pb2.EmitStreamRequest(encoded=_checkable(request))
         )

@@ -80,7 +80,7 @@ class RegistryServicer:
         """Check a packet as Emit would."""
         if not request.HasField("packet"):
             self._service.registry.check_request(wire_pb2.ValidatePacketRequest())
-        found = self._service.inspect(request.packet, caller=caller.principal)
+        found = await self._service.inspect(request.packet, caller=caller.principal)
         response = wire_pb2.ValidatePacketResponse(
             valid=not found.violations and not found.quarantine_reason,
             quarantined=bool(found.quarantine_reason),

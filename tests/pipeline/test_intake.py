@@ -111,3 +111,21 @@ def test_a_good_packet_does_not_keep_its_batch():
     ]
     assert all(isinstance(candidate, Candidate) for candidate in kept)
     assert rss_mb() - before < 100
+
+
+async def test_a_large_packet_is_checked_beside_the_event_loop():
+    """What is wrong with it takes long to be told; small ones are checked at once."""
+    pairs = packet_pb2.ConceptCausalSummary.FromString(b"\x0a\x00" * 30_000)
+    large = packet_pb2.Packet(header=GOOD.header, ccs=pairs).SerializeToString()
+    async with FMIService(clock=Clock(NOW)) as service:
+        async with service._checking:
+            refused = asyncio.create_task(service.emit(large))
+            told = asyncio.create_task(service.inspect(large))
+            answer = await service.emit(GOOD.SerializeToString())
+            assert answer.status == "accepted"
+            assert (await service.inspect(GOOD.SerializeToString())).violations == ()
+            assert not refused.done()
+            assert not told.done()
+        with pytest.raises(PacketRefusedError):
+            await refused
+        assert (await told).violations
