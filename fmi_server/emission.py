@@ -152,7 +152,7 @@ class Intake:
         *,
         received_at_us: int,
         caller: Principal = TRUSTED,
-        first: int = 0,
+        first: int | None = 0,
     ) -> list[Candidate | Answer]:
         """Check packets one by one: a candidate for each that keeps the rules, else its answer.
 
@@ -160,11 +160,14 @@ class Intake:
             items: Packets, typed or serialised.
             received_at_us: When they came, Unix microseconds.
             caller: Who sends them.
-            first: The place of the first of them in their batch, for what is told of it.
+            first: The place of the first of them in their batch, for what is told of it; None where there
+                is no batch.
         """
         return [
-            self._inspect_item(item, f"packets[{index}]", received_at_us, caller)
-            for index, item in enumerate(items, first)
+            self._inspect_item(
+                item, "packet" if first is None else f"packets[{index}]", received_at_us, caller
+            )
+            for index, item in enumerate(items, first or 0)
         ]
 
     def _inspect_item(

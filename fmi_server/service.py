@@ -96,7 +96,7 @@ CHECKING: Final = 1
 """Threads that check batches: it is plain computing, and more of them only take turns with the event loop."""
 
 THREAD_FROM_BYTES: Final = 32 * 1024
-"""The same of a single packet: what is wrong with one of 250 kB takes 100 ms to be told."""
+"""The same by their bytes: what is wrong with a packet of 250 kB takes 100 ms to be told."""
 
 RELEASE_TRIES: Final = 5
 """Tries to release a cohort that other servers release at the same time."""
@@ -341,17 +341,19 @@ class FMIService:
             try:
                 if isinstance(packet, bytes):
                     self.quotas.admit_packets(caller.account, 1, len(packet))
-                    typed = self._intake.parsed(packet)
+                    (item,) = await self._inspected_anywhere([packet], caller, first=None)
+                    kind = item.kind if isinstance(item, Answer) else item.record.kind
+                    inspected = _kept(item)
                 else:
                     typed = self.registry.coerce(packet)
+                    kind = typed.WhichOneof("body") or kind
                     if caller.account:
                         self.quotas.admit_packets(caller.account, 1, typed.ByteSize())
-                kind = typed.WhichOneof("body") or kind
-                if self._following is not None and typed.header.cohort not in self.cohorts:
-                    await self.settle()  # another server may know it
-                now_us = int(self._clock() * 1e6)
-                inspect = partial(self._intake.inspect, typed, received_at_us=now_us, caller=caller)
-                inspected = await self._in_turn(inspect) if _large(packet) else inspect()
+                    if self._following is not None and typed.header.cohort not in self.cohorts:
+                        await self.settle()  # another server may know it
+                    inspected = self._intake.inspect(
+                        typed, received_at_us=int(self._clock() * 1e6), caller=caller
+                    )
                 candidate = self._open_cohort(inspected, caller)
                 outcome = await self._append(candidate)
                 answer = self._settled(candidate, outcome)
@@ -417,13 +419,24 @@ class FMIService:
     async def _emit_items(
         self, items: Sequence[bytes | packet_pb2.Packet], caller: Principal
     ) -> list[Answer]:
-        inspected = await self._inspected(items, caller)
+        inspected = await self._inspected_anywhere(items, caller)
+        return await self.uninterrupted(self._keep_batch(inspected, caller))
+
+    async def _inspected_anywhere(
+        self,
+        items: Sequence[bytes | packet_pb2.Packet],
+        caller: Principal,
+        *,
+        first: int | None = 0,
+    ) -> list[Candidate | Answer]:
+        """Check packets, of cohorts that any of the servers knows."""
+        inspected = await self._inspected(items, caller, first)
         if self._following is not None and any(self._is_strange(item) for item in inspected):
             known = len(self.cohorts)
             await self.settle()
             if len(self.cohorts) != known:
-                inspected = await self._inspected(items, caller)
-        return await self.uninterrupted(self._keep_batch(inspected, caller))
+                inspected = await self._inspected(items, caller, first)
+        return inspected
 
     def _is_strange(self, item: Candidate | Answer) -> bool:
         """Say whether an item is of a cohort that is not known here: another server may know it."""
@@ -432,20 +445,19 @@ class FMIService:
         return item.error is not None and item.error.reason == Reason.COHORT_UNKNOWN
 
     async def _inspected(
-        self, items: Sequence[bytes | packet_pb2.Packet], caller: Principal
+        self, items: Sequence[bytes | packet_pb2.Packet], caller: Principal, first: int | None
     ) -> list[Candidate | Answer]:
         """Check packets: few at once, many a slice at a time in a thread, in turns with other batches."""
         now_us = int(self._clock() * 1e6)
         check = self._intake.inspect_many
-        turns = slices(items)
-        if len(turns) == 1 and len(items) < THREAD_FROM_PACKETS:
-            return check(items, received_at_us=now_us, caller=caller)
+        if len(items) < THREAD_FROM_PACKETS and sum(map(size_of, items)) <= THREAD_FROM_BYTES:
+            return check(items, received_at_us=now_us, caller=caller, first=first)
         inspected: list[Candidate | Answer] = []
-        for turn in turns:
-            first = len(inspected)
+        for turn in slices(items):
             inspected += await self._in_turn(
                 partial(check, turn, received_at_us=now_us, caller=caller, first=first)
             )
+            first = len(inspected)
         return inspected
 
     async def _in_turn(self, check: Callable[[], _T]) -> _T:
@@ -479,15 +491,19 @@ class FMIService:
 
     async def inspect(self, packet: bytes, *, caller: Principal = TRUSTED) -> Inspection:
         """Check a serialised packet as `emit` would, and store nothing."""
-        try:
-            typed = self._intake.parsed(packet)
-        except PacketRefusedError as refusal:
-            return Inspection(tuple(refusal.violations))
-        inspect = partial(self.validator.inspect, typed, caller=caller)
-        found = await self._in_turn(inspect) if _large(packet) else inspect()
-        if found.violations or typed.header.cohort in self.cohorts:
-            return found
-        return replace(found, warnings=(*found.warnings, *opening_warnings(typed.header.cohort)))
+
+        def check() -> Inspection:
+            try:
+                typed = self._intake.parsed(packet)
+            except PacketRefusedError as refusal:
+                return Inspection(tuple(refusal.violations))
+            found = self.validator.inspect(typed, caller=caller)
+            cohort = typed.header.cohort
+            if found.violations or cohort in self.cohorts:
+                return found
+            return replace(found, warnings=(*found.warnings, *opening_warnings(cohort)))
+
+        return check() if len(packet) <= THREAD_FROM_BYTES else await self._in_turn(check)
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -884,5 +900,8 @@ class FMIService:
         return await self._dictionaries.read(dictionary_id)
 
 
-def _large(packet: object) -> bool:
-    return isinstance(packet, bytes) and len(packet) > THREAD_FROM_BYTES
+def _kept(item: Candidate | Answer) -> Candidate:
+    """Return a packet that keeps the rules; raise why another one was refused."""
+    if isinstance(item, Candidate):
+        return item
+    raise item.error or ValueError(f"nothing is wrong with packet {item.packet_id}")

@@ -117,7 +117,7 @@ def _budgets() -> Iterator[Sequence[str]]:
     yield "Of", "At most", "Past it"
     envelopes, writer = EnvelopeLimits(), GroupLimits()
     yield (
-        "envelopes that are being decoded, all together",
+        "envelopes and batches that are being taken, all together",
         _mib(envelopes.max_decoded_bytes),
         "further ones wait their turn; where many wait already, OVERLOADED",
     )

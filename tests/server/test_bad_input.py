@@ -604,6 +604,12 @@ async def test_garbage_on_a_stream_ends_it_with_a_typed_refusal(client, untouche
     good = wire_pb2.EmitStreamRequest(packets=packet_pb2.PacketBatch(packets=[msp("a", "free")]))
     await call.write(good.SerializeToString())
     assert wire_pb2.EmitStreamResponse.FromString(await call.read()).accepted == 1
+    bad = wire_pb2.EmitStreamRequest(batch_id=2).SerializeToString()
+    bad += b"\x12\x22\x0a\x20" + b"\xff" * 32  # a packet that cannot be parsed
+    await call.write(bad)
+    answer = wire_pb2.EmitStreamResponse.FromString(await call.read())
+    assert (answer.batch_id, answer.packets, answer.accepted) == (2, 1, 0)
+    assert answer.exceptions[0].refusal.violations[0].rule_id == "fmi.packet.malformed"
     await call.write(b"\xff" * 30)
     refusal = await refusal_of(call.read())
     assert (refusal.code, refusal.reason) == (Code.INVALID_ARGUMENT, "CONTRACT_VIOLATION")
