@@ -93,7 +93,7 @@ THREAD_FROM_PACKETS: Final = 32
 """Batches of this size and larger are checked in a thread, so that single Emits do not wait for them."""
 
 CHECKING: Final = 1
-"""Threads that check batches: it is plain computing, and more of them only take turns with the event loop."""
+"""Threads that decode and check: mostly Python, so that more of them only take turns with the event loop."""
 
 THREAD_FROM_BYTES: Final = 32 * 1024
 """The same by their bytes: what is wrong with a packet of 250 kB takes 100 ms to be told."""
@@ -412,7 +412,7 @@ class FMIService:
             self._decoder.refuse_too_large(envelope)
             self.quotas.admit_packets(caller.account, 0, envelope.uncompressed_size)
             async with self._decoding.spending(envelope.uncompressed_size):
-                items = await asyncio.to_thread(self._decoder.decode, envelope)
+                items = await self._in_turn(partial(self._decoder.decode, envelope))
                 self.quotas.charge_packets(caller.account, len(items))
                 return await self._emit_items(items, caller)
 
@@ -461,7 +461,7 @@ class FMIService:
         return inspected
 
     async def _in_turn(self, check: Callable[[], _T]) -> _T:
-        """Check in a thread what takes long, one after the other."""
+        """Decode or check in a thread what takes long, one after the other."""
         async with self._checking:
             return await in_thread(check)
 

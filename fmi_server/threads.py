@@ -20,3 +20,7 @@ async def in_thread(work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs)
     except asyncio.CancelledError:
         await asyncio.wait([working])
         raise
+    finally:
+        del (
+            working
+        )  # its error has this frame, and what was worked on would stay until garbage is collected
