@@ -28,6 +28,7 @@ __all__ = [
     "Candidate",
     "Intake",
     "PacketStatus",
+    "kept",
     "opening_warnings",
     "overtaking_warnings",
     "settle",
@@ -51,6 +52,11 @@ class Candidate:
     packet: packet_pb2.Packet
     record: PacketRecord
     warnings: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        """`msp`, `pop` or `ccs`."""
+        return self.record.kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +182,7 @@ class Intake:
         try:
             packet = self.parsed(item, path) if isinstance(item, bytes) else item
         except PacketRefusedError as refusal:
-            return Answer("", "unknown", "refused", error=refusal)
+            return Answer("", "unknown", "refused", error=_alone(refusal))
         try:
             return self.inspect(packet, received_at_us=received_at_us, caller=caller)
         except PacketRefusedError as refusal:
@@ -184,8 +190,31 @@ class Intake:
                 packet.header.packet_id[:64],
                 packet.WhichOneof("body") or "unknown",
                 "refused",
-                error=refusal,
+                error=_alone(refusal),
             )
+
+
+def _alone(error: PacketRefusedError) -> PacketRefusedError:
+    """Return an error without where it came from, which would keep the packet until its batch is answered."""
+    error.__context__ = None
+    return error.with_traceback(None)
+
+
+def kept(items: list[Candidate | Answer]) -> Candidate:
+    """Take the only packet of a list out of it, or raise why it was refused.
+
+    Raises:
+        FMIError: It was.
+    """
+    item = items.pop()
+    if isinstance(item, Candidate):
+        return item
+    error = item.error
+    del item
+    try:
+        raise error or ValueError("an answer without an error is none of a packet that was refused")
+    finally:
+        del error  # it has this frame: nothing that is refused shall wait for the garbage collector
 
 
 def size_of(packet: bytes | packet_pb2.Packet) -> int:

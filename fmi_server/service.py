@@ -53,6 +53,7 @@ from fmi_server.emission import (
     Answer,
     Candidate,
     Intake,
+    kept,
     opening_warnings,
     overtaking_warnings,
     settle,
@@ -341,9 +342,9 @@ class FMIService:
             try:
                 if isinstance(packet, bytes):
                     self.quotas.admit_packets(caller.account, 1, len(packet))
-                    (item,) = await self._inspected_anywhere([packet], caller, first=None)
-                    kind = item.kind if isinstance(item, Answer) else item.record.kind
-                    inspected = _kept(item)
+                    found = await self._inspected_anywhere([packet], caller, first=None)
+                    kind = found[0].kind
+                    inspected = kept(found)
                 else:
                     typed = self.registry.coerce(packet)
                     kind = typed.WhichOneof("body") or kind
@@ -898,10 +899,3 @@ class FMIService:
     async def dictionary(self, dictionary_id: int = 0) -> tuple[int, bytes]:
         """Read a dictionary; the newest where no id is given; see `DictionaryShelf.read`."""
         return await self._dictionaries.read(dictionary_id)
-
-
-def _kept(item: Candidate | Answer) -> Candidate:
-    """Return a packet that keeps the rules; raise why another one was refused."""
-    if isinstance(item, Candidate):
-        return item
-    raise item.error or ValueError(f"nothing is wrong with packet {item.packet_id}")

@@ -10,7 +10,7 @@ from google.protobuf import timestamp_pb2
 from fmi.v1 import error_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi_server.audit import AuditLog
-from fmi_server.emission import Answer
+from fmi_server.emission import Answer, kept
 from fmi_server.errors import (
     DictionaryUnknownError,
     EnvelopeMalformedError,
@@ -63,7 +63,7 @@ class InterchangeServicer:
         answers = await self._service.emit_envelope(request.encoded, caller=caller.principal)
         self._note(answers, caller)
         if len(answers) == 1 and answers[0].error is not None:
-            raise answers[0].error
+            kept([answers.pop()])
         return wire_pb2.EmitResponse(
             results=[_result(index, answer) for index, answer in enumerate(answers)]
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import resource
+import weakref
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,34 @@ def test_what_no_cohort_takes_is_refused_before_it_is_parsed():
     with pytest.raises(PacketRefusedError) as caught:
         INTAKE.parsed(b"\xff" * largest)
     assert [found.rule_id for found in caught.value.violations] == ["fmi.packet.malformed"]
+
+
+def test_what_was_refused_is_not_kept():
+    """Each takes 12 MB when it is parsed, and the answers wait for the last of their batch."""
+    pairs = packet_pb2.ConceptCausalSummary.FromString(b"\x0a\x00" * 120_000)
+    bad = packet_pb2.Packet(header=GOOD.header, ccs=pairs).SerializeToString()
+    INTAKE.inspect_many([bad], received_at_us=1)
+    before = rss_mb()
+    answers = INTAKE.inspect_many([bytes(bytearray(bad)) for _ in range(30)], received_at_us=1)
+    assert all(len(answer.error.violations) == 100 for answer in answers)
+    assert rss_mb() - before < 100
+
+
+async def test_a_packet_that_is_refused_is_let_go_of_at_once():
+    bad = [packet_pb2.Packet(header=GOOD.header).SerializeToString(), b"\xff" * 600_000]
+    async with FMIService(clock=Clock(NOW)) as service:
+        for data in bad:
+            gc.collect()
+            gc.disable()
+            try:
+                with pytest.raises(PacketRefusedError) as caught:
+                    await service.emit(data)
+                gone = weakref.ref(caught.value)
+                del caught
+                await asyncio.sleep(0)
+                assert gone() is None, "its frames have the packet"
+            finally:
+                gc.enable()
 
 
 def test_a_good_packet_does_not_keep_its_batch():
