@@ -15,7 +15,7 @@ FMI_CLUSTER_ROUNDS ?= 100
 FMI_FUZZ_INPUTS ?= 150000
 FMI_SEARCHES ?= 10
 
-.PHONY: help demo demo-cluster test test-lowest search torture torture-cluster soak fuzz check check-deploy image format proto proto-check proto-release serve bench bench-aggregation bench-cluster bench-confidence bench-jetstream bench-peers bench-privacy bench-quotas bench-start bench-warm-start privacy-error bench-abuse wheel clean
+.PHONY: help demo demo-cluster test test-lowest search torture torture-cluster soak fuzz check check-deploy image format proto proto-check proto-release serve bench bench-aggregation bench-cluster bench-confidence bench-jetstream bench-peers bench-privacy bench-quotas bench-scaling bench-start bench-warm-start privacy-error bench-abuse wheel clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -112,6 +112,9 @@ privacy-error: $(VENV)/ready ## Simulate the error of private releases by sites 
 
 bench-quotas: $(VENV)/ready ## Measure what a site feels of another one that sends ten times its quota
 	$(BIN)/python -m benchmarks.quotas
+
+bench-scaling: $(VENV)/ready ## Measure what grows with what, plan with it, simulate levels; writes docs/scaling.md
+	$(BIN)/python -m benchmarks.scaling all
 
 bench-start: $(VENV)/ready ## Measure how long a server with many packets takes to be ready
 	$(BIN)/python -m benchmarks.start
