@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -42,8 +43,9 @@ def say(line: str) -> None:
 
 def measure_costs(record: Record, effort: Effort) -> None:
     """Measure what one of each thing costs."""
+    busy = os.getloadavg()[0]
     record.costs = asyncio.run(measure(effort, say))
-    record.machine = machine()
+    record.machine = f"{machine()}, where the load was {busy:.1f} before"
     for name, value in dataclasses.asdict(record.costs).items():
         print(f"{name:30} {value:.4g}")
 

@@ -27,7 +27,7 @@ PLACES: Final = {
 
 def draw(costs: UnitCosts, simulated: dict[str, Any], path: Path) -> None:
     """Draw it and write it to `path` as PNG."""
-    figure = Figure(figsize=(13, 4.4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(14, 4.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     limits, lies, sketches = figure.subplots(1, 3)
     _limits(limits, costs)
@@ -60,7 +60,9 @@ def _lies(axes: Axes, found: list[dict[str, Any]]) -> None:
     for colour, (place, label) in zip(COLOURS, PLACES.items(), strict=False):
         shares = [row["share"] * 100 for row in rows]
         moved = [max(row["moved"][place], 1e-3) for row in rows]
-        axes.loglog(shares, moved, color=colour, marker=".", label=label)
+        # Liars everywhere do to two levels what they do to one: the lines lie on each other.
+        style = "--" if place == "spread" else "-"
+        axes.loglog(shares, moved, style, color=colour, marker=".", label=label)
         broken = [
             (share, value)
             for share, value, row in zip(shares, moved, rows, strict=True)
@@ -71,11 +73,13 @@ def _lies(axes: Axes, found: list[dict[str, Any]]) -> None:
                 *zip(*broken, strict=True), "o", color=colour, markersize=8, fillstyle="none"
             )
     axes.set_xlabel("sites that lie, %")
-    axes.set_ylabel("moved by, standard deviations of sites")
+    axes.set_ylabel("moved by (standard deviations)")
     axes.set_title(
-        f"Lies of up to ten of these, {most:,} sites\n(ringed: lost where nothing bounds a lie)"
+        f"Lies of up to ten standard deviations, {most:,} sites\n"
+        "(ringed: lost where nothing bounds a lie)"
     )
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_ylim(top=200.0)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
 
 
 def _sketches(axes: Axes, found: dict[str, Any]) -> None:
@@ -87,11 +91,8 @@ def _sketches(axes: Axes, found: dict[str, Any]) -> None:
             size = row["region_bytes"] * found["regions"]
             axes.loglog(size, row["joined_error"], "s", color=colour, fillstyle="none")
     chance = found["sites"] ** -0.5
-    axes.axhline(chance, color="#444444", linewidth=1.0)
-    axes.text(
-        axes.get_xlim()[0], chance, " chance among the sites themselves", va="bottom", fontsize=8
-    )
+    axes.axhline(chance, color="#444444", linewidth=1.0, label="chance among the sites")
     axes.set_xlabel("bytes for a signal")
-    axes.set_ylabel("error of the trimmed mean, standard deviations of sites")
-    axes.set_title("Sketches of all sites (dots: merged; squares: kept by region)")
+    axes.set_ylabel("error (standard deviations)")
+    axes.set_title("Trimmed mean by sketches\n(dots: merged; squares: kept by region)")
     axes.legend(frameon=False, fontsize=8)

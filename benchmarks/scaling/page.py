@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
@@ -49,7 +50,7 @@ def _costs(record: Record) -> UnitCosts:
 
 
 def _machine(record: Record) -> str:
-    return f"Measured on {record.machine}.\n"
+    return textwrap.fill(f"Measured on {record.machine}.", 120) + "\n"
 
 
 def _grows(record: Record) -> str:
@@ -117,7 +118,7 @@ def _grows(record: Record) -> str:
         ("parent", f"{_time(costs.uplink_cpu_s)} of each release", "none", "none", "each prior"),
         (
             "server, with nothing to do",
-            f"{costs.idle_cpu:.1%} of a core",
+            f"{_percent(costs.idle_cpu, 1)} of a core",
             _bytes(costs.server_bytes),
             "",
             "",
@@ -222,7 +223,7 @@ def _load(load: Load, limits: Limits) -> Row:
         f"{_bytes(load.out_bytes_s)}/s",
         _time(load.release_s),
         _time(load.start_s),
-        "; ".join(f"{name} {used:.0%}" for name, used in load.nearest(limits)[:2]),
+        "; ".join(f"{name} {_share(used)}" for name, used in load.nearest(limits)[:2]),
     )
 
 
@@ -304,18 +305,24 @@ def _short(record: Record) -> str:
     alone_million = load_of(million, costs)
     above = sum(level.servers for level in day.levels[1:])
     most = max(level.load.most_used(limits) for level in day.levels)
-    return (
-        f"* With half a core one server takes {_round(alone):,} packets/s that come alone, or "
-        f"{_round(batched):,} in envelopes, or gives {_round(told):,} updates/s to subscribers.\n"
-        f"* In 8 GB it holds {_round(held):,} sites of {SIGNALS} signals.\n"
-        "* One server for 1,000,000 sites that send once an hour would take "
+    one = (
+        f"With half a core one server takes {_round(alone):,} packets/s that come alone for good, or "
+        f"{_round(batched):,} in envelopes, compaction included; or gives {_round(told):,} updates/s."
+    )
+    room_for = f"In 8 GB it holds {_round(held):,} sites of {SIGNALS} signals."
+    all_at_one = (
+        "One server for 1,000,000 sites that send once an hour would take "
         f"{alone_million.cores:.2f} cores, {_bytes(alone_million.memory_bytes)} of memory and "
         f"{_bytes(alone_million.disk_bytes)} of disk, before anybody subscribes; with as many subscribers, "
         f"{day.one.cores:.2f} cores, {_bytes(day.one.memory_bytes)} and "
-        f"{day.one.subscribers / limits.subscribers:,.0f} times the subscriptions that it takes.\n"
-        f"* As a hierarchy it is {day.levels[0].servers} regions and {above} above them, none of which uses "
-        f"more than {most:.0%} of a limit.\n"
+        f"{day.one.subscribers / limits.subscribers:,.0f} times the subscriptions that it takes."
     )
+    levels = (
+        f"As a hierarchy it is {day.levels[0].servers} regions and {above} above them, none of which uses "
+        f"more than {_share(most)} of a limit."
+    )
+    said = (one, room_for, all_at_one, levels)
+    return "".join(f"{textwrap.fill(f'* {line}', 120, subsequent_indent='  ')}\n" for line in said)
 
 
 # What is simulated
@@ -367,7 +374,7 @@ def _lies(record: Record) -> str:
                 f"{max(row['moved'][place], 0.0):.2f}{', lost' if row['broken'][place] else ''}"
                 for place in places
             ]
-            rows.append((f"{row['share']:.1%}", *cells))
+            rows.append((_percent(row["share"], 1), *cells))
     return _table(rows)
 
 
@@ -382,7 +389,7 @@ def _sketches(record: Record) -> str:
             "error, merged",
             "error, kept by region",
             "error of the median",
-            *(f"lost at {share} liars" for share in shares),
+            *(f"lost at {share.replace('%', ' %')} liars" for share in shares),
         )
     ]
     rows += [
@@ -393,7 +400,7 @@ def _sketches(record: Record) -> str:
             f"{row['trimmed_mean_error']:.4f}",
             "cannot" if row["joined_error"] is None else f"{row['joined_error']:.5f}",
             f"{row['median_error']:.4f}",
-            *(f"{row['broken'][share]:.0%}" for share in shares),
+            *(_percent(row["broken"][share]) for share in shares),
         )
         for row in found["accuracy"]
     ]
@@ -404,7 +411,7 @@ def _trust(record: Record) -> str:
     found = record.simulated["sketches"]["trust"]
 
     def lost(share: float) -> str:
-        return f"lost in {share:.0%} of the runs"
+        return f"lost in {_percent(share)} of the runs"
 
     return _table(
         [
@@ -419,12 +426,12 @@ def _trust(record: Record) -> str:
                 f"off by {found['drift_replaced']:.4f}",
             ),
             (
-                f"{found['eager_share']:.0%} of the sites lie, and send twenty times as often",
+                f"{_percent(found['eager_share'])} of the sites lie, and send twenty times as often",
                 lost(found["eager_inserted"]),
                 lost(found["eager_replaced"]),
             ),
             (
-                f"{found['aimed_share']:.1%} of the sites lie, just more in a region than it trims",
+                f"{_percent(found['aimed_share'], 1)} of the sites lie, just more in a region than it trims",
                 "",
                 lost(found["aimed_merged"]),
             ),
@@ -484,6 +491,14 @@ def _update(costs: UnitCosts, signals: int) -> float:
 def _round(value: float) -> int:
     """Round to two digits."""
     return int(float(f"{value:.2g}"))
+
+
+def _share(used: float) -> str:
+    return _percent(used) if used < 1.995 else f"{used:.3g} x"
+
+
+def _percent(share: float, digits: int = 0) -> str:
+    return f"{share * 100:.{digits}f} %"
 
 
 def _bytes(value: float) -> str:

@@ -25,9 +25,9 @@ def test_a_figure_that_was_not_measured_is_found(name: str) -> None:
     begin = f"<!-- begin {name}: generated -->\n"
     before, _, rest = PAGE.partition(begin)
     part, _, after = rest.partition(f"<!-- end {name} -->")
-    changed = re.sub(r"\d", "7", part, count=3)
-    assert changed != part or "777" in part
-    document = f"{before}{begin}{changed}0<!-- end {name} -->{after}"
+    changed = re.sub(r"\d", lambda digit: str((int(digit[0]) + 1) % 10), part, count=1)
+    assert changed != part
+    document = f"{before}{begin}{changed}<!-- end {name} -->{after}"
     assert generated(document, RECORD) == PAGE
 
 
@@ -52,15 +52,18 @@ def test_what_is_said_of_lies_was_simulated() -> None:
     assert by_share[0.011] == {"flat": 0.0, "spread": 0.0, "whole regions": 0.0, "aimed": 1.0}
     assert (by_share[0.09]["flat"], by_share[0.09]["spread"]) == (0.0, 0.0)
     assert all(by_share[0.11].values())
+    (at_five,) = [row for row in rows if (row["sites"], row["share"]) == (most, 0.05)]
+    assert at_five["moved"]["aimed"] < 1 / 3
 
 
 def test_what_is_said_of_sketches_was_simulated() -> None:
     found = RECORD.simulated["sketches"]
     lost = {row["kind"]: row["broken"]["9.0%"] for row in found["accuracy"]}
-    assert lost.pop("t-digest, k = 200") == 1.0
+    assert lost.pop("t-digest, k = 200") > 0.5
     assert set(lost.values()) == {0.0}
-    best = min(found["accuracy"], key=lambda row: row["trimmed_mean_error"])
-    assert best["kind"] == "t-digest, k = 200"
+    by_mean = min(found["accuracy"], key=lambda row: row["trimmed_mean_error"])
+    by_median = max(found["accuracy"], key=lambda row: row["median_error"])
+    assert by_mean["kind"] == by_median["kind"] == "t-digest, k = 200"
     trust = found["trust"]
     assert trust["drift_inserted"] > 100 * trust["drift_replaced"]
     assert (trust["eager_inserted"], trust["eager_replaced"]) == (1.0, 0.0)
