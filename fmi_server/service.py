@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import time
 from collections import Counter
 from collections.abc import (
@@ -39,11 +38,13 @@ from typing import Any, Final, Self, TypeVar, cast
 from fmi.plain import DEFAULT_PROFILE_CLASS
 from fmi.v1 import cohort_pb2, packet_pb2, update_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
-from fmi_server.access import TRUSTED, AccessRules, Action, Gate, Principal, View
+from fmi_server.access import TRUSTED, Action, Gate, Principal, View
 from fmi_server.aggregation import WarmStartRequest
 from fmi_server.aggregator import FMIAggregator
 from fmi_server.applied import AppliedBook, Report
 from fmi_server.bus import Bus, FederationBusAdapter
+from fmi_server.checking import Checking
+from fmi_server.cluster import Cluster
 from fmi_server.cohorts import CohortRegistry, CohortRules
 from fmi_server.compaction import Compactor
 from fmi_server.contracts import FMIContractRegistry
@@ -58,46 +59,31 @@ from fmi_server.emission import (
     overtaking_warnings,
     settle,
     size_of,
-    slices,
 )
 from fmi_server.envelope import ByteBudget, EnvelopeDecoder, EnvelopeLimits
 from fmi_server.errors import (
     CohortUnknownError,
     FMIError,
     OverloadedError,
-    PacketRefusedError,
-    Reason,
     ServerDrainingError,
-    SpecChangeUnsafeError,
     UpdateNotFoundError,
     reason_name,
 )
 from fmi_server.feed_requests import FeedRequest, everything, kind_name
-from fmi_server.following import Following
 from fmi_server.memory_watch import MemoryWatch
-from fmi_server.partitions import Partitions, partition_of
 from fmi_server.private_messages import private_warm_start
 from fmi_server.quotas import Quotas
 from fmi_server.releases import Releaser
 from fmi_server.router import AGGREGATOR, FMIRouter
+from fmi_server.spec_changes import SpecChanges
 from fmi_server.storage import MemoryStore, Store, StoreError
 from fmi_server.storage.base import RevisionConflictError, StoreUnavailableError
 from fmi_server.storage.records import AppendOutcome
 from fmi_server.store_watch import StoreWatch
 from fmi_server.telemetry import FMITelemetry
-from fmi_server.threads import in_thread
 from fmi_server.validator import FMIValidator, Inspection
 
 __all__ = ["FMIService"]
-
-THREAD_FROM_PACKETS: Final = 32
-"""Batches of this size and larger are checked in a thread, so that single Emits do not wait for them."""
-
-CHECKING: Final = 1
-"""Threads that decode and check: mostly Python, so that more of them only take turns with the event loop."""
-
-THREAD_FROM_BYTES: Final = 32 * 1024
-"""The same by their bytes: what is wrong with a packet of 250 kB takes 100 ms to be told."""
 
 RELEASE_TRIES: Final = 5
 """Tries to release a cohort that other servers release at the same time."""
@@ -134,6 +120,7 @@ class FMIService:
     Attributes:
         applied: What subscribers reported of the updates they got.
         closing: Set when the service takes nothing new.
+        cluster: What this server is to others that share its store; None where nobody does.
         gate: Decides who may do what.
         memory_watch: Says whether memory is short; it has no limit until it is given one.
         quotas: What each caller may take, and took; nobody has limits until it is given some.
@@ -180,11 +167,17 @@ class FMIService:
         self._intake = Intake(self.registry, self.validator)
         self._decoder = EnvelopeDecoder(limits or EnvelopeLimits())
         self._decoding = ByteBudget(self._decoder.limits.max_decoded_bytes)
-        self._checking = asyncio.Semaphore(CHECKING)
+        self._checking = Checking(self._intake, self.validator, self.cohorts, clock=clock)
         self._dictionaries = DictionaryShelf(self.store, self._decoder, clock=clock)
-        self._specs_lock = asyncio.Lock()
-        self._following: Following | None = None
-        self.partitions: Partitions | None = None
+        self._specs = SpecChanges(
+            self.store,
+            self.cohorts,
+            self.releaser,
+            compactor=self.compactor,
+            router=self.router,
+            telemetry=self.telemetry,
+        )
+        self.cluster: Cluster | None = None
         self._bus = None if bus is None else FederationBusAdapter(bus, self)
         self.lease_s = LEASE_S
         self._clock = clock
@@ -202,7 +195,7 @@ class FMIService:
         await self.store.open()
         try:
             if self.store.shared:
-                await self._join()
+                self.cluster = await self._join()
             await self._load()
         except BaseException:
             await self.store.close()
@@ -217,11 +210,9 @@ class FMIService:
             self._tasks.create_task(self.memory_watch.run(), name="memory watch"),
             self._tasks.create_task(self.router.give_signs_of_life(), name="signs of life"),
         ]
-        if self._following is not None and self.partitions is not None:
-            self._running += [
-                self._tasks.create_task(self._following.run(), name="following"),
-                self._tasks.create_task(self.partitions.run(), name="partitions"),
-            ]
+        if self.cluster is not None:
+            for name, work in self.cluster.work().items():
+                self._running.append(self._tasks.create_task(work, name=name))
         if self._bus is not None:
             self.releaser.publisher.on_update(self._bus.publish)
             self._running.append(self._tasks.create_task(self._bus.run(), name="bus"))
@@ -254,51 +245,24 @@ class FMIService:
         """Take nothing new, end the subscriptions, and wait until every Emit at work is answered."""
         self.closing.set()
         self.router.drain()
-        if self.partitions is not None:
-            await self.partitions.give_back()
+        if self.cluster is not None:
+            await self.cluster.leave()
         await self._idle.wait()
 
-    async def _join(self) -> None:
+    async def _join(self) -> Cluster:
         """Become one of the servers that share the store."""
-        self._following = Following(
+        cluster = Cluster(
             self.store,
             self.cohorts,
             self.releaser,
             compactor=self.compactor,
             dictionaries=self._dictionaries,
-            put_in_force=self._put_stored_spec_in_force,
+            put_in_force=self._specs.put_stored,
+            watch=self.store_watch,
+            leases=await self.store.leases(ttl_s=self.lease_s),
         )
-        await self._following.load()
-        self.partitions = Partitions(
-            await self.store.leases(ttl_s=self.lease_s),
-            server=secrets.token_hex(8),
-            on_gain=self._take_over,
-            fit=self._may_release,
-        )
-        self.releaser.owns = self.partitions.owns
-
-    def _may_release(self) -> bool:
-        """Say whether this server hears what others write; what it releases would else be of the past.
-
-        Brokers that do not answer are no reason: they say the same to everybody.
-        """
-        stats = self.store.stats()
-        if stats.damage is not None or (self._following is not None and not self._following.well):
-            return False
-        # What was short a moment ago may be so again in the next.
-        return {stats.fault, self.store_watch.fault} <= {
-            None,
-            "no_answer",
-            "no_broker",
-            "no_quorum",
-        }
-
-    async def _take_over(self, partitions: frozenset[int]) -> None:
-        """Go on where other servers were with the cohorts of partitions."""
-        await self.settle()
-        for rules in self.cohorts:
-            if partition_of(rules.name) in partitions:
-                self.releaser.take_over(rules.name)
+        await cluster.join()
+        return cluster
 
     async def _load(self) -> None:
         for record in await self.store.cohorts():
@@ -315,8 +279,8 @@ class FMIService:
         Raises:
             StoreUnavailableError: That cannot be known now.
         """
-        if self._following is not None:
-            await self._following.settle()
+        if self.cluster is not None:
+            await self.cluster.settle()
 
     # Packets in
 
@@ -342,7 +306,7 @@ class FMIService:
             try:
                 if isinstance(packet, bytes):
                     self.quotas.admit_packets(caller.account, 1, len(packet))
-                    found = await self._inspected_anywhere([packet], caller, first=None)
+                    found = await self._checked_anywhere([packet], caller, first=None)
                     kind = found[0].kind
                     inspected = kept(found)
                 else:
@@ -350,7 +314,7 @@ class FMIService:
                     kind = typed.WhichOneof("body") or kind
                     if caller.account:
                         self.quotas.admit_packets(caller.account, 1, typed.ByteSize())
-                    if self._following is not None and typed.header.cohort not in self.cohorts:
+                    if self.cluster is not None and typed.header.cohort not in self.cohorts:
                         await self.settle()  # another server may know it
                     inspected = self._intake.inspect(
                         typed, received_at_us=int(self._clock() * 1e6), caller=caller
@@ -413,17 +377,17 @@ class FMIService:
             self._decoder.refuse_too_large(envelope)
             self.quotas.admit_packets(caller.account, 0, envelope.uncompressed_size)
             async with self._decoding.spending(envelope.uncompressed_size):
-                items = await self._in_turn(partial(self._decoder.decode, envelope))
+                items = await self._checking.in_turn(partial(self._decoder.decode, envelope))
                 self.quotas.charge_packets(caller.account, len(items))
                 return await self._emit_items(items, caller)
 
     async def _emit_items(
         self, items: Sequence[bytes | packet_pb2.Packet], caller: Principal
     ) -> list[Answer]:
-        inspected = await self._inspected_anywhere(items, caller)
-        return await self.uninterrupted(self._keep_batch(inspected, caller))
+        checked = await self._checked_anywhere(items, caller)
+        return await self.uninterrupted(self._keep_batch(checked, caller))
 
-    async def _inspected_anywhere(
+    async def _checked_anywhere(
         self,
         items: Sequence[bytes | packet_pb2.Packet],
         caller: Principal,
@@ -431,45 +395,18 @@ class FMIService:
         first: int | None = 0,
     ) -> list[Candidate | Answer]:
         """Check packets, of cohorts that any of the servers knows."""
-        inspected = await self._inspected(items, caller, first)
-        if self._following is not None and any(self._is_strange(item) for item in inspected):
+        checked = await self._checking.check(items, caller=caller, first=first)
+        if self.cluster is not None and any(map(self._checking.is_strange, checked)):
             known = len(self.cohorts)
             await self.settle()
             if len(self.cohorts) != known:
-                inspected = await self._inspected(items, caller, first)
-        return inspected
-
-    def _is_strange(self, item: Candidate | Answer) -> bool:
-        """Say whether an item is of a cohort that is not known here: another server may know it."""
-        if isinstance(item, Candidate):
-            return item.record.cohort not in self.cohorts
-        return item.error is not None and item.error.reason == Reason.COHORT_UNKNOWN
-
-    async def _inspected(
-        self, items: Sequence[bytes | packet_pb2.Packet], caller: Principal, first: int | None
-    ) -> list[Candidate | Answer]:
-        """Check packets: few at once, many a slice at a time in a thread, in turns with other batches."""
-        now_us = int(self._clock() * 1e6)
-        check = self._intake.inspect_many
-        if len(items) < THREAD_FROM_PACKETS and sum(map(size_of, items)) <= THREAD_FROM_BYTES:
-            return check(items, received_at_us=now_us, caller=caller, first=first)
-        inspected: list[Candidate | Answer] = []
-        for turn in slices(items):
-            inspected += await self._in_turn(
-                partial(check, turn, received_at_us=now_us, caller=caller, first=first)
-            )
-            first = len(inspected)
-        return inspected
-
-    async def _in_turn(self, check: Callable[[], _T]) -> _T:
-        """Decode or check in a thread what takes long, one after the other."""
-        async with self._checking:
-            return await in_thread(check)
+                checked = await self._checking.check(items, caller=caller, first=first)
+        return checked
 
     async def _keep_batch(
-        self, inspected: Sequence[Candidate | Answer], caller: Principal
+        self, checked: Sequence[Candidate | Answer], caller: Principal
     ) -> list[Answer]:
-        items = [self._opened(item, caller) for item in inspected]
+        items = [self._opened(item, caller) for item in checked]
         records = [item.record for item in items if isinstance(item, Candidate)]
         try:
             outcomes = iter(await self.store.append(records) if records else ())
@@ -492,19 +429,7 @@ class FMIService:
 
     async def inspect(self, packet: bytes, *, caller: Principal = TRUSTED) -> Inspection:
         """Check a serialised packet as `emit` would, and store nothing."""
-
-        def check() -> Inspection:
-            try:
-                typed = self._intake.parsed(packet)
-            except PacketRefusedError as refusal:
-                return Inspection(tuple(refusal.violations))
-            found = self.validator.inspect(typed, caller=caller)
-            cohort = typed.header.cohort
-            if found.violations or cohort in self.cohorts:
-                return found
-            return replace(found, warnings=(*found.warnings, *opening_warnings(cohort)))
-
-        return check() if len(packet) <= THREAD_FROM_BYTES else await self._in_turn(check)
+        return await self._checking.inspect(packet, caller=caller)
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -549,10 +474,10 @@ class FMIService:
             # In a private cohort it would tell whoever uses the name of a site whether that site is there.
             warnings = overtaking_warnings(candidate.record, self.releaser.newest)
         packet = as_counted(candidate.packet, answer.received_at_us)
-        if self._following is None:
+        if self.cluster is None:
             await self.router.route(packet, destination=AGGREGATOR)
         else:
-            self._following.wake()
+            self.cluster.following.wake()  # which counts it from the store
         return replace(answer, warnings=(*answer.warnings, *warnings)) if warnings else answer
 
     def _doubt(self, error: StoreError, cohorts: Iterable[str]) -> None:
@@ -642,7 +567,7 @@ class FMIService:
         if request.subscriber:
             self.gate.require_name(caller, request.subscriber, "subscriber")
         placed = request.resume_token or request.start_revisions or request.HasField("handover")
-        if self._following is not None and placed:
+        if self.cluster is not None and placed:
             return self._subscribe_settled(request, caller)
         return self._subscribe(request, caller)
 
@@ -706,7 +631,7 @@ class FMIService:
         """
         self.gate.require(caller, Action.SUBSCRIBE, cohort)
         latest = self.releaser.publisher.log.latest.get((cohort, kind))
-        if self._following is not None and (latest is None or revision > latest.revision):
+        if self.cluster is not None and (latest is None or revision > latest.revision):
             await self.settle()  # another server may have told of it
             latest = self.releaser.publisher.log.latest.get((cohort, kind))
         if latest is None:
@@ -788,7 +713,7 @@ class FMIService:
         self.gate.require(caller, Action.ADMIN, cohort)
         if cohort not in self.cohorts:
             raise CohortUnknownError(cohort)
-        if self._following is None:
+        if self.cluster is None:
             return await self.uninterrupted(self.releaser.release(cohort))
         return await self.uninterrupted(self._release_among_others(cohort))
 
@@ -827,65 +752,8 @@ class FMIService:
                 self.releaser.reading(spec.name)
             )  # what waits is counted first
         if dry_run:
-            return self._checked(spec, force=force)
-        return await self.uninterrupted(self._put_in_force(spec, force=force))
-
-    async def _put_stored_spec_in_force(self, name: str) -> None:
-        """Put a spec in force that another server stored."""
-        async with self._specs_lock:
-            stored = next((one for one in await self.store.cohorts() if one.name == name), None)
-            if stored is None:
-                return
-            spec = cohort_pb2.CohortSpec.FromString(stored.spec)
-            known, compacted = self._declared_hash(name), self.compactor.compacted(name)
-            async with contextlib.AsyncExitStack() as stack:
-                if compacted:
-                    # What was retired here meanwhile was judged by the rules of before.
-                    await stack.enter_async_context(self.compactor.suspended(name))
-                rules = self._declare(spec, force=True)
-                if known != rules.schema_hash:
-                    await self.releaser.rebuild(name)
-
-    def _declare(self, spec: cohort_pb2.CohortSpec, *, force: bool) -> CohortRules:
-        """Declare a spec that is stored, and let subscriptions follow."""
-        before = self.cohorts.access(spec.name) or AccessRules()
-        rules, _ = self.cohorts.declare(spec, force=force)
-        log = self.releaser.publisher.log
-        self.router.access_changed(rules.name, before, rules.access, log)
-        self.telemetry.cohorts(len(self.cohorts))
-        return rules
-
-    def _checked(self, spec: cohort_pb2.CohortSpec, *, force: bool) -> tuple[CohortRules, bool]:
-        rules, changed = self.cohorts.check(spec, force=force)
-        if rules.schema_hash == self._declared_hash(rules.name):
-            return rules, changed  # who may do what promises no budget
-        overspent = self.releaser.private.overspent(rules)
-        if changed and overspent is not None and not force:
-            raise SpecChangeUnsafeError([overspent])
-        return rules, changed
-
-    def _declared_hash(self, name: str) -> str:
-        """Return the schema hash of a cohort that is declared; empty where it is not."""
-        rules = self.cohorts.rules(name) if name in self.cohorts else None
-        return rules.schema_hash if rules is not None and rules.declared else ""
-
-    async def _put_in_force(
-        self, spec: cohort_pb2.CohortSpec, *, force: bool
-    ) -> tuple[CohortRules, bool]:
-        async with self._specs_lock:  # what is checked is what is stored and declared
-            rules, changed = self._checked(spec, force=force)
-            if not changed:
-                return rules, changed
-            known = self._declared_hash(rules.name)
-            async with self.compactor.suspended(rules.name):
-                # Stored before it is in force: a crash in between changes nothing that anybody saw.
-                await self.store.put_cohort(rules.name, rules.spec.SerializeToString(), 1)
-                self._declare(spec, force=force)
-                # Who may do what changes nothing of what the cohort's packets say.
-                if known != rules.schema_hash:
-                    await self.releaser.rebuild(rules.name)
-        _log.info("cohort %s is declared, schema hash %s", rules.name, rules.schema_hash)
-        return rules, changed
+            return self._specs.check(spec, force=force)
+        return await self.uninterrupted(self._specs.put(spec, force=force))
 
     async def register_dictionary(self, data: bytes, *, caller: Principal = TRUSTED) -> int:
         """Register a compression dictionary; return its id; see `DictionaryShelf.register`.

@@ -21,6 +21,5 @@ async def in_thread(work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs)
         await asyncio.wait([working])
         raise
     finally:
-        del (
-            working
-        )  # its error has this frame, and what was worked on would stay until garbage is collected
+        # Its error has this frame: what was worked on would stay until garbage is collected.
+        del working

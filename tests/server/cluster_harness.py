@@ -46,14 +46,14 @@ async def shared_out(*servers: RunningServer) -> None:
     """Wait until every partition is one server's."""
 
     def done() -> bool:
-        owned = [server.service.partitions.owned for server in servers]
+        owned = [server.service.cluster.partitions.owned for server in servers]
         return sum(map(len, owned)) == PARTITIONS and len(frozenset().union(*owned)) == PARTITIONS
 
     await eventually(done)
 
 
 def owner(cohort: str, *servers: RunningServer) -> RunningServer:
-    (found,) = [server for server in servers if server.service.partitions.owns(cohort)]
+    (found,) = [server for server in servers if server.service.cluster.partitions.owns(cohort)]
     return found
 
 

@@ -259,11 +259,11 @@ def told(update: update_pb2.Update) -> update_pb2.Update:
 
 async def test_the_partitions_of_a_server_that_goes_are_the_others_at_once(broker, tmp_path):
     async with member(broker, tmp_path / "a", lease_s=60.0) as stays:
-        await eventually(lambda: len(stays.service.partitions.owned) == PARTITIONS)
+        await eventually(lambda: len(stays.service.cluster.partitions.owned) == PARTITIONS)
         async with member(broker, tmp_path / "b", lease_s=60.0) as goes:
             stays_s = time.monotonic()
             await shared_out(stays, goes)
-        await eventually(lambda: len(stays.service.partitions.owned) == PARTITIONS, 50.0)
+        await eventually(lambda: len(stays.service.cluster.partitions.owned) == PARTITIONS, 50.0)
         # A lease that was not given back would have lasted for longer.
         assert time.monotonic() - stays_s < 54.0
 

@@ -65,8 +65,8 @@ async def test_who_cannot_write_its_view_leaves_its_cohorts_to_others(broker, tm
                     return "tau" in estimates and estimates["tau"].sites == 3
 
             await eventually(released)
-            assert other.service.partitions.owns("care")
-            assert not stuck.service.partitions.owned
+            assert other.service.cluster.partitions.owns("care")
+            assert not stuck.service.cluster.partitions.owned
             await eventually(lambda: not stuck.service.store_watch.sound)
             assert other.service.store_watch.sound
             await view_of(stuck).set_max_bytes(None)
@@ -95,8 +95,8 @@ async def test_who_cannot_take_in_a_spec_goes_on_with_the_rest(broker, tmp_path)
         assert refused.reason == "SETTING_UNSUPPORTED", "it authenticates nobody"
         # Put into the store by a server that does authenticate, as far as the first one hears.
         await servers[1].service.store.put_cohort("kept", kept.SerializeToString(), 1)
-        await eventually(lambda: not servers[0].service.partitions.owned)
-        await eventually(lambda: len(servers[1].service.partitions.owned) == PARTITIONS)
+        await eventually(lambda: not servers[0].service.cluster.partitions.owned)
+        await eventually(lambda: len(servers[1].service.cluster.partitions.owned) == PARTITIONS)
         await a.emit(*taus(0.1, 0.2, 0.3))
         found = await events.until("update")
         # The rest of what others write is taken in all the same.
@@ -117,7 +117,7 @@ async def test_a_server_that_nobody_emits_to_says_that_brokers_are_away_and_mend
         await eventually(lambda: not server.service.store_watch.sound)
         await broker.start()
         await eventually(lambda: server.service.store_watch.sound)
-        await eventually(lambda: len(server.service.partitions.owned) == PARTITIONS)
+        await eventually(lambda: len(server.service.cluster.partitions.owned) == PARTITIONS)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -139,7 +139,7 @@ async def test_what_was_put_in_force_anywhere_is_known_to_who_asks_elsewhere(bro
         Client(servers[1].target) as b,
     ):
         signal = {"name": "tau", "section": 2, "lower": 0.0}
-        following = servers[1].service._following
+        following = servers[1].service.cluster.following
         assert following is not None
         async with following._turn:  # it has not heard of anything yet
             await a.put_spec(spec("care", signals=[{**signal, "upper": 2.0}]))
@@ -159,7 +159,7 @@ async def test_a_cohort_declared_anywhere_takes_packets_elsewhere(broker, tmp_pa
         Client(first.target) as a,
         Client(second.target) as b,
     ):
-        following = second.service._following
+        following = second.service.cluster.following
         assert following is not None
         refused = await refusal_of(b.emit(msp("s0", "one")))
         assert refused.reason == "COHORT_UNKNOWN"

@@ -1,0 +1,109 @@
+"""Checking of packets: what is small at once, what takes long in a thread, in turns.
+
+Checks are Python and hold the interpreter, so that several threads at once would only take turns with the
+event loop. One thread checks, a slice of one caller's packets after that of another's, and single packets
+that are small do not wait for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Final, TypeVar
+
+from fmi.v1 import packet_pb2
+from fmi_server.access import Principal
+from fmi_server.cohorts import CohortRegistry
+from fmi_server.emission import Answer, Candidate, Intake, opening_warnings, size_of, slices
+from fmi_server.errors import PacketRefusedError, Reason
+from fmi_server.threads import in_thread
+from fmi_server.validator import FMIValidator, Inspection
+
+__all__ = ["Checking"]
+
+THREAD_FROM_PACKETS: Final = 32
+"""Batches of this size and larger are checked in a thread, so that single Emits do not wait for them."""
+
+THREAD_FROM_BYTES: Final = 32 * 1024
+"""The same by their bytes: what is wrong with a packet of 250 kB takes 100 ms to be told."""
+
+THREADS: Final = 1
+
+_T = TypeVar("_T")
+
+
+class Checking:
+    """Checks packets of all callers.
+
+    Args:
+        intake: What a packet becomes.
+        validator: The rules.
+        cohorts: The cohorts that there are.
+        clock: Unix time in seconds.
+
+    Attributes:
+        turn: Is held by what works in the thread.
+    """
+
+    def __init__(
+        self,
+        intake: Intake,
+        validator: FMIValidator,
+        cohorts: CohortRegistry,
+        *,
+        clock: Callable[[], float],
+    ) -> None:
+        self.turn = asyncio.Semaphore(THREADS)
+        self._intake = intake
+        self._validator = validator
+        self._cohorts = cohorts
+        self._clock = clock
+
+    async def in_turn(self, work: Callable[[], _T]) -> _T:
+        """Decode or check in a thread what takes long, one after the other."""
+        async with self.turn:
+            return await in_thread(work)
+
+    async def check(
+        self,
+        items: Sequence[bytes | packet_pb2.Packet],
+        *,
+        caller: Principal,
+        first: int | None = 0,
+    ) -> list[Candidate | Answer]:
+        """Check packets; see `Intake.inspect_many`."""
+        now_us = int(self._clock() * 1e6)
+        check = self._intake.inspect_many
+        if len(items) < THREAD_FROM_PACKETS and sum(map(size_of, items)) <= THREAD_FROM_BYTES:
+            return check(items, received_at_us=now_us, caller=caller, first=first)
+        checked: list[Candidate | Answer] = []
+        for turn in slices(items):
+            checked += await self.in_turn(
+                partial(check, turn, received_at_us=now_us, caller=caller, first=first)
+            )
+            first = len(checked)
+        return checked
+
+    async def inspect(self, packet: bytes, *, caller: Principal) -> Inspection:
+        """Say what the rules say of a packet."""
+
+        def inspect() -> Inspection:
+            try:
+                typed = self._intake.parsed(packet)
+            except PacketRefusedError as refusal:
+                return Inspection(tuple(refusal.violations))
+            found = self._validator.inspect(typed, caller=caller)
+            cohort = typed.header.cohort
+            if found.violations or cohort in self._cohorts:
+                return found
+            return replace(found, warnings=(*found.warnings, *opening_warnings(cohort)))
+
+        return inspect() if len(packet) <= THREAD_FROM_BYTES else await self.in_turn(inspect)
+
+    def is_strange(self, item: Candidate | Answer) -> bool:
+        """Say whether an item is of a cohort that is not known here: another server may know it."""
+        if isinstance(item, Candidate):
+            return item.record.cohort not in self._cohorts
+        return item.error is not None and item.error.reason == Reason.COHORT_UNKNOWN

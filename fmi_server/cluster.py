@@ -1,0 +1,115 @@
+"""A cluster: several servers that share a store, seen from one of them.
+
+Each takes in what the others write (`following`), and releases alone what it holds the leases of
+(`partitions`). Here is what joins the two: a server that does not know enough holds no leases.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final
+
+from fmi_server.cohorts import CohortRegistry
+from fmi_server.compaction import Compactor
+from fmi_server.dictionaries import DictionaryShelf
+from fmi_server.following import Following
+from fmi_server.partitions import Partitions, partition_of
+from fmi_server.releases import Releaser
+from fmi_server.storage import Store
+from fmi_server.storage.jetstream_leases import LeaseTable
+from fmi_server.store_watch import StoreWatch
+
+__all__ = ["Cluster"]
+
+BROKERS_AWAY: Final = frozenset({"no_answer", "no_broker", "no_quorum"})
+"""Faults of a store that every server has at the same time."""
+
+
+class Cluster:
+    """What a server is to the others that share its store.
+
+    Args:
+        store: The store, open and shared.
+        cohorts: The cohorts and their rules.
+        releaser: Counts packets, and releases what is this server's.
+        compactor: Is told what others made live again.
+        dictionaries: Compression dictionaries.
+        put_in_force: Puts the stored spec of a cohort in force.
+        watch: Says whether the store takes writes.
+        leases: Of all servers.
+
+    Attributes:
+        following: Takes in what others write.
+        partitions: What this server releases.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        cohorts: CohortRegistry,
+        releaser: Releaser,
+        *,
+        compactor: Compactor,
+        dictionaries: DictionaryShelf,
+        put_in_force: Callable[[str], Awaitable[None]],
+        watch: StoreWatch,
+        leases: LeaseTable,
+    ) -> None:
+        self._store = store
+        self._cohorts = cohorts
+        self._releaser = releaser
+        self._watch = watch
+        self.following = Following(
+            store,
+            cohorts,
+            releaser,
+            compactor=compactor,
+            dictionaries=dictionaries,
+            put_in_force=put_in_force,
+        )
+        self.partitions = Partitions(
+            leases,
+            server=secrets.token_hex(8),
+            on_gain=self._take_over,
+            fit=self._may_release,
+        )
+
+    async def join(self) -> None:
+        """Become one of the servers, before what is stored is brought back."""
+        await self.following.load()
+        self._releaser.owns = self.partitions.owns
+
+    def work(self) -> dict[str, Coroutine[Any, Any, None]]:
+        """Return what runs for as long as the server does, by name."""
+        return {"following": self.following.run(), "partitions": self.partitions.run()}
+
+    async def leave(self) -> None:
+        """Give up what this server releases, so that others go on at once."""
+        await self.partitions.give_back()
+
+    async def settle(self) -> None:
+        """See all that any of the servers was answered before now.
+
+        Raises:
+            StoreUnavailableError: That cannot be known now.
+        """
+        await self.following.settle()
+
+    def _may_release(self) -> bool:
+        """Say whether this server hears what others write; what it releases would else be of the past.
+
+        Brokers that do not answer are no reason: they say the same to everybody.
+        """
+        stats = self._store.stats()
+        if stats.damage is not None or not self.following.well:
+            return False
+        # What was short a moment ago may be so again in the next.
+        return {stats.fault, self._watch.fault} <= {None, *BROKERS_AWAY}
+
+    async def _take_over(self, partitions: frozenset[int]) -> None:
+        """Go on where other servers were with the cohorts of partitions."""
+        await self.settle()
+        for rules in self._cohorts:
+            if partition_of(rules.name) in partitions:
+                self._releaser.take_over(rules.name)

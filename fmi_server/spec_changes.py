@@ -1,0 +1,120 @@
+"""Changes of cohort specs: checked, stored, and then in force."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+from fmi.v1 import cohort_pb2
+from fmi_server.access import AccessRules
+from fmi_server.cohorts import CohortRegistry, CohortRules
+from fmi_server.compaction import Compactor
+from fmi_server.errors import SpecChangeUnsafeError
+from fmi_server.releases import Releaser
+from fmi_server.router import FMIRouter
+from fmi_server.storage import Store
+from fmi_server.telemetry import FMITelemetry
+
+__all__ = ["SpecChanges"]
+
+_log = logging.getLogger(__name__)
+
+
+class SpecChanges:
+    """Puts specs in force, one change after the other.
+
+    Args:
+        store: Keeps the specs.
+        cohorts: The cohorts and their rules.
+        releaser: Counts a cohort anew where its packets say something else now.
+        compactor: Rests meanwhile: it would judge by the rules of before.
+        router: Lets subscriptions follow.
+        telemetry: Counts cohorts.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        cohorts: CohortRegistry,
+        releaser: Releaser,
+        *,
+        compactor: Compactor,
+        router: FMIRouter,
+        telemetry: FMITelemetry,
+    ) -> None:
+        self._store = store
+        self._cohorts = cohorts
+        self._releaser = releaser
+        self._compactor = compactor
+        self._router = router
+        self._telemetry = telemetry
+        self._turn = asyncio.Lock()
+
+    def check(self, spec: cohort_pb2.CohortSpec, *, force: bool) -> tuple[CohortRules, bool]:
+        """Check a spec; return the rules that it would make, and whether it changes anything.
+
+        Raises:
+            SpecInvalidError: The spec breaks rules.
+            SpecChangeUnsafeError: The change would break sites, or promises a budget that is overspent
+                already, and `force` was not said.
+            SettingUnsupportedError: It asks for what this version does not have.
+        """
+        rules, changed = self._cohorts.check(spec, force=force)
+        if rules.schema_hash == self._declared_hash(rules.name):
+            return rules, changed  # who may do what promises no budget
+        overspent = self._releaser.private.overspent(rules)
+        if changed and overspent is not None and not force:
+            raise SpecChangeUnsafeError([overspent])
+        return rules, changed
+
+    async def put(self, spec: cohort_pb2.CohortSpec, *, force: bool) -> tuple[CohortRules, bool]:
+        """Store a spec and put it in force; see `check`.
+
+        Raises:
+            StoreError: It could not be stored; what was in force is.
+        """
+        async with self._turn:  # what is checked is what is stored and declared
+            rules, changed = self.check(spec, force=force)
+            if not changed:
+                return rules, changed
+            known = self._declared_hash(rules.name)
+            async with self._compactor.suspended(rules.name):
+                # Stored before it is in force: a crash in between changes nothing that anybody saw.
+                await self._store.put_cohort(rules.name, rules.spec.SerializeToString(), 1)
+                self._declare(spec, force=force)
+                # Who may do what changes nothing of what the cohort's packets say.
+                if known != rules.schema_hash:
+                    await self._releaser.rebuild(rules.name)
+        _log.info("cohort %s is declared, schema hash %s", rules.name, rules.schema_hash)
+        return rules, changed
+
+    async def put_stored(self, name: str) -> None:
+        """Put the spec of a cohort in force that another server stored."""
+        async with self._turn:
+            stored = next((one for one in await self._store.cohorts() if one.name == name), None)
+            if stored is None:
+                return
+            spec = cohort_pb2.CohortSpec.FromString(stored.spec)
+            known, compacted = self._declared_hash(name), self._compactor.compacted(name)
+            async with contextlib.AsyncExitStack() as stack:
+                if compacted:
+                    # What was retired here meanwhile was judged by the rules of before.
+                    await stack.enter_async_context(self._compactor.suspended(name))
+                rules = self._declare(spec, force=True)
+                if known != rules.schema_hash:
+                    await self._releaser.rebuild(name)
+
+    def _declare(self, spec: cohort_pb2.CohortSpec, *, force: bool) -> CohortRules:
+        """Declare a spec that is stored, and let subscriptions follow."""
+        before = self._cohorts.access(spec.name) or AccessRules()
+        rules, _ = self._cohorts.declare(spec, force=force)
+        log = self._releaser.publisher.log
+        self._router.access_changed(rules.name, before, rules.access, log)
+        self._telemetry.cohorts(len(self._cohorts))
+        return rules
+
+    def _declared_hash(self, name: str) -> str:
+        """Return the schema hash of a cohort that is declared; empty where it is not."""
+        rules = self._cohorts.rules(name) if name in self._cohorts else None
+        return rules.schema_hash if rules is not None and rules.declared else ""
