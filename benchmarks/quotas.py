@@ -40,8 +40,8 @@ from fmi_server.tokens import changed_tokens, issue_token
 
 COHORT: Final = "care"
 SPEC: Final = f'name: {COHORT}\naccess: {{emit: ["*"], subscribe: ["*"]}}\n'
-SETTLE_S: Final = 1.0
-"""Seconds after a change of the loud site's rate that are not looked at."""
+SETTLE_S: Final = 2.0
+"""Seconds after a change of the loud site's rate that are not looked at: its burst is used up then."""
 
 CALL_S: Final = 30.0
 
@@ -85,13 +85,16 @@ class _Site:
                 if reading.done():
                     break
                 if self._told.is_set() or not self._per_s:
+                    if not self._per_s:  # what is under way belongs to what is over
+                        for task in waiting:
+                            task.cancel()
                     due = time.monotonic()
                     continue
                 due += 1.0 / self._per_s
                 task = asyncio.create_task(self._emit(stub, number, due))
                 waiting.add(task)
                 task.add_done_callback(waiting.discard)
-            await asyncio.gather(*waiting)
+            await asyncio.gather(*waiting, return_exceptions=True)
         print(json.dumps(self._answers))
 
     async def _emit(self, stub: InterchangeServiceStub, number: int, due: float) -> None:
@@ -189,16 +192,16 @@ class Measured:
 
 
 async def measure(
-    quota: float, per_s: float, rounds: int, round_s: float, seed: int
+    arms: Sequence[Arm], quota: float, per_s: float, rounds: int, round_s: float, seed: int
 ) -> dict[Arm, Measured]:
     """Run all arms in each round."""
     chance = random.Random(seed)
-    spans: dict[Arm, list[tuple[float, float, float]]] = {arm: [] for arm in ARMS}
+    spans: dict[Arm, list[tuple[float, float, float]]] = {arm: [] for arm in arms}
     async with contextlib.AsyncExitStack() as stack:
         servers: dict[bool, Server] = {}
         quiet: dict[bool, _SiteProcess] = {}
         loud: dict[bool, _SiteProcess] = {}
-        for limited in (True, False):
+        for limited in {arm.limited for arm in arms}:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             (folder / "cohorts").mkdir()
             (folder / "cohorts" / "care.yaml").write_text(SPEC, encoding="utf-8")
@@ -220,7 +223,7 @@ async def measure(
                     _site(server.target, name, texts[name])
                 )
         for number in range(rounds + 1):  # the first one warms up
-            for arm in chance.sample(ARMS, len(ARMS)):
+            for arm in chance.sample(arms, len(arms)):
                 await quiet[arm.limited].send(per_s)
                 await loud[arm.limited].send(arm.times * quota)
                 await asyncio.sleep(SETTLE_S)
@@ -233,8 +236,8 @@ async def measure(
                 await quiet[arm.limited].send(0.0)
                 await asyncio.sleep(SETTLE_S)
             print(".", end="", flush=True)
-        heard = {limited: await quiet[limited].end() for limited in (True, False)}
-        shouted = {limited: await loud[limited].end() for limited in (True, False)}
+        heard = {limited: await quiet[limited].end() for limited in quiet}
+        shouted = {limited: await loud[limited].end() for limited in quiet}
     print()
     return {
         arm: Measured(
@@ -245,8 +248,8 @@ async def measure(
             statistics.mean(used for _, _, used in found),
             Counter(
                 code
-                for due, _, code in shouted[arm.limited]
-                if any(begun <= due < ended for begun, ended, _ in found)
+                for due, took, code in shouted[arm.limited]
+                if any(begun <= due + took < ended for begun, ended, _ in found)
             ),
         )
         for arm, found in spans.items()
@@ -271,7 +274,12 @@ def report(measured: dict[Arm, Measured], chance: random.Random) -> None:
         ("10 x its quota", "nothing"),
         ("10 x, no quotas", "nothing, no quotas"),
     ):
+        if above not in by_name:
+            continue
         first, second = by_name[above], by_name[below]
+        rounds = statistics.median(
+            p99(one) / p99(other) for one, other in zip(first.rounds, second.rounds, strict=True)
+        )
         drawn = sorted(
             p99([v for values in chance.choices(first.rounds, k=len(first.rounds)) for v in values])
             / p99(
@@ -285,7 +293,8 @@ def report(measured: dict[Arm, Measured], chance: random.Random) -> None:
         )
         print(
             f"p99, {above} over {below}: {p99(first.all) / p99(second.all):.2f} "
-            f"(95 % of resampled rounds: {drawn[25]:.2f} to {drawn[975]:.2f})"
+            f"(95 % of resampled rounds: {drawn[25]:.2f} to {drawn[975]:.2f}); "
+            f"of the median round {rounds:.2f}"
         )
 
 
@@ -304,14 +313,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each arm in a round")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--limited", action="store_true", help="leave the server without quotas out"
+    )
     options = parser.parse_args()
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
         f"grpcio {grpc.__version__}; a quota of {options.quota:g} packets/s, the quiet site sends "
         f"{options.rate:g}/s"
     )
+    arms = [arm for arm in ARMS if arm.limited or not options.limited]
     measured = asyncio.run(
-        measure(options.quota, options.rate, options.rounds, options.seconds, options.seed)
+        measure(arms, options.quota, options.rate, options.rounds, options.seconds, options.seed)
     )
     report(measured, random.Random(options.seed))
 

@@ -20,7 +20,7 @@ from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 from prometheus_client import start_http_server
 
-from fmi.descriptors import CONTRACT_FILES, INGEST, SERVICE_NAMES
+from fmi.descriptors import CONTRACT_FILES, DELIVERY, INGEST, SERVICE_NAMES
 from fmi.v1 import update_pb2
 from fmi_server.broker_settings import broker_store, wrong_broker_settings
 from fmi_server.cohort_files import CohortFile, check_changes, read_cohort_folder
@@ -264,7 +264,7 @@ async def running(
     )
     service.memory_watch.on_pressure(admission.relieve)
     server = grpc.aio.server(interceptors=[admission], options=server_arguments(settings))
-    names = ("", INGEST, *SERVICE_NAMES)
+    names = ("", INGEST, DELIVERY, *SERVICE_NAMES)
     health = HealthServicer(names, max_watchers=settings.max_subscribers)
     _add_services(server, service, health, settings, security)
     port = _bind(server, settings.listen, security)
@@ -296,7 +296,11 @@ async def running(
         _log.info("%s", described(settings))
         stop = asyncio.Event()
         try:
-            async with _beside(_tell_of_ingest(service, health), "health of ingest"):
+            async with (
+                _beside(_tell_of_ingest(service, health), "health of ingest"),
+                _beside(_tell_of_delivery(service, health), "health of delivery"),
+                _beside(_stop_where_stuck(service, stop), "specs"),
+            ):
                 yield RunningServer(f"{host}:{port}", service, stop)
         finally:
             # Readiness falls first, then subscriptions end with a hint to reconnect, then calls at work
@@ -317,6 +321,26 @@ async def _tell_of_ingest(service: FMIService, health: HealthServicer) -> None:
     while True:
         await watch.changed()
         health.tell(INGEST, well=watch.sound)
+
+
+async def _tell_of_delivery(service: FMIService, health: HealthServicer) -> None:
+    """Tell health whether what other servers write comes to subscribers here, until cancelled."""
+    if service.cluster is None:
+        return
+    following = service.cluster.following
+    while True:
+        await following.changed()
+        health.tell(DELIVERY, well=following.well)
+
+
+async def _stop_where_stuck(service: FMIService, stop: asyncio.Event) -> None:
+    """Stop the server where another one put a spec in force that cannot be kept here."""
+    await service.specs.stuck()
+    _log.critical(
+        "a spec that another server put in force cannot be kept here, so this one stops: %s",
+        service.specs.unkept,
+    )
+    stop.set()
 
 
 @contextlib.asynccontextmanager
@@ -368,7 +392,11 @@ def _tell_of_the_end(task: asyncio.Task[None]) -> None:
 
 
 async def serve(settings: ServerSettings) -> None:
-    """Run a server until SIGTERM or SIGINT, then drain. Prints a line when it listens."""
+    """Run a server until SIGTERM or SIGINT, then drain. Prints a line when it listens.
+
+    Raises:
+        FMIError: It stopped by itself, for this.
+    """
     _take_files()
     async with running(settings) as server:
         loop = asyncio.get_running_loop()
@@ -377,6 +405,8 @@ async def serve(settings: ServerSettings) -> None:
         print(f"listening on {server.target}", flush=True)  # noqa: T201 - the one line for scripts
         await server.stop.wait()
         _log.info("draining: no new packets, subscriptions end, calls have %g s", settings.drain_s)
+    if server.service.specs.unkept is not None:
+        raise server.service.specs.unkept
     _log.info("stopped in good order")
 
 
@@ -403,8 +433,15 @@ def _store(settings: ServerSettings) -> Store:
         raise SettingsError(
             f"data_dir: {settings.data_dir} cannot be made: {error.strerror}"
         ) from None
+    embedded = settings.data_dir / STORE_FILE
     if settings.store == "sqlite":
-        return SqliteStore(settings.data_dir / STORE_FILE)
+        return SqliteStore(embedded)
+    if embedded.exists():
+        _log.warning(
+            "%s is not served: the store of this server is at brokers. `fmi-server backup` and "
+            "`fmi-server restore --store` move what is in it there",
+            embedded,
+        )
     return broker_store(settings, settings.data_dir / VIEW_FILE)
 
 

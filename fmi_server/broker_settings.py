@@ -12,7 +12,7 @@ from fmi_server.storage import JetStreamStore
 from fmi_server.storage.jetstream_broker import BrokerOptions
 from fmi_server.storage.jetstream_names import BrokerAddress
 
-__all__ = ["broker_store", "wrong_broker_settings"]
+__all__ = ["broker_options", "broker_store", "wrong_broker_settings"]
 
 PATIENCE_S: Final = 6.0
 """Seconds within which brokers that do not answer are told of: before the SDK's own deadline of 10."""
@@ -27,14 +27,22 @@ def broker_store(settings: ServerSettings, view: Path) -> JetStreamStore:
     Raises:
         SettingsError: A file that the settings name cannot be used.
     """
-    options = BrokerOptions(
+    return JetStreamStore(settings.store, view, options=broker_options(settings))
+
+
+def broker_options(settings: ServerSettings) -> BrokerOptions:
+    """Return how a log is made, and how to get to the brokers.
+
+    Raises:
+        SettingsError: A file that the settings name cannot be used.
+    """
+    return BrokerOptions(
         replicas=settings.store_replicas,
         patience_s=PATIENCE_S,
         open_patience_s=OPEN_PATIENCE_S,
         tls=_tls(settings),
         login=_login(settings),
     )
-    return JetStreamStore(settings.store, view, options=options)
 
 
 def wrong_broker_settings(settings: ServerSettings) -> Iterator[str]:

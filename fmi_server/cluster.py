@@ -19,6 +19,7 @@ from fmi_server.releases import Releaser
 from fmi_server.storage import Store
 from fmi_server.storage.jetstream_leases import LeaseTable
 from fmi_server.store_watch import StoreWatch
+from fmi_server.telemetry import FMITelemetry
 
 __all__ = ["Cluster"]
 
@@ -38,6 +39,7 @@ class Cluster:
         put_in_force: Puts the stored spec of a cohort in force.
         watch: Says whether the store takes writes.
         leases: Of all servers.
+        telemetry: Shows how this server stands.
 
     Attributes:
         following: Takes in what others write.
@@ -55,6 +57,7 @@ class Cluster:
         put_in_force: Callable[[str], Awaitable[None]],
         watch: StoreWatch,
         leases: LeaseTable,
+        telemetry: FMITelemetry,
     ) -> None:
         self._store = store
         self._cohorts = cohorts
@@ -67,12 +70,14 @@ class Cluster:
             compactor=compactor,
             dictionaries=dictionaries,
             put_in_force=put_in_force,
+            telemetry=telemetry,
         )
         self.partitions = Partitions(
             leases,
             server=secrets.token_hex(8),
             on_gain=self._take_over,
             fit=self._may_release,
+            on_change=telemetry.partitions,
         )
 
     async def join(self) -> None:

@@ -23,6 +23,7 @@ from fmi_server.storage import Store, StoreError
 from fmi_server.storage.base import UnknownPacketError
 from fmi_server.storage.records import Change, StoredPacket
 from fmi_server.stored_packets import parsed
+from fmi_server.telemetry import FMITelemetry
 
 __all__ = ["Following"]
 
@@ -48,6 +49,7 @@ class Following:
         compactor: Is told what others made live again.
         dictionaries: Compression dictionaries.
         put_in_force: Puts the stored spec of a cohort in force.
+        telemetry: Shows whether what others write is taken in.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Following:
         compactor: Compactor,
         dictionaries: DictionaryShelf,
         put_in_force: Callable[[str], Awaitable[None]],
+        telemetry: FMITelemetry,
     ) -> None:
         self._store = store
         self._cohorts = cohorts
@@ -72,12 +75,20 @@ class Following:
         self._settling: asyncio.Future[None] | None = None
         self._counted_to = 0
         self._failures = 0
+        self._changed = asyncio.Event()
+        self._telemetry = telemetry
+        telemetry.follows(True)
         store.follow(self._note)
 
     @property
     def well(self) -> bool:
         """Whether what others write is taken in; a failure that does not last is none."""
         return self._failures < FAILURES
+
+    async def changed(self) -> None:
+        """Wait until `well` became something else. For one waiter."""
+        await self._changed.wait()
+        self._changed.clear()
 
     async def load(self) -> None:
         """Note where counting goes on: before the packets that are there are brought back."""
@@ -103,19 +114,20 @@ class Following:
                 self._woken.set()
 
     def _tell(self, failed: Sequence[Exception]) -> None:
-        if not failed:
-            if self._failures:
-                _log.info("what other servers wrote is taken in again")
-            self._failures = 0
-            return
-        if not self._failures:
+        before = self.well
+        if failed and not self._failures:
             for error in failed:
                 _log.warning(
                     "what another server wrote could not be taken in, which is tried again: %s",
                     error,
                     exc_info=not isinstance(error, FMIError),
                 )
-        self._failures += 1
+        elif self._failures and not failed:
+            _log.info("what other servers wrote is taken in again")
+        self._failures = self._failures + 1 if failed else 0
+        if self.well != before:
+            self._telemetry.follows(self.well)
+            self._changed.set()
 
     async def settle(self) -> None:
         """Take in all that anybody was answered before now, wherever it was written.

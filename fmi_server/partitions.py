@@ -64,6 +64,7 @@ class Partitions:
         server: The name of this one, of letters, digits and hyphens; no other one may have it.
         on_gain: Is awaited with the partitions that were taken, before anything is done for them.
         fit: Says whether this server can release at all. While it cannot, it leaves everything to the others.
+        on_change: Is told how many it has, when that changed.
     """
 
     def __init__(
@@ -73,11 +74,13 @@ class Partitions:
         server: str,
         on_gain: Callable[[frozenset[int]], Awaitable[None]],
         fit: Callable[[], bool] = lambda: True,
+        on_change: Callable[[int], None] = lambda _owned: None,
     ) -> None:
         self._leases = leases
         self._server = server
         self._on_gain = on_gain
         self._fit = fit
+        self._on_change = on_change
         self._own: Lease | None = None
         self._held: dict[int, Lease] = {}
         self._ready: set[int] = set()
@@ -98,8 +101,8 @@ class Partitions:
 
     async def run(self) -> None:
         """Take what is this server's, and give back what is not, until cancelled."""
+        told = 0
         while True:
-            before = self.owned
             try:
                 async with self._turn:
                     await self._look()
@@ -113,8 +116,10 @@ class Partitions:
                 self._away = True
             else:
                 self._away = False
-            if self.owned != before:
-                _log.info("this server releases %d of %d partitions", len(self.owned), PARTITIONS)
+            if (owned := len(self.owned)) != told:
+                _log.info("this server releases %d of %d partitions", owned, PARTITIONS)
+                self._on_change(owned)
+                told = owned
             await asyncio.sleep(self._leases.ttl_s / LOOKS)
 
     async def give_back(self) -> None:

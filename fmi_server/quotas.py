@@ -33,13 +33,17 @@ LONGEST_RETRY_S: Final = 300.0
 """The longest time that a caller is told to wait; what is owed stays owed."""
 
 STALL_S: Final = 1.0
-"""Seconds for which a refusal is held back at most."""
+"""Seconds for which a refusal is held back at most, before it waits for its turn."""
 
 LEAST_STALL_S: Final = 0.01
 """Seconds for which the first is held back at least."""
 
-MAX_STALLED: Final = 512
-"""Refusals of one account that are held back at once."""
+TURN_S: Final = 0.02
+"""Seconds between two refusals of one account that were held back. Told all at once they would hold up
+everybody else."""
+
+MAX_STALLED: Final = 256
+"""Refusals of one account that are held back at once, so that the last is told before a client gives up."""
 
 MAX_ALL_STALLED: Final = 2048
 """The same of all accounts together: open calls are bounded over all callers."""
@@ -102,9 +106,10 @@ class _Account:
         in_a_row: By resource, refusals since something was admitted.
         refused: Calls that were refused since that was told.
         told_at: When it was told.
+        next_turn: The time from which on a refusal that is held back may be told.
     """
 
-    __slots__ = ("in_a_row", "limits", "paid_until", "refused", "told_at")
+    __slots__ = ("in_a_row", "limits", "next_turn", "paid_until", "refused", "told_at")
 
     def __init__(self, quota: Quota) -> None:
         rates = (quota.calls_per_s, quota.packets_per_s, quota.bytes_per_s)
@@ -113,6 +118,7 @@ class _Account:
         self.in_a_row: Counter[str] = Counter()
         self.refused = 0
         self.told_at = -math.inf
+        self.next_turn = -math.inf
 
     def owed_s(self, name: str, now: float) -> float:
         return self.paid_until.get(name, now) - now
@@ -204,18 +210,23 @@ class Quotas:
         """Hold back a refusal: for the time that the call has to wait, for twice that the next, and so on.
 
         To refuse a call costs the server what it costs to serve it. Who calls again and again without waiting
-        soon has as many calls open as its connection may have, and further ones do not get here.
+        soon has as many calls open as its connection may have, and further ones do not get here. Of one
+        account they are told one after the other, each in its turn.
         """
-        again = self._account(account).in_a_row[error.resource] - 1
-        if self._stalled[account] < MAX_STALLED and self._stalled.total() < MAX_ALL_STALLED:
-            self._stalled[account] += 1
-            try:
-                first_s = max(error.retry_after_s, LEAST_STALL_S)
-                await asyncio.sleep(min(first_s * 2.0 ** min(again, 32), STALL_S))
-            finally:
-                self._stalled[account] -= 1
-                if not self._stalled[account]:
-                    del self._stalled[account]
+        if self._stalled[account] >= MAX_STALLED or self._stalled.total() >= MAX_ALL_STALLED:
+            return
+        held, now = self._account(account), self._clock()
+        again = held.in_a_row[error.resource] - 1
+        first_s = max(error.retry_after_s, LEAST_STALL_S)
+        at = max(now + min(first_s * 2.0 ** min(again, 32), STALL_S), held.next_turn)
+        held.next_turn = at + TURN_S
+        self._stalled[account] += 1
+        try:
+            await asyncio.sleep(at - now)
+        finally:
+            self._stalled[account] -= 1
+            if not self._stalled[account]:
+                del self._stalled[account]
 
     @contextlib.contextmanager
     def stream(self, account: str) -> Iterator[None]:

@@ -124,6 +124,7 @@ class FMIService:
         gate: Decides who may do what.
         memory_watch: Says whether memory is short; it has no limit until it is given one.
         quotas: What each caller may take, and took; nobody has limits until it is given some.
+        specs: Puts cohort specs in force; says where one cannot be kept.
         store_watch: Says whether the store takes writes.
     """
 
@@ -169,7 +170,7 @@ class FMIService:
         self._decoding = ByteBudget(self._decoder.limits.max_decoded_bytes)
         self._checking = Checking(self._intake, self.validator, self.cohorts, clock=clock)
         self._dictionaries = DictionaryShelf(self.store, self._decoder, clock=clock)
-        self._specs = SpecChanges(
+        self.specs = SpecChanges(
             self.store,
             self.cohorts,
             self.releaser,
@@ -257,9 +258,10 @@ class FMIService:
             self.releaser,
             compactor=self.compactor,
             dictionaries=self._dictionaries,
-            put_in_force=self._specs.put_stored,
+            put_in_force=self.specs.put_stored,
             watch=self.store_watch,
             leases=await self.store.leases(ttl_s=self.lease_s),
+            telemetry=self.telemetry,
         )
         await cluster.join()
         return cluster
@@ -752,8 +754,8 @@ class FMIService:
                 self.releaser.reading(spec.name)
             )  # what waits is counted first
         if dry_run:
-            return self._specs.check(spec, force=force)
-        return await self.uninterrupted(self._specs.put(spec, force=force))
+            return self.specs.check(spec, force=force)
+        return await self.uninterrupted(self.specs.put(spec, force=force))
 
     async def register_dictionary(self, data: bytes, *, caller: Principal = TRUSTED) -> int:
         """Register a compression dictionary; return its id; see `DictionaryShelf.register`.

@@ -10,7 +10,7 @@ from fmi.v1 import cohort_pb2
 from fmi_server.access import AccessRules
 from fmi_server.cohorts import CohortRegistry, CohortRules
 from fmi_server.compaction import Compactor
-from fmi_server.errors import SpecChangeUnsafeError
+from fmi_server.errors import FMIError, SpecChangeUnsafeError
 from fmi_server.releases import Releaser
 from fmi_server.router import FMIRouter
 from fmi_server.storage import Store
@@ -31,6 +31,10 @@ class SpecChanges:
         compactor: Rests meanwhile: it would judge by the rules of before.
         router: Lets subscriptions follow.
         telemetry: Counts cohorts.
+
+    Attributes:
+        unkept: Why a spec that another server stored cannot be kept here; None where all can. This server
+            must not go on by the rules of before: who may see what may be what changed.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class SpecChanges:
         self._router = router
         self._telemetry = telemetry
         self._turn = asyncio.Lock()
+        self._stuck = asyncio.Event()
+        self.unkept: FMIError | None = None
 
     def check(self, spec: cohort_pb2.CohortSpec, *, force: bool) -> tuple[CohortRules, bool]:
         """Check a spec; return the rules that it would make, and whether it changes anything.
@@ -89,8 +95,17 @@ class SpecChanges:
         _log.info("cohort %s is declared, schema hash %s", rules.name, rules.schema_hash)
         return rules, changed
 
+    async def stuck(self) -> None:
+        """Wait until there is a spec that cannot be kept."""
+        await self._stuck.wait()
+
     async def put_stored(self, name: str) -> None:
-        """Put the spec of a cohort in force that another server stored."""
+        """Put the spec of a cohort in force that another server stored.
+
+        Raises:
+            SpecInvalidError: It breaks the rules of this version.
+            SettingUnsupportedError: It asks for what this server does not have.
+        """
         async with self._turn:
             stored = next((one for one in await self._store.cohorts() if one.name == name), None)
             if stored is None:
@@ -101,7 +116,12 @@ class SpecChanges:
                 if compacted:
                     # What was retired here meanwhile was judged by the rules of before.
                     await stack.enter_async_context(self._compactor.suspended(name))
-                rules = self._declare(spec, force=True)
+                try:
+                    rules = self._declare(spec, force=True)
+                except FMIError as error:
+                    self.unkept = error
+                    self._stuck.set()
+                    raise
                 if known != rules.schema_hash:
                     await self._releaser.rebuild(name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
@@ -12,12 +13,13 @@ from typing import Any, Final
 
 import click
 
-from fmi_server.app import STORE_FILE
-from fmi_server.config import SettingsError
+from fmi_server.app import STORE_FILE, VIEW_FILE
+from fmi_server.broker_settings import broker_options, wrong_broker_settings
+from fmi_server.config import ServerSettings, SettingsError
 from fmi_server.errors import FMIError
 from fmi_server.feed_requests import kind_name
 from fmi_server.invocation import fail, settings_of
-from fmi_server.storage import backup_database, restore_backup
+from fmi_server.storage import backup_database, backup_log, restore_backup, restore_log
 from fmi_server.storage.sqlite_inspect import (
     CohortContents,
     DatabaseContents,
@@ -36,8 +38,9 @@ def _store_options(command: Any) -> Any:  # click's decorators carry no useful t
         click.option(
             "--data-dir",
             type=click.Path(path_type=Path),
-            help="Where the SQLite store lives [fmi-data].",
+            help="Where the SQLite store lives, or a view of what brokers have [fmi-data].",
         ),
+        click.option("--store", help="sqlite, or the URL of brokers: nats://a,b,c [sqlite]."),
         click.option("--config", type=click.Path(path_type=Path), help="YAML file with settings."),
     ):
         command = option(command)
@@ -47,46 +50,75 @@ def _store_options(command: Any) -> Any:  # click's decorators carry no useful t
 @click.command()
 @click.argument("target", type=click.Path(path_type=Path))
 @_store_options
-def backup(target: Path, config: Path | None, data_dir: Path | None, *, as_json: bool) -> None:
+def backup(target: Path, config: Path | None, *, as_json: bool, **flags: Any) -> None:
     """Write a consistent copy of the store to the new file TARGET.
 
-    A server may be running on the store; it is not held up. TARGET appears when it is whole and on disk, and
-    is never written over.
+    Servers may be running on the store; they are not held up. TARGET appears when it is whole and on disk,
+    and is never written over. Of what brokers have, it needs room for twice the copy meanwhile.
     """
-    path = _store_path(config, data_dir)
+    settings = _settings(config, **flags)
     with _failing():
-        size = backup_database(path, target.absolute())
-    _say({"store": str(path), "backup": str(target), "bytes": size}, as_json=as_json)
+        if _at_brokers(settings):
+            options = broker_options(settings)
+            size = asyncio.run(backup_log(settings.store, target.absolute(), options=options))
+        else:
+            size = backup_database(settings.data_dir / STORE_FILE, target.absolute())
+    said = {"store": _location(settings), "backup": str(target), "bytes": size}
+    _say(said, as_json=as_json)
 
 
 @click.command()
 @click.argument("source", metavar="BACKUP", type=click.Path(path_type=Path))
 @click.option("--replace", is_flag=True, help="Set aside a store that is there, and restore.")
+@click.option("--store-replicas", type=int, help="Brokers that keep each packet: 1, 3 or 5 [1].")
 @_store_options
 def restore(
-    source: Path, config: Path | None, data_dir: Path | None, *, replace: bool, as_json: bool
+    source: Path, config: Path | None, *, replace: bool, as_json: bool, **flags: Any
 ) -> None:
     """Make the store from BACKUP, as a new history.
 
-    The server must be stopped. BACKUP is checked whole first. Subscribers that come back get a snapshot, and
-    are told that the history changed; packets that were acknowledged after the backup are not in it.
+    The server must be stopped. BACKUP is checked whole first; it may be of either kind of store, so that it
+    also moves one from a file to brokers, or back. Subscribers that come back get a snapshot, and are told
+    that the history changed; packets that were acknowledged after the backup are not in it.
+
+    Brokers can set nothing aside: there must be no log of the federation.
     """
-    path = _store_path(config, data_dir)
+    settings = _settings(config, **flags)
+    folder = settings.data_dir
     with _failing():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
-            message = f"data_dir: {path.parent} cannot be made: {error.strerror}"
+            message = f"data_dir: {folder} cannot be made: {error.strerror}"
             raise SettingsError(message) from None
-        try:
-            restored = restore_backup(source.absolute(), path.resolve(), replace=replace)
-        except FileExistsError:
-            message = f"{path} exists; say --replace to set it aside, or choose another --data-dir"
-            raise FileExistsError(message) from None
-    said = {"store": str(path), "history_epoch": restored.history_epoch}
+        if _at_brokers(settings):
+            said = _restore_at_brokers(settings, source.absolute(), replace=replace)
+        else:
+            said = _restore_file(folder / STORE_FILE, source.absolute(), replace=replace)
+    _say({"store": _location(settings), **said}, as_json=as_json)
+
+
+def _restore_file(path: Path, source: Path, *, replace: bool) -> dict[str, str]:
+    try:
+        restored = restore_backup(source, path.resolve(), replace=replace)
+    except FileExistsError:
+        message = f"{path} exists; say --replace to set it aside, or choose another --data-dir"
+        raise FileExistsError(message) from None
+    said = {"history_epoch": restored.history_epoch}
     if restored.set_aside is not None:
         said["set_aside"] = str(restored.set_aside)
-    _say(said, as_json=as_json)
+    return said
+
+
+def _restore_at_brokers(settings: ServerSettings, source: Path, *, replace: bool) -> dict[str, str]:
+    if replace:
+        raise SettingsError(
+            "--replace: brokers can set nothing aside; restore under another name of the federation, as in "
+            "nats://host/name"
+        )
+    options = broker_options(settings)
+    epoch = asyncio.run(restore_log(source, settings.store, settings.data_dir, options=options))
+    return {"history_epoch": epoch}
 
 
 @click.command()
@@ -94,13 +126,15 @@ def restore(
 @click.option("--check", is_flag=True, help="Read and check every page and every packet.")
 @_store_options
 def inspect(
-    file: Path | None, config: Path | None, data_dir: Path | None, *, check: bool, as_json: bool
+    file: Path | None, config: Path | None, *, check: bool, as_json: bool, **flags: Any
 ) -> None:
     """Say what the store holds, or the backup FILE. A server may be running on it.
 
-    With --check all of it is read and compared, which takes as long as reading the file.
+    Of what brokers have it reads the view in the data directory, which is as new as its server's. With
+    --check all of it is read and compared, which takes as long as reading the file.
     """
-    path = file or _store_path(config, data_dir)
+    settings = _settings(config, **flags)
+    path = file or settings.data_dir / (VIEW_FILE if _at_brokers(settings) else STORE_FILE)
     checked: int | None = None
     with _failing(), contextlib.closing(open_for_inspection(path)) as connection:
         contents = inspect_database(connection, path)
@@ -123,9 +157,22 @@ COMMANDS: Final[tuple[click.Command, ...]] = (backup, restore, inspect)
 """The commands of this module."""
 
 
-def _store_path(config: Path | None, data_dir: Path | None) -> Path:
-    settings = settings_of(config, {"data_dir": data_dir})
-    return settings.data_dir / STORE_FILE
+def _settings(config: Path | None, **flags: Any) -> ServerSettings:
+    settings = settings_of(config, flags)
+    wrong = "; ".join(wrong_broker_settings(settings))
+    if settings.store == "memory":
+        wrong = "store: what is in memory is nowhere else; name the store that is meant"
+    if wrong:
+        fail(SettingsError(wrong))
+    return settings
+
+
+def _at_brokers(settings: ServerSettings) -> bool:
+    return "://" in settings.store
+
+
+def _location(settings: ServerSettings) -> str:
+    return settings.store if _at_brokers(settings) else str(settings.data_dir / STORE_FILE)
 
 
 @contextlib.contextmanager

@@ -78,6 +78,16 @@ class FMITelemetry:
             "Whether a read or a write came upon damage in the store: 0, or 1 until a restart.",
             registry=self.registry,
         )
+        self._follows = Gauge(
+            "fmi_follows",
+            "Whether what other servers on the store write is taken in: 1, or 0 while it is not.",
+            registry=self.registry,
+        )
+        self._partitions = Gauge(
+            "fmi_partitions",
+            "Partitions of cohorts, of 64, that this server releases among others on the store.",
+            registry=self.registry,
+        )
         self._memory = Gauge(
             "fmi_resident_memory_bytes", "Resident memory of the process.", registry=self.registry
         )
@@ -161,6 +171,14 @@ class FMITelemetry:
     def store_is_damaged(self) -> None:
         """Set that the store is damaged."""
         self._store_damaged.set(1)
+
+    def follows(self, well: bool) -> None:
+        """Set whether what other servers write is taken in."""
+        self._follows.set(well)
+
+    def partitions(self, owned: int) -> None:
+        """Set how many partitions this server releases."""
+        self._partitions.set(owned)
 
     def memory(self, held: int, *, pressed: bool) -> None:
         """Set the resident memory, in bytes, and whether calls are refused for it."""

@@ -13,7 +13,7 @@ import grpc
 from google.protobuf import wrappers_pb2
 from rich.table import Table
 
-from fmi.descriptors import INGEST
+from fmi.descriptors import DELIVERY, INGEST
 from fmi.v1 import registry_service_pb2
 from fmi_client._causes import last_cause
 from fmi_client.commands.connection import examine_connection
@@ -149,7 +149,7 @@ def _examine_calls(calls: _Calls) -> Iterator[Finding]:
     if healthy.final:
         return
     if healthy.verdict is Verdict.OK:
-        yield from _examine_ingest(calls)
+        yield from _examine_parts(calls)
     try:
         answer = calls.contract()
     except grpc.RpcError as error:
@@ -194,13 +194,9 @@ def _examine_health(calls: _Calls) -> Finding:
     )
 
 
-def _examine_ingest(calls: _Calls) -> Iterator[Finding]:
-    """Say that packets are not taken, where the server says so; there is nothing to say of one that does."""
-    try:
-        status = calls.health(INGEST)
-    except grpc.RpcError:
-        return  # a server that tells of no such thing
-    if status == _NOT_SERVING:
+def _examine_parts(calls: _Calls) -> Iterator[Finding]:
+    """Say what a server that serves does not do now, where it says so; of one that does all, nothing."""
+    if _says_no(calls, INGEST):
         yield fault(
             "packets",
             "the server wants none now: its store refuses writes, or is damaged",
@@ -209,6 +205,21 @@ def _examine_ingest(calls: _Calls) -> Iterator[Finding]:
             ExitCode.SERVER,
             final=False,
         )
+    if _says_no(calls, DELIVERY):
+        yield fault(
+            "updates",
+            "this server does not hear what the others on its store release",
+            "The operator finds the cause in its log; meanwhile subscribe to another one of them.",
+            ExitCode.SERVER,
+            final=False,
+        )
+
+
+def _says_no(calls: _Calls, part: str) -> bool:
+    try:
+        return calls.health(part) == _NOT_SERVING
+    except grpc.RpcError:
+        return False  # a server that tells of no such thing
 
 
 def _judge_contract(answer: registry_service_pb2.GetContractResponse) -> Finding:

@@ -562,9 +562,9 @@ class Store(ABC):
     async def ledger_totals(self) -> dict[str, LedgerTotal]:
         """Return what each cohort with a ledger spent."""
 
+    @abstractmethod
     async def lost_spans(self) -> list[LostSpan]:
         """Return the spans of time of which this history may lack what was spent; a backup was restored."""
-        return []
 
     # Cohorts, sites, dictionaries
 

@@ -56,7 +56,7 @@ from fmi_server.storage.jetstream_names import BrokerAddress, LogNames
 from fmi_server.storage.jetstream_replica import Replica
 from fmi_server.storage.jetstream_shortening import LogShortener, replace_view
 from fmi_server.storage.jetstream_snapshots import SnapshotStream
-from fmi_server.storage.jetstream_view import ViewPosition, prepare_view
+from fmi_server.storage.jetstream_view import ViewPosition, make_store, prepare_view
 from fmi_server.storage.records import StoreStats
 from fmi_server.storage.sqlite import SqliteStore
 from fmi_server.storage.sqlite_live import forgettable_sequences, retired_sequences
@@ -73,6 +73,7 @@ if TYPE_CHECKING:
         CohortRecord,
         DictionaryRecord,
         LedgerTotal,
+        LostSpan,
         PacketKey,
         PacketRecord,
         SiteRecord,
@@ -275,6 +276,14 @@ class JetStreamStore(Store):
         assert self._shortener is not None  # noqa: S101 - made where the replica is
         return await self._shortener.shorten()
 
+    async def backup(self, target: Path) -> None:
+        """Write the view to a new file, as a backup that any store can be made of.
+
+        Raises:
+            FileExistsError: `target` exists.
+        """
+        await self._open_view().backup(target, finish=make_store)
+
     async def leases(self, *, ttl_s: float = 10.0) -> LeaseTable:
         """Return the leases of the federation, by the connection of this store.
 
@@ -452,6 +461,10 @@ class JetStreamStore(Store):
     async def ledger_totals(self) -> dict[str, LedgerTotal]:
         """Return what each cohort with a ledger spent."""
         return await self._open_view().ledger_totals()
+
+    async def lost_spans(self) -> list[LostSpan]:
+        """Return the spans of time of which this history may lack what was spent; a backup was restored."""
+        return await self._open_view().lost_spans()
 
     # Cohorts, sites, dictionaries
 

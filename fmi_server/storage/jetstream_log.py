@@ -6,11 +6,12 @@ What an acknowledged entry is worth is set at the brokers: see `jetstream`.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fmi_server.storage.base import StoreCorruptError
+from fmi_server.storage.base import StoreCorruptError, StoreUnavailableError
 from fmi_server.storage.jetstream_broker import uncancelled
 from fmi_server.storage.jetstream_errors import broker_error, import_nats
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from fmi_server.storage.jetstream_view import ViewPosition
 
 __all__ = ["BrokerLog", "LogBehindError", "LogState", "entry_identity"]
+
+_LOG = logging.getLogger(__name__)
 
 _EPOCH_KEY = "fmi_history_epoch"
 _PART_HEADER = "Fmi-Part"
@@ -36,12 +39,14 @@ class LogState:
         first: The oldest entry that is there; above `last` where none is.
         last: The newest entry there ever was.
         size: Bytes of all that is there.
+        replicas: Brokers that keep each entry.
     """
 
     epoch: str
     first: int
     last: int
     size: int
+    replicas: int
 
 
 class LogBehindError(Exception):
@@ -60,11 +65,24 @@ class BrokerLog:
         self.location = broker.location
         self.epoch = ""
 
-    async def create(self, epoch: str) -> LogState:
+    async def exists(self) -> bool:
+        """Say whether there is a log, or a stream of its name."""
+        try:
+            await self.state()
+        except StoreUnavailableError as error:
+            if error.cause != "no_stream":
+                raise
+            return False
+        except StoreCorruptError:
+            pass
+        return True
+
+    async def create(self, epoch: str, *, first: int = 1) -> LogState:
         """Make the stream if there is none; return its state.
 
         Args:
             epoch: Of a history that would begin now.
+            first: Its first entry then; what is before is in a snapshot that is there already.
         """
         api, options = import_nats().js.api, self.broker.options
         await self.broker.ensure_stream(
@@ -79,11 +97,20 @@ class BrokerLog:
                 num_replicas=options.replicas,
                 duplicate_window=options.duplicate_window_s,
                 allow_direct=False,
+                first_seq=first if first > 1 else None,
                 metadata={_EPOCH_KEY: epoch},
             )
         )
         state = await self.state()
         self.epoch = state.epoch
+        if state.replicas < options.replicas:
+            _LOG.warning(
+                "%s: %d brokers keep each entry, and not %d: that was set when the log was made, and is the "
+                "brokers' to change (nats stream edit --replicas)",
+                self.location,
+                state.replicas,
+                options.replicas,
+            )
         return state
 
     async def state(self) -> LogState:
@@ -95,7 +122,9 @@ class BrokerLog:
             raise StoreCorruptError(
                 path=self.location, detail=f"the stream {self.names.stream} is not one of ours"
             )
-        return LogState(epoch, info.state.first_seq, info.state.last_seq, info.state.bytes)
+        held = info.state
+        replicas = info.config.num_replicas or 1
+        return LogState(epoch, held.first_seq, held.last_seq, held.bytes, replicas)
 
     async def check(self, position: ViewPosition) -> None:
         """See that the log is the one that a view was made of, and goes on behind it.

@@ -45,6 +45,8 @@ __all__ = [
     "LogEntry",
     "ViewPosition",
     "apply_entries",
+    "make_store",
+    "make_view",
     "prepare_view",
     "view_position",
 ]
@@ -67,6 +69,8 @@ _TABLES = (
     ) STRICT""",
     "CREATE INDEX IF NOT EXISTS log_parts_by_age ON log_parts (sequence)",
 )
+
+_DROP_TABLES = ("DROP TABLE IF EXISTS log_position", "DROP TABLE IF EXISTS log_parts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +152,7 @@ def prepare_view(connection: sqlite3.Connection, *, epoch: str, where: str) -> V
             "UPDATE meta SET value = ? WHERE name = 'history_epoch'",
             (epoch,),
         )
-        for statement in _TABLES:
-            connection.execute(statement)
-        connection.execute(
-            "INSERT INTO log_position (only_row, sequence, command_id) VALUES (1, 0, '')"
-        )
+        make_view(connection)
     (found,) = connection.execute("SELECT value FROM meta WHERE name = 'history_epoch'").fetchone()
     if found != epoch:
         raise StoreCorruptError(
@@ -160,6 +160,21 @@ def prepare_view(connection: sqlite3.Connection, *, epoch: str, where: str) -> V
             detail="it is the view of another log; move it away, and a new one is made from the log",
         )
     return view_position(connection)
+
+
+def make_view(connection: sqlite3.Connection, *, sequence: int = 0) -> None:
+    """Make a database a view that has come to an entry."""
+    for statement in (*_DROP_TABLES, *_TABLES):
+        connection.execute(statement)
+    connection.execute(
+        "INSERT INTO log_position (only_row, sequence, command_id) VALUES (1, ?, '')", (sequence,)
+    )
+
+
+def make_store(connection: sqlite3.Connection) -> None:
+    """Make a view a database like that of an embedded store."""
+    for statement in _DROP_TABLES:
+        connection.execute(statement)
 
 
 def apply_entries(

@@ -23,6 +23,7 @@ from fmi_server.storage.records import (
     CohortRecord,
     DictionaryRecord,
     LedgerTotal,
+    LostSpan,
     PacketKey,
     PacketRecord,
     SiteRecord,
@@ -423,6 +424,10 @@ class MemoryStore(Store):
             )
             for cohort, held in self._data.ledger.items()
         }
+
+    async def lost_spans(self) -> list[LostSpan]:
+        """Return nothing: no backup is restored into memory."""
+        return []
 
     # Cohorts, sites, dictionaries
 

@@ -222,13 +222,24 @@ class SqliteStore(Store):
         self._max_bytes = writer.max_bytes = max_bytes
         await writer.run(lambda connection: set_size_limit(connection, max_bytes))
 
-    async def backup(self, target: Path | str) -> None:
+    async def backup(
+        self,
+        target: Path | str,
+        *,
+        finish: Callable[[sqlite3.Connection], None] = lambda _copy: None,
+    ) -> None:
         """Write a consistent copy to a new file while the store is in use.
+
+        Args:
+            target: The file.
+            finish: Changes the copy before it appears under its name.
 
         Raises:
             FileExistsError: `target` exists.
         """
-        await self._read(lambda connection: copy_database(connection, Path(target).absolute()))
+        await self._read(
+            lambda connection: copy_database(connection, Path(target).absolute(), finish=finish)
+        )
 
     async def transact(self, change: Callable[[sqlite3.Connection], T]) -> T:
         """Carry a change out in a transaction of the writer and return what it returns.

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import sqlite3
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +25,13 @@ from fmi_server.storage.sqlite_schema import (
     translate_error,
 )
 
-__all__ = ["RestoredDatabase", "backup_database", "copy_database", "restore_backup"]
+__all__ = [
+    "RestoredDatabase",
+    "backup_database",
+    "copy_database",
+    "refuse_existing",
+    "restore_backup",
+]
 
 _BESIDE = ("-wal", "-shm")
 """What SQLite keeps beside a database. A log that is left beside another would be taken for its own."""
@@ -70,14 +77,23 @@ def backup_database(path: Path, target: Path) -> int:
     return target.stat().st_size
 
 
-def copy_database(connection: sqlite3.Connection, target: Path) -> None:
+def copy_database(
+    connection: sqlite3.Connection,
+    target: Path,
+    *,
+    finish: Callable[[sqlite3.Connection], None] = lambda _copy: None,
+) -> None:
     """Write a consistent copy to a new file; it appears under its name only when it is whole.
+
+    Args:
+        connection: To the database.
+        target: The file.
+        finish: Changes the copy before it appears.
 
     Raises:
         FileExistsError: `target` exists; it was not touched.
     """
-    if target.exists():
-        raise _exists(target)
+    refuse_existing(target)
     partial = _partial(target)
     make_private(partial)
     try:
@@ -85,11 +101,22 @@ def copy_database(connection: sqlite3.Connection, target: Path) -> None:
             connection.backup(copy)
             # One file, without a log beside it.
             copy.execute("PRAGMA journal_mode = DELETE")
+            finish(copy)
             note_backup(copy, _now_us())
         _sync(partial)
         _link(partial, target)
     finally:
         _remove(partial)
+
+
+def refuse_existing(path: Path) -> None:
+    """Refuse to write over a file.
+
+    Raises:
+        FileExistsError: It exists.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists; choose another name or move it away")
 
 
 def restore_backup(backup: Path, path: Path, *, replace: bool = False) -> RestoredDatabase:
@@ -115,16 +142,16 @@ def restore_backup(backup: Path, path: Path, *, replace: bool = False) -> Restor
         StoreVersionError: The backup is from a newer version.
         StoreUnavailableError: The disk refused.
     """
-    if path.exists() and not replace:
-        raise _exists(path)
+    if not replace:
+        refuse_existing(path)
     partial = _partial(path)
     try:
         epoch = _prepare_copy(backup, partial)
         lock = DatabaseLock(path)
         lock.acquire()
         try:
-            if path.exists() and not replace:
-                raise _exists(path)
+            if not replace:
+                refuse_existing(path)
             return RestoredDatabase(epoch, _put_in_place(partial, path))
         finally:
             lock.release()
@@ -223,10 +250,6 @@ def _aside(path: Path) -> Path:
 
 def _partial(target: Path) -> Path:
     return target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
-
-
-def _exists(path: Path) -> FileExistsError:
-    return FileExistsError(f"{path} exists; choose another name or move it away")
 
 
 def _sync(path: Path) -> None:

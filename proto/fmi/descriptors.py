@@ -19,7 +19,14 @@ from fmi.v1 import (
     update_pb2,
 )
 
-__all__ = ["CONTRACT_FILES", "INGEST", "SERVICE_NAMES", "contract_hash", "descriptor_set"]
+__all__ = [
+    "CONTRACT_FILES",
+    "DELIVERY",
+    "INGEST",
+    "SERVICE_NAMES",
+    "contract_hash",
+    "descriptor_set",
+]
 
 CONTRACT_FILES: Final[tuple[FileDescriptor, ...]] = tuple(
     sorted(
@@ -48,6 +55,10 @@ INGEST: Final = "fmi.v1.InterchangeService/Emit"
 """The name under which health tells whether packets should be sent here: not while the store refuses writes,
 and not where it is damaged, since what is acknowledged may not be found again. Such a server still
 serves reads and subscriptions, so it is not to be taken out of service for that."""
+
+DELIVERY: Final = "fmi.v1.InterchangeService/Subscribe"
+"""The name under which health tells whether subscribers get what is released: not where a server of several
+on one store cannot take in what the others write. It keeps the packets that it is sent."""
 
 
 @cache

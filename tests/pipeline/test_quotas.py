@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fmi_server.errors import QuotaExceededError
-from fmi_server.quotas import BURST_S, LONGEST_RETRY_S, MAX_ACCOUNTS, MAX_STALLED, Quota, Quotas
+from fmi_server.quotas import (
+    BURST_S,
+    LONGEST_RETRY_S,
+    MAX_ACCOUNTS,
+    MAX_STALLED,
+    TURN_S,
+    Quota,
+    Quotas,
+)
 from fmi_server.transport.identity import account_of_address
 
 
@@ -247,7 +255,7 @@ async def test_refusals_of_who_does_not_wait_are_held_back_longer_and_longer(mon
     for _ in range(12):
         await refused(quotas)
     assert sleeps.seconds[:5] == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.0])
-    assert set(sleeps.seconds[5:]) == {1.0}
+    assert sleeps.seconds[5:] == pytest.approx([1.0 + TURN_S * turn for turn in range(1, 8)])
 
 
 async def test_who_waits_is_held_back_no_longer_than_told(monkeypatch):
@@ -259,6 +267,21 @@ async def test_who_waits_is_held_back_no_longer_than_told(monkeypatch):
         clock.now += 0.101
         quotas.admit_packets("site", 1, 1)
     assert max(sleeps.seconds) == pytest.approx(0.1, abs=0.005)
+
+
+async def test_refusals_of_an_account_are_told_one_after_the_other(monkeypatch):
+    """Told all at once they would hold up everybody else."""
+    sleeps, clock = Sleeps(monkeypatch), Clock()
+    quotas = Quotas(Quota(packets_per_s=10.0), clock=clock)
+    for account in ("site", "other"):
+        quotas.admit_packets(account, 201, 1)
+    await asyncio.gather(*(refused(quotas) for _ in range(60)), refused(quotas, "other"))
+    *told, first_of_other = sleeps.seconds
+    assert first_of_other == told[0] == pytest.approx(1.0)
+    assert told == pytest.approx([1.0 + TURN_S * turn for turn in range(60)])
+    clock.now += 0.5  # who comes later waits behind them
+    await refused(quotas)
+    assert sleeps.seconds[-1] == pytest.approx(0.5 + TURN_S * 60)
 
 
 async def test_as_many_refusals_are_held_back_as_may_be_and_the_rest_are_told_at_once():

@@ -15,6 +15,7 @@ import pytest
 import zstandard
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from fmi.plain import new_packet_id, packet_from_plain
@@ -37,6 +38,9 @@ WARM_START = update_pb2.UPDATE_KIND_WARM_START
 HINT = update_pb2.UPDATE_KIND_POLICY_HINT
 CAUSES = update_pb2.UPDATE_KIND_CAUSAL_CONSENSUS
 
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
 REQUEST_ID_KEY = "fmi-request-id"
 
 
@@ -50,6 +54,7 @@ class Client:
         self.interchange = interchange_service_pb2_grpc.InterchangeServiceStub(self.channel)
         self.registry = registry_service_pb2_grpc.RegistryServiceStub(self.channel)
         self.admin = admin_service_pb2_grpc.AdminServiceStub(self.channel)
+        self._health = health_pb2_grpc.HealthStub(self.channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -89,6 +94,11 @@ class Client:
     async def put_spec(self, spec: cohort_pb2.CohortSpec, **options: bool) -> Any:
         request = admin_service_pb2.PutCohortSpecRequest(spec=spec, **options)
         return await self.admin.PutCohortSpec(request, timeout=DEADLINE_S)
+
+    async def health(self, name: str = "") -> int:
+        """Ask for the health of the server, or of a part of it."""
+        request = health_pb2.HealthCheckRequest(service=name)
+        return (await self._health.Check(request, timeout=DEADLINE_S)).status
 
     async def release(self, cohort: str) -> list[Any]:
         """Release a cohort now; return what that published."""

@@ -15,8 +15,20 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
 
 from broker import Broker
 from cluster_harness import care, member, owner, shared_out, taus, two
-from server_harness import PRIOR, Client, eventually, identity, msp, refusal_of, spec
+from server_harness import (
+    NOT_SERVING,
+    PRIOR,
+    SERVING,
+    Client,
+    eventually,
+    identity,
+    msp,
+    refusal_of,
+    spec,
+)
+from server_process import assert_refused, run, started
 
+from fmi.descriptors import DELIVERY, INGEST, SERVICE_NAMES
 from fmi.v1 import error_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi_server import broker_settings, partitions
@@ -81,7 +93,7 @@ def newest(server: RunningServer) -> int:
     return server.service.releaser.publisher.log.newest_revision(("care", PRIOR))
 
 
-async def test_who_cannot_take_in_a_spec_goes_on_with_the_rest(broker, tmp_path):
+async def test_who_cannot_take_in_one_thing_goes_on_with_the_rest(broker, tmp_path, monkeypatch):
     async with (
         two(broker, tmp_path) as servers,
         Client(servers[0].target) as a,
@@ -89,22 +101,57 @@ async def test_who_cannot_take_in_a_spec_goes_on_with_the_rest(broker, tmp_path)
         b.subscribed("care") as events,
     ):
         await a.put_spec(care())
-        kept = spec("kept")
-        kept.access.emit.append("*")
-        refused = await refusal_of(b.put_spec(kept))
-        assert refused.reason == "SETTING_UNSUPPORTED", "it authenticates nobody"
-        # Put into the store by a server that does authenticate, as far as the first one hears.
-        await servers[1].service.store.put_cohort("kept", kept.SerializeToString(), 1)
+        put, failing = servers[0].service.specs._store.cohorts, True
+
+        async def cohorts():
+            if failing:
+                raise StoreUnavailableError("io_error", detail="the test's", path="here")
+            return await put()
+
+        monkeypatch.setattr(servers[0].service.specs._store, "cohorts", cohorts)
+        await b.put_spec(spec("kept"))
         await eventually(lambda: not servers[0].service.cluster.partitions.owned)
         await eventually(lambda: len(servers[1].service.cluster.partitions.owned) == PARTITIONS)
+        # Health says so of what it does not do, and of nothing else; so does the metric.
+        assert await a.health(DELIVERY) == NOT_SERVING
+        for name in ("", INGEST, *SERVICE_NAMES):
+            assert await a.health(name) == SERVING
+            assert await b.health(name) == SERVING
+        assert servers[0].service.telemetry.snapshot()["fmi_follows"] == 0.0
+        assert servers[0].service.telemetry.snapshot()["fmi_partitions"] == 0.0
+        assert servers[1].service.telemetry.snapshot()["fmi_partitions"] == PARTITIONS
         await a.emit(*taus(0.1, 0.2, 0.3))
         found = await events.until("update")
         # The rest of what others write is taken in all the same.
         token = found[-1].resume_token
         async with a.subscribed("care", resume_token=token) as going_on:
             await going_on.until("snapshot_end")
-        await servers[1].service.store.put_cohort("kept", spec("kept").SerializeToString(), 1)
+        failing = False
         await shared_out(*servers)
+        assert await a.health(DELIVERY) == SERVING
+        assert servers[0].service.telemetry.snapshot()["fmi_follows"] == 1.0
+
+
+async def test_who_cannot_keep_a_spec_that_others_put_in_force_stops(broker, tmp_path):
+    """By the rules of before it would show everybody what is no longer for everybody."""
+    flags = ("--store", broker.url(), "--data-dir", str(tmp_path / "open"))
+    async with started("--listen", "127.0.0.1:0", *flags) as open_to_all:
+        async with Client(open_to_all.target) as client:
+            await client.put_spec(care())
+        # Put into the store by a server that does authenticate, as far as this one hears.
+        closed = care()
+        closed.access.subscribe.append("somebody")
+        async with JetStreamStore(broker.url(), tmp_path / "other.db") as store:
+            await store.put_cohort("care", closed.SerializeToString(), 1)
+        async with asyncio.timeout(60):
+            assert await open_to_all.process.wait() == 2
+        said = "".join(open_to_all.err)
+        assert "a spec that another server put in force cannot be kept here" in said
+        assert "fmi-server: access.subscribe: of cohort 'care'" in said
+        assert "Traceback" not in said
+    # Nor does it start again.
+    ended = await run("--listen", "127.0.0.1:0", *flags)
+    assert_refused(ended, "access.subscribe", "care")
 
 
 @pytest.mark.usefixtures("impatient")

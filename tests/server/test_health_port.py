@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from identity_harness import Office
 from server_process import LOCAL, ServerProcess, assert_refused, environment, run, started
 
-from fmi.descriptors import INGEST, SERVICE_NAMES
+from fmi.descriptors import DELIVERY, INGEST, SERVICE_NAMES
 from fmi.v1 import registry_service_pb2, registry_service_pb2_grpc
 
 PROBE = (sys.executable, "-m", "fmi_server.probe")
@@ -63,7 +63,7 @@ async def test_who_has_no_certificate_hears_whether_the_server_is_well(
     guarded: tuple[ServerProcess, str],
 ) -> None:
     server, address = guarded
-    for name in ("", INGEST, *SERVICE_NAMES):
+    for name in ("", INGEST, DELIVERY, *SERVICE_NAMES):
         assert await probe(address, name) == (0, "")
     code, told = await probe(server.target)
     assert code == 1

@@ -28,7 +28,7 @@ from server_harness import (
     zstd,
 )
 
-from fmi.descriptors import INGEST, SERVICE_NAMES, contract_hash
+from fmi.descriptors import DELIVERY, INGEST, SERVICE_NAMES, contract_hash
 from fmi.v1 import admin_service_pb2, cohort_pb2, packet_pb2, registry_service_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi_server.errors import OverloadedError
@@ -214,7 +214,7 @@ async def test_health_lists_the_services(client):
         pytest.skip("this version of grpcio-health-checking has no List")
     answer = await health_pb2_grpc.HealthStub(client.channel).List(health_pb2.HealthListRequest())
     states = {name: state.status for name, state in answer.statuses.items()}
-    assert states == dict.fromkeys(["", INGEST, *SERVICE_NAMES], SERVING)
+    assert states == dict.fromkeys(["", INGEST, DELIVERY, *SERVICE_NAMES], SERVING)
 
 
 async def test_a_slow_watcher_gets_the_last_state_and_a_stop_is_for_good():

@@ -1,0 +1,275 @@
+"""Backups of a log, and logs that begin with one; against a real broker."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from typing import TYPE_CHECKING
+
+import nats
+import pytest
+from broker import Broker
+from test_jetstream import QUICK, ids, packet, update
+
+from fmi_server.storage import (
+    JetStreamStore,
+    SqliteStore,
+    backup_log,
+    restore_backup,
+    restore_log,
+)
+from fmi_server.storage.base import (
+    LedgerConflictError,
+    RevisionConflictError,
+    SpendRecord,
+    StoreCorruptError,
+    StoreUnavailableError,
+)
+from fmi_server.storage.jetstream_log import BrokerLog
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from fmi_server.storage import Store
+
+
+@pytest.fixture
+async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
+    async with Broker(tmp_path / "broker") as started:
+        yield started
+
+
+async def fill(store: Store) -> None:
+    await store.append([packet(f"p{number}") for number in range(30)])
+    await store.append([packet("p0", domain_id="site-b")])
+    await store.retire([3, 4])
+    await store.set_quarantine(7, quarantined=True, reason="looked odd")
+    await store.publish([update(1, 1), update(2, 2)])
+    await store.put_cohort("health", b"spec", 1)
+    await store.put_reputations("health", {"site-a": 0.5})
+    await store.spend(SpendRecord("health", 1, 1, 1, 0.5, store.history_epoch))
+
+
+async def contents(store: Store) -> list[object]:
+    return [
+        await store.load(),
+        await store.live_packets("health"),
+        await store.quarantined(),
+        await store.updates_since(0),
+        await store.cohorts(),
+        await store.sites(),
+        await store.ledger_totals(),
+        await store.spends("health"),
+    ]
+
+
+async def stream_names(broker: Broker) -> set[str]:
+    client = await nats.connect(f"nats://{broker.address}", allow_reconnect=False)
+    found = {info.config.name for info in await client.jetstream().streams_info()}
+    await client.close()
+    return found
+
+
+async def test_a_backup_of_a_log_becomes_a_file_or_another_log(
+    broker: Broker, tmp_path: Path
+) -> None:
+    async with JetStreamStore(broker.url(), tmp_path / "one.db", options=QUICK) as one:
+        await fill(one)
+        held, epoch = await contents(one), one.history_epoch
+        size = await backup_log(broker.url(), tmp_path / "backup", options=QUICK)
+        assert size == (tmp_path / "backup").stat().st_size
+    file = restore_backup(tmp_path / "backup", tmp_path / "file.db")
+    made = await restore_log(tmp_path / "backup", broker.url("other"), tmp_path, options=QUICK)
+    assert len({epoch, file.history_epoch, made}) == 3
+    async with (
+        SqliteStore(tmp_path / "file.db") as embedded,
+        JetStreamStore(broker.url("other"), tmp_path / "a.db", options=QUICK) as a,
+        JetStreamStore(broker.url("other"), tmp_path / "b.db", options=QUICK) as b,
+    ):
+        assert {a.history_epoch, b.history_epoch} == {made}
+        for store in (embedded, a, b):
+            assert await contents(store) == held
+            assert len(await store.lost_spans()) == 1
+        # What the log of before would have refused, the new one refuses.
+        assert [one.status for one in await a.append([packet("p5"), packet("new")])] == [
+            "duplicate",
+            "stored",
+        ]
+        with pytest.raises(RevisionConflictError):
+            await a.publish([update(2, 2)])
+        with pytest.raises(LedgerConflictError):
+            await b.spend(SpendRecord("health", 1, 2, 1, 0.5, made))
+        assert await b.publish([update(3, 3)]) == [3]
+        await a.spend(SpendRecord("health", 2, 2, 1, 0.5, made))
+        await a.catch_up()
+        await b.catch_up()
+        assert await contents(a) == await contents(b)
+        # It is shortened like any other.
+        await a.shorten_log()
+        async with JetStreamStore(broker.url("other"), tmp_path / "c.db", options=QUICK) as c:
+            assert await contents(c) == await contents(a)
+    left = [path.name for path in tmp_path.iterdir()]  # noqa: ASYNC240 - a look at a folder
+    assert not [name for name in left if name.startswith(".")]
+
+
+async def test_an_embedded_store_moves_to_brokers(broker: Broker, tmp_path: Path) -> None:
+    async with SqliteStore(tmp_path / "file.db") as embedded:
+        await fill(embedded)
+        held = await contents(embedded)
+        await embedded.backup(tmp_path / "backup")
+    await restore_log(tmp_path / "backup", broker.url(), tmp_path, options=QUICK)
+    async with JetStreamStore(broker.url(), tmp_path / "view.db", options=QUICK) as store:
+        assert await contents(store) == held
+        await store.append([packet("new")])
+    async with JetStreamStore(broker.url(), tmp_path / "anew.db", options=QUICK) as store:
+        assert (await ids(store))[-1] == "new"
+
+
+async def test_a_backup_has_all_that_was_answered_before_it_began(
+    broker: Broker, tmp_path: Path
+) -> None:
+    answered: list[str] = []
+    async with JetStreamStore(broker.url(), tmp_path / "one.db", options=QUICK) as store:
+
+        async def write() -> None:
+            for number in range(100_000):
+                await store.append([packet(f"p{number}")])
+                answered.append(f"p{number}")
+
+        writing = asyncio.create_task(write())
+        while len(answered) < 50:  # noqa: ASYNC110 - it is a count that is waited for
+            await asyncio.sleep(0.01)
+        before = list(answered)
+        await backup_log(broker.url(), tmp_path / "backup", options=QUICK)
+        assert len(answered) > len(before), "writing went on"
+        writing.cancel()
+        await asyncio.wait([writing])
+    restore_backup(tmp_path / "backup", tmp_path / "file.db")
+    async with SqliteStore(tmp_path / "file.db") as embedded:
+        found = [one.record.packet_id for one in await embedded.load(limit=100_000)]
+    assert found[: len(before)] == before
+
+
+async def test_what_is_there_is_not_touched(broker: Broker, tmp_path: Path) -> None:
+    with pytest.raises(StoreCorruptError, match="there is no log"):
+        await backup_log(broker.url(), tmp_path / "none", options=QUICK)
+    assert await stream_names(broker) == set()
+    async with JetStreamStore(broker.url(), tmp_path / "one.db", options=QUICK) as store:
+        await fill(store)
+        await store.shorten_log()
+        held = await contents(store)
+        await backup_log(broker.url(), tmp_path / "backup", options=QUICK)
+        with pytest.raises(FileExistsError):
+            await backup_log(broker.url(), tmp_path / "backup", options=QUICK)
+        with pytest.raises(FileExistsError, match="has a log; choose another name"):
+            await restore_log(tmp_path / "backup", broker.url(), tmp_path, options=QUICK)
+    async with JetStreamStore(broker.url(), tmp_path / "anew.db", options=QUICK) as store:
+        assert await contents(store) == held
+
+
+async def test_a_damaged_backup_makes_nothing(broker: Broker, tmp_path: Path) -> None:
+    async with SqliteStore(tmp_path / "file.db") as embedded:
+        await fill(embedded)
+        await embedded.backup(tmp_path / "backup")
+    whole = (tmp_path / "backup").read_bytes()
+    (tmp_path / "backup").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(StoreCorruptError):
+        await restore_log(tmp_path / "backup", broker.url(), tmp_path, options=QUICK)
+    assert await stream_names(broker) == set()
+
+
+async def test_a_restore_that_is_cut_off_leaves_no_log(
+    broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with SqliteStore(tmp_path / "file.db") as embedded:
+        await fill(embedded)
+        held = await contents(embedded)
+        await embedded.backup(tmp_path / "backup")
+
+    async def lost(*_args: object, **_named: object) -> None:
+        raise StoreUnavailableError("no_answer", detail="lost", path="here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BrokerLog, "create", lost)
+        with pytest.raises(StoreUnavailableError):
+            await restore_log(tmp_path / "backup", broker.url(), tmp_path, options=QUICK)
+    # Who starts now begins anew, and not with half a backup.
+    async with JetStreamStore(broker.url(), tmp_path / "empty.db", options=QUICK) as store:
+        assert await store.load() == []
+        await store.append([packet("other")])
+        await store.shorten_log()
+    async with JetStreamStore(broker.url(), tmp_path / "again.db", options=QUICK) as store:
+        assert await ids(store) == ["other"]
+    with monkeypatch.context() as patched:
+        patched.setattr(BrokerLog, "create", lost)
+        with pytest.raises(StoreUnavailableError):
+            await restore_log(tmp_path / "backup", broker.url("b"), tmp_path, options=QUICK)
+    await restore_log(tmp_path / "backup", broker.url("b"), tmp_path, options=QUICK)
+    async with JetStreamStore(broker.url("b"), tmp_path / "b.db", options=QUICK) as store:
+        assert await contents(store) == held
+
+
+async def test_a_server_that_comes_first_keeps_its_log(
+    broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with SqliteStore(tmp_path / "file.db") as embedded:
+        await fill(embedded)
+        await embedded.backup(tmp_path / "backup")
+    create = BrokerLog.create
+
+    async def late(self: BrokerLog, epoch: str, *, first: int = 1) -> object:
+        if first > 1:
+            monkeypatch.setattr(BrokerLog, "create", create)
+            async with JetStreamStore(broker.url(), tmp_path / "quick.db", options=QUICK) as store:
+                await store.append([packet("quick")])
+        return await create(self, epoch, first=first)
+
+    monkeypatch.setattr(BrokerLog, "create", late)
+    with pytest.raises(FileExistsError, match="has a log"):
+        await restore_log(tmp_path / "backup", broker.url(), tmp_path, options=QUICK)
+    async with JetStreamStore(broker.url(), tmp_path / "anew.db", options=QUICK) as store:
+        assert await ids(store) == ["quick"]
+
+
+async def test_the_view_of_a_log_that_was_deleted_is_refused_for_the_new_one(
+    broker: Broker, tmp_path: Path
+) -> None:
+    async with JetStreamStore(broker.url(), tmp_path / "view.db", options=QUICK) as store:
+        await fill(store)
+        await store.shorten_log()
+        held = await contents(store)
+        await backup_log(broker.url(), tmp_path / "backup", options=QUICK)
+    client = await nats.connect(f"nats://{broker.address}", allow_reconnect=False)
+    await client.jetstream().delete_stream("FMI-fmi")  # and not the snapshots
+    await client.close()
+    await restore_log(tmp_path / "backup", broker.url(), tmp_path, options=QUICK)
+    with pytest.raises(StoreCorruptError, match="it is the view of another log; move it away"):
+        async with JetStreamStore(broker.url(), tmp_path / "view.db", options=QUICK):
+            pass
+    async with JetStreamStore(broker.url(), tmp_path / "anew.db", options=QUICK) as store:
+        assert await contents(store) == held
+
+
+def test_a_backup_is_no_view(tmp_path: Path) -> None:
+    """Its tables are those of an embedded store, whichever it was taken of."""
+
+    async def taken() -> None:
+        async with Broker(tmp_path / "broker") as broker:
+            async with JetStreamStore(broker.url(), tmp_path / "v.db", options=QUICK) as store:
+                await fill(store)
+            await backup_log(broker.url(), tmp_path / "backup", options=QUICK)
+        async with SqliteStore(tmp_path / "file.db") as embedded:
+            await embedded.backup(tmp_path / "plain")
+
+    asyncio.run(taken())
+    tables = [
+        {
+            name
+            for (name,) in sqlite3.connect(tmp_path / file).execute(
+                "SELECT name FROM sqlite_schema"
+            )
+        }
+        for file in ("backup", "plain")
+    ]
+    assert tables[0] == tables[1]
