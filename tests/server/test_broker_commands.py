@@ -129,8 +129,8 @@ async def test_a_store_moves_from_a_file_to_brokers_and_back(broker, tmp_path):
 @pytest.mark.parametrize(
     ("command", "arguments", "words"),
     [
-        ("backup", ("--store", "nats://127.0.0.1:9/fmi"), "none of them answers"),
-        ("backup", ("--store", "nats://a b"), "store"),
+        ("backup", ("--store", "nats://127.0.0.1:9/fmi"), "no_broker"),
+        ("backup", ("--store", "nats://a,,b"), "must name hosts"),
         ("backup", ("--store", "memory"), "what is in memory is nowhere else"),
         ("restore", ("--store", "nats://127.0.0.1:9/fmi", "--replace"), "can set nothing aside"),
         ("inspect", ("--store", "nats://127.0.0.1:9/fmi"), "view.sqlite3"),
