@@ -125,7 +125,7 @@ class Following:
                 _log.warning(
                     "what another server wrote could not be taken in, which is tried again: %s",
                     error,
-                    exc_info=not isinstance(error, FMIError),
+                    exc_info=None if isinstance(error, FMIError) else error,
                 )
         elif self._failures and not failed:
             _log.info("what other servers wrote is taken in again")

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
+
+from broker import Broker
 from documents import ROOT, TARGET, console_commands, run
 
 from fmi.plain import new_packet_id, packet_from_plain
 from fmi_server.app import STORE_FILE
 from fmi_server.service import FMIService
-from fmi_server.storage import SqliteStore
+from fmi_server.storage import JetStreamStore, SqliteStore
 
 PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+EMBEDDED, _, SHARED = PAGE.partition("## Several servers")
 
 
 async def fill(data_dir: Path) -> None:
@@ -33,11 +38,15 @@ async def fill(data_dir: Path) -> None:
         )
 
 
+def commands_of(text: str) -> list[str]:
+    return [command.partition("#")[0] for command, _ in console_commands(text, "fmi-server")]
+
+
 def test_the_commands_do_what_the_page_says(tmp_path: Path) -> None:
     for name in ("fmi-data", "backups"):
         (tmp_path / name).mkdir()
     asyncio.run(fill(tmp_path / "fmi-data"))
-    commands = [command for command, _ in console_commands(PAGE, "fmi-server")]
+    commands = commands_of(EMBEDDED)
     assert [command.split()[1] for command in commands] == [
         "backup",
         "inspect",
@@ -53,3 +62,17 @@ def test_the_commands_do_what_the_page_says(tmp_path: Path) -> None:
     assert "set aside" in outputs[3]
     names = {path.name.partition("-2")[0] for path in (tmp_path / "fmi-data").iterdir()}
     assert {"fmi.sqlite3", "fmi.sqlite3.replaced"} <= names
+
+
+async def test_a_store_moves_to_brokers_as_the_page_says(tmp_path: Path) -> None:
+    await fill(tmp_path / "fmi-data")
+    backup, restore, serve = commands_of(SHARED)
+    assert serve.split()[:2] == ["fmi-server", "serve"]
+    async with Broker(tmp_path / "broker") as broker:
+        for command in (backup, restore):
+            # One broker in place of three.
+            here = command.replace("nats://a,b,c", broker.url()).replace("replicas 3", "replicas 1")
+            done = await asyncio.to_thread(run, here.split(), TARGET, folder=tmp_path)
+            assert done.returncode == 0, done.stderr
+        async with JetStreamStore(broker.url(), tmp_path / "view.db") as store:
+            assert len(await store.load()) == 1
