@@ -65,6 +65,7 @@ def test_the_commands_do_what_the_page_says(tmp_path: Path) -> None:
 
 
 async def test_a_store_moves_to_brokers_as_the_page_says(tmp_path: Path) -> None:
+    (tmp_path / "fmi-data").mkdir()
     await fill(tmp_path / "fmi-data")
     backup, restore, serve = commands_of(SHARED)
     assert serve.split()[:2] == ["fmi-server", "serve"]
