@@ -28,6 +28,7 @@ from fmi_server.cohorts import CohortRegistry
 from fmi_server.config import RouterConfig, ServerSettings, SettingsError
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.envelope import EnvelopeLimits
+from fmi_server.errors import ServerDrainingError
 from fmi_server.listening import (
     described,
     probe_address,
@@ -276,10 +277,7 @@ async def running(
         health_port(settings.health_listen, health.handler(telemetry)),
     ):
         closing.callback(security.close)
-        if not settings.force_cohorts:
-            check_changes(files, cohorts)
-        for file in files:
-            await service.put_cohort_spec(file.spec, force=settings.force_cohorts)
+        await _put_files(files, service, force=settings.force_cohorts)
         metrics = _serve_metrics(settings, telemetry)  # before the server, which it may not stop
         await server.start()
         health.tell(*names, well=True)
@@ -313,6 +311,17 @@ async def running(
                     await service.drain()
             await server.stop(min(LAST_CALLS_S, max(0.0, deadline - clock())))
             metrics()
+
+
+async def _put_files(files: Sequence[CohortFile], service: FMIService, *, force: bool) -> None:
+    """Put the specs of cohort files in force."""
+    if not force:
+        check_changes(files, service.cohorts)
+    try:
+        for file in files:
+            await service.put_cohort_spec(file.spec, force=force)
+    except ServerDrainingError as error:
+        raise service.specs.unkept or error from None
 
 
 async def _tell_of_ingest(service: FMIService, health: HealthServicer) -> None:
@@ -495,6 +504,7 @@ def _add_services(
                 authenticator=security.authenticator,
                 audit=security.audit,
                 quotas=service.quotas,
+                require=service.specs.require_kept,
             )
             for found, servicer in servicers
         )

@@ -1,13 +1,12 @@
 """Checking of packets: what is small at once, what takes long in a thread, in turns.
 
 Checks are Python and hold the interpreter, so that several threads at once would only take turns with the
-event loop. One thread checks, a slice of one caller's packets after that of another's, and single packets
-that are small do not wait for it.
+event loop. One thread checks, a slice of one caller's packets after that of another's (`turns`), and single
+packets that are small do not wait for it.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,6 +18,7 @@ from fmi_server.cohorts import CohortRegistry
 from fmi_server.emission import Answer, Candidate, Intake, opening_warnings, size_of, slices
 from fmi_server.errors import PacketRefusedError, Reason
 from fmi_server.threads import in_thread
+from fmi_server.turns import Turns
 from fmi_server.validator import FMIValidator, Inspection
 
 __all__ = ["Checking"]
@@ -28,8 +28,6 @@ THREAD_FROM_PACKETS: Final = 32
 
 THREAD_FROM_BYTES: Final = 32 * 1024
 """The same by their bytes: what is wrong with a packet of 250 kB takes 100 ms to be told."""
-
-THREADS: Final = 1
 
 _T = TypeVar("_T")
 
@@ -44,7 +42,7 @@ class Checking:
         clock: Unix time in seconds.
 
     Attributes:
-        turn: Is held by what works in the thread.
+        turns: Who works in the thread.
     """
 
     def __init__(
@@ -55,15 +53,15 @@ class Checking:
         *,
         clock: Callable[[], float],
     ) -> None:
-        self.turn = asyncio.Semaphore(THREADS)
+        self.turns = Turns()
         self._intake = intake
         self._validator = validator
         self._cohorts = cohorts
         self._clock = clock
 
-    async def in_turn(self, work: Callable[[], _T]) -> _T:
-        """Decode or check in a thread what takes long, one after the other."""
-        async with self.turn:
+    async def in_turn(self, work: Callable[[], _T], *, of: Principal) -> _T:
+        """Decode or check in a thread what takes long, one after the other, of each caller one by turns."""
+        async with self.turns.taken(of.name or of.account):
             return await in_thread(work)
 
     async def check(
@@ -81,7 +79,7 @@ class Checking:
         checked: list[Candidate | Answer] = []
         for turn in slices(items):
             checked += await self.in_turn(
-                partial(check, turn, received_at_us=now_us, caller=caller, first=first)
+                partial(check, turn, received_at_us=now_us, caller=caller, first=first), of=caller
             )
             first = len(checked)
         return checked
@@ -100,7 +98,9 @@ class Checking:
                 return found
             return replace(found, warnings=(*found.warnings, *opening_warnings(cohort)))
 
-        return inspect() if len(packet) <= THREAD_FROM_BYTES else await self.in_turn(inspect)
+        if len(packet) <= THREAD_FROM_BYTES:
+            return inspect()
+        return await self.in_turn(inspect, of=caller)
 
     def is_strange(self, item: Candidate | Answer) -> bool:
         """Say whether an item is of a cohort that is not known here: another server may know it."""

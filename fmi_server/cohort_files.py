@@ -169,8 +169,11 @@ class _Reading:
         self.problems += [FileProblem(path, p.field, p.description) for p in untranslated]
         self.problems += [FileProblem(path, v.field, v.description) for v in violations]
         if not self.authenticated:
-            unkept = AccessRules.of_spec(spec.access).names
-            self.problems += [FileProblem(path, f"access.{name}", UNKEPT) for name in unkept]
+            names = AccessRules.of_spec(spec.access).names
+            unkept = [f"access.{name}" for name in names]
+            if not names and spec.HasField("access"):  # nobody but operators
+                unkept.append("access")
+            self.problems += [FileProblem(path, name, UNKEPT) for name in unkept]
         self.problems += self._repeated(path, spec.name)
         self.files.setdefault(spec.name, CohortFile(path, spec))
 

@@ -215,7 +215,7 @@ class CohortRegistry:
         self._open_cohorts = open_cohorts
         self._defaults = defaults or AggregationConfig()
         self._max_cohorts = max_cohorts
-        self._authenticated = authenticated
+        self.authenticated = authenticated
         self.signals_in_use: Callable[[str], Mapping[str, SignalInUse]] = lambda _: {}
         self._rules: dict[str, CohortRules] = {}
         self._private: set[str] = set()
@@ -263,12 +263,21 @@ class CohortRegistry:
             SpecInvalidError: The spec breaks rules.
             SettingUnsupportedError: It asks for what this version does not have.
         """
+        known = cohort_pb2.CohortSpec()
+        known.CopyFrom(spec)
+        known.DiscardUnknownFields()
+        if known.ByteSize() != spec.ByteSize():
+            raise SettingUnsupportedError(
+                "spec", f"of cohort {spec.name!r} has fields that this version does not know"
+            )
         rules = compile_spec(spec, self._registry, defaults=self._defaults, declared=declared)
-        if not self._authenticated:
+        if not self.authenticated:
             for name in rules.access.names:
                 raise SettingUnsupportedError(
                     f"access.{name}", f"of cohort {rules.name!r} {UNKEPT}"
                 )
+            if spec.HasField("access"):  # with nothing in it: nobody but operators may do anything
+                raise SettingUnsupportedError("access", f"of cohort {rules.name!r} {UNKEPT}")
         return rules
 
     def access(self, name: str) -> AccessRules | None:
@@ -287,13 +296,14 @@ class CohortRegistry:
             return known
         if not self._open_cohorts or len(self._rules) >= self._max_cohorts:
             raise CohortUnknownError(name)
-        if name not in self._openable:
+        rules = self._openable.get(name)
+        if rules is None:
             if self._registry.message_violations(cohort_pb2.CohortSpec(name=name)):
                 raise CohortUnknownError(name)  # no cohort can have this name
             if len(self._openable) >= MAX_OPENABLE:
-                self._openable.clear()
-            self._openable[name] = self._opened(name)
-        return self._openable[name]
+                self._openable.clear()  # also while another thread asks
+            rules = self._openable[name] = self._opened(name)
+        return rules
 
     def open(self, name: str) -> CohortRules:
         """Return the rules of a cohort and keep it as open from now on.

@@ -29,7 +29,7 @@ from pydantic_settings import (
 from fmi.yaml_text import YAMLTextError, read_yaml
 from fmi_server.privacy.budget import BudgetError, PrivacySettings
 from fmi_server.privacy.noisy_means import PRIVATE_ESTIMATORS
-from fmi_server.quotas import Quota
+from fmi_server.quotas import Quota, account_of_host
 
 __all__ = [
     "ESTIMATORS",
@@ -457,7 +457,8 @@ class ServerSettings(BaseSettings):
     )
     quotas: Annotated[dict[str, Quota], NoDecode] = Field(
         default={},
-        description="other quotas of single callers, by principal; JSON in a flag or a variable",
+        description="other quotas of single callers, by principal, or by address where callers are not "
+        "authenticated; JSON in a flag or a variable",
         json_schema_extra={"unit": "quotas by principal"},
     )
     progress_interval_s: float = Field(
@@ -587,6 +588,26 @@ class ServerSettings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _whose_quotas(self) -> Self:
+        """Refuse quotas that would be nobody's."""
+        for name in self.quotas:
+            if self.authenticated:
+                if name in self.operators:
+                    raise ValueError(
+                        f"quotas: {name!r} is an operator, and operators have no quotas"
+                    )
+                continue
+            try:
+                account = account_of_host(name)
+            except ValueError:
+                raise ValueError(
+                    f"quotas: callers are not authenticated, so each is an address, and {name!r} is none"
+                ) from None
+            if account != name:
+                raise ValueError(f"quotas: {name!r} must be written as {account!r}")
+        return self
+
+    @model_validator(mode="after")
     def _both_of_a_parent(self) -> Self:
         if (self.parent is None) != (self.parent_domain_id is None):
             raise ValueError(
@@ -649,10 +670,16 @@ def load_settings(flags: dict[str, Any], *, config_file: Path | None = None) -> 
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":
                 message = _PRIVACY_OF_A_COHORT if name in PRIVACY_SETTINGS else _unknown(name)
+            if item["type"] == "unexpected_keyword_argument":
+                message = f"is no quota; there are {', '.join(one.name for one in fields(Quota))}"
             # What is wrong with the settings as a whole has all of them as its input.
-            shown = item["loc"] and item["type"] not in ("missing", "extra_forbidden")
+            shown = item["loc"] and item["type"] not in _WITHOUT_INPUT
             lines.append(f"{name}: {message}" + (f", not {_shown(item['input'])}" if shown else ""))
         raise SettingsError("; ".join(lines)) from None
+
+
+_WITHOUT_INPUT: Final = ("missing", "extra_forbidden", "unexpected_keyword_argument")
+"""Problems that are not with the value."""
 
 
 def _shown(value: object) -> str:

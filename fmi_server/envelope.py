@@ -161,7 +161,7 @@ class EnvelopeDecoder:
         try:
             while place < len(data):
                 if data[place] != _PACKET_TAG:
-                    raise EnvelopeMalformedError("the content is no PacketBatch")
+                    raise EnvelopeMalformedError("the content is no PacketBatch", packets)
                 size, place = _varint(data, place + 1)
                 place += size
                 packets += 1
@@ -169,7 +169,7 @@ class EnvelopeDecoder:
                     # Not counted to the end, which would cost as much as it protects from.
                     raise EnvelopeTooLargeError(packets, self.limits.max_packets, "packets")
         except IndexError:
-            raise EnvelopeMalformedError("the content is no PacketBatch") from None
+            raise EnvelopeMalformedError("the content is no PacketBatch", packets) from None
 
 
 _PACKET_TAG: Final = 0x0A  # field 1 of a PacketBatch, length-delimited; it has no other field

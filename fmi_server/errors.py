@@ -283,12 +283,18 @@ class CohortUnknownError(FMIError):
 
 
 class EnvelopeMalformedError(FMIError):
-    """An envelope cannot be decoded."""
+    """An envelope cannot be decoded.
+
+    Attributes:
+        detail: Why.
+        packets: How many packets were counted in it until that was found.
+    """
 
     reason = Reason.ENVELOPE_MALFORMED
 
-    def __init__(self, detail: str) -> None:
+    def __init__(self, detail: str, packets: int = 0) -> None:
         self.detail = detail
+        self.packets = packets
         super().__init__(f"envelope cannot be decoded: {detail}")
 
 
@@ -302,6 +308,11 @@ class EnvelopeTooLargeError(FMIError):
         self.limit = limit
         self.unit = unit
         super().__init__(f"envelope has {size} {unit}, at most {limit} are taken; send it in parts")
+
+    @property
+    def packets(self) -> int:
+        """How many packets were counted in it."""
+        return self.size if self.unit == "packets" else 0
 
     @property
     def metadata(self) -> Mapping[str, str]:

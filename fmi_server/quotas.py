@@ -14,17 +14,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import math
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, fields, replace
-from typing import Final
+from typing import ClassVar, Final
 
-from fmi_server.errors import QuotaExceededError
+from fmi_server.errors import (
+    DictionaryUnknownError,
+    EnvelopeMalformedError,
+    EnvelopeTooLargeError,
+    QuotaExceededError,
+)
 
-__all__ = ["BURST_S", "Quota", "Quotas"]
+__all__ = ["BURST_S", "Quota", "Quotas", "account_of_host"]
 
 BURST_S: Final = 10.0
 """Seconds of a rate that may be caught up on."""
@@ -57,6 +63,9 @@ STREAM_RETRY_S: Final = 5.0
 TELL_EVERY_S: Final = 60.0
 """Seconds between two log lines about one account."""
 
+MAX_TOLD: Final = 60
+"""Log lines about all accounts within that time; what is left out stands in the next line of its account."""
+
 _RATES: Final = ("calls", "packets", "bytes")
 
 _log = logging.getLogger(__name__)
@@ -76,6 +85,9 @@ class Quota:
     Raises:
         ValueError: One is negative or not finite.
     """
+
+    # A misspelled one must not leave the caller with what holds for all.
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     calls_per_s: float | None = None
     packets_per_s: float | None = None
@@ -97,6 +109,20 @@ class Quota:
         )
 
 
+def account_of_host(host: str) -> str:
+    """Return the account of an address; an IPv6 network of 64 bits, which is what one host gets, is one.
+
+    Raises:
+        ValueError: It is no address, nor such a network.
+    """
+    address = ipaddress.ip_address(host.removesuffix("/64").partition("%")[0])
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.IPv6Network((address, 64), strict=False))
+
+
 class _Account:
     """What an account took of the rates.
 
@@ -106,10 +132,11 @@ class _Account:
         in_a_row: By resource, refusals since something was admitted.
         refused: Calls that were refused since that was told.
         told_at: When it was told.
-        next_turn: The time from which on a refusal that is held back may be told.
+        turn: Is held by the refusal that is told next, of those that are held back.
+        next_turn: The time from which on it may be told.
     """
 
-    __slots__ = ("in_a_row", "limits", "next_turn", "paid_until", "refused", "told_at")
+    __slots__ = ("in_a_row", "limits", "next_turn", "paid_until", "refused", "told_at", "turn")
 
     def __init__(self, quota: Quota) -> None:
         rates = (quota.calls_per_s, quota.packets_per_s, quota.bytes_per_s)
@@ -118,6 +145,7 @@ class _Account:
         self.in_a_row: Counter[str] = Counter()
         self.refused = 0
         self.told_at = -math.inf
+        self.turn = asyncio.Lock()
         self.next_turn = -math.inf
 
     def owed_s(self, name: str, now: float) -> float:
@@ -162,6 +190,7 @@ class Quotas:
         self._streams: Counter[str] = Counter()
         self._cohorts: Counter[str] = Counter()
         self._stalled: Counter[str] = Counter()
+        self._told: deque[float] = deque(maxlen=MAX_TOLD)
 
     def of(self, account: str) -> Quota:
         """Return the quota of an account."""
@@ -184,7 +213,7 @@ class Quotas:
 
         Args:
             account: Who pays; empty for nobody, who is always admitted.
-            packets: How many; 0 where that is not known yet (`charge_packets`).
+            packets: How many; 0 where that is not known yet (`admit_counted`).
             size: Their bytes.
 
         Raises:
@@ -193,10 +222,34 @@ class Quotas:
         if account:
             self._admit(account, {"packets": packets, "bytes": size})
 
-    def charge_packets(self, account: str, packets: int) -> None:
-        """Charge packets whose number was not known when their bytes were admitted."""
+    def admit_counted(self, account: str, packets: int) -> None:
+        """Admit packets whose number was not known when their bytes were admitted, and charge them.
+
+        Many batches of one account may have been admitted meanwhile, and were not charged for either.
+
+        Raises:
+            QuotaExceededError: Packets are owed from before; the bytes stay charged.
+        """
         if account:
-            self._account(account).charge({"packets": packets}, self._clock())
+            self._admit(account, {"packets": packets})
+
+    def charge(self, account: str, packets: int, size: int = 0) -> None:
+        """Charge packets that are refused whatever is owed: they came in and were looked at."""
+        if account:
+            amounts = {"packets": packets, "bytes": size}
+            self._account(account).charge(amounts, self._clock())
+
+    @contextlib.contextmanager
+    def charging_refused(self, account: str) -> Iterator[None]:
+        """Charge a batch that is refused as a whole the packets that were counted in it, and one at least."""
+        try:
+            yield
+        except (EnvelopeMalformedError, EnvelopeTooLargeError) as error:
+            self.charge(account, max(1, error.packets))
+            raise
+        except DictionaryUnknownError:
+            self.charge(account, 1)
+            raise
 
     def owed_s(self, account: str) -> float:
         """Return for how many seconds an account must wait before its packets are admitted again."""
@@ -206,27 +259,36 @@ class Quotas:
         now = self._clock()
         return max(0.0, *(held.owed_s(name, now) for name in ("packets", "bytes")))
 
-    async def stall(self, account: str, error: QuotaExceededError) -> None:
+    async def stall(self, account: str, error: QuotaExceededError) -> QuotaExceededError:
         """Hold back a refusal: for the time that the call has to wait, for twice that the next, and so on.
 
         To refuse a call costs the server what it costs to serve it. Who calls again and again without waiting
         soon has as many calls open as its connection may have, and further ones do not get here. Of one
-        account they are told one after the other, each in its turn.
+        account they are told one after the other, each in its turn. Who hangs up meanwhile has none.
+
+        Returns:
+            The refusal with the time that is left to wait.
         """
         if self._stalled[account] >= MAX_STALLED or self._stalled.total() >= MAX_ALL_STALLED:
-            return
+            return error
         held, now = self._account(account), self._clock()
         again = held.in_a_row[error.resource] - 1
         first_s = max(error.retry_after_s, LEAST_STALL_S)
-        at = max(now + min(first_s * 2.0 ** min(again, 32), STALL_S), held.next_turn)
-        held.next_turn = at + TURN_S
+        due = now + min(first_s * 2.0 ** min(again, 32), STALL_S)
         self._stalled[account] += 1
         try:
-            await asyncio.sleep(at - now)
+            async with held.turn:
+                at = max(due, held.next_turn)
+                await asyncio.sleep(at - self._clock())
+                held.next_turn = max(at, self._clock()) + TURN_S
         finally:
             self._stalled[account] -= 1
             if not self._stalled[account]:
                 del self._stalled[account]
+        if error.resource not in held.limits:  # what is open at once is no debt
+            return error
+        left_s = min(max(0.0, held.owed_s(error.resource, self._clock())), LONGEST_RETRY_S)
+        return QuotaExceededError(error.resource, error.limit, retry_after_s=left_s)
 
     @contextlib.contextmanager
     def stream(self, account: str) -> Iterator[None]:
@@ -281,7 +343,10 @@ class Quotas:
         held = self._account(account)
         held.refused += 1
         held.in_a_row[resource] += 1
-        if now - held.told_at >= TELL_EVERY_S:
+        told = self._told
+        too_many = len(told) == MAX_TOLD and now - told[0] < TELL_EVERY_S
+        if now - held.told_at >= TELL_EVERY_S and not too_many:
+            told.append(now)
             _log.warning(
                 "%s takes more than its quota of %s: %d refused", account, resource, held.refused
             )

@@ -75,7 +75,7 @@ from fmi_server.private_messages import private_warm_start
 from fmi_server.quotas import Quotas
 from fmi_server.releases import Releaser
 from fmi_server.router import AGGREGATOR, FMIRouter
-from fmi_server.spec_changes import SpecChanges
+from fmi_server.spec_changes import SpecChanges, stored_spec
 from fmi_server.storage import MemoryStore, Store, StoreError
 from fmi_server.storage.base import RevisionConflictError, StoreUnavailableError
 from fmi_server.storage.records import AppendOutcome
@@ -269,7 +269,7 @@ class FMIService:
     async def _load(self) -> None:
         for record in await self.store.cohorts():
             if record.name not in self.cohorts:
-                self.cohorts.declare(cohort_pb2.CohortSpec.FromString(record.spec), force=True)
+                self.cohorts.declare(stored_spec(record, self.store.location), force=True)
         await self.compactor.load()
         await self._dictionaries.load()
         await self.releaser.load()
@@ -280,9 +280,11 @@ class FMIService:
 
         Raises:
             StoreUnavailableError: That cannot be known now.
+            ServerDrainingError: There is a spec among it that cannot be kept here.
         """
         if self.cluster is not None:
             await self.cluster.settle()
+            self.specs.require_kept()
 
     # Packets in
 
@@ -360,8 +362,9 @@ class FMIService:
                 return await self._emit_items(items, caller)
             self.quotas.admit_packets(caller.account, 0, len(items))
             async with self._decoding.spending(len(items)):
-                packets = self._decoder.split(items)
-                self.quotas.charge_packets(caller.account, len(packets))
+                with self.quotas.charging_refused(caller.account):
+                    packets = self._decoder.split(items)
+                self.quotas.admit_counted(caller.account, len(packets))
                 return await self._emit_items(packets, caller)
 
     async def emit_envelope(
@@ -376,11 +379,16 @@ class FMIService:
             QuotaExceededError: The caller takes too much; nothing was stored.
         """
         with self._admitted():
-            self._decoder.refuse_too_large(envelope)
-            self.quotas.admit_packets(caller.account, 0, envelope.uncompressed_size)
-            async with self._decoding.spending(envelope.uncompressed_size):
-                items = await self._checking.in_turn(partial(self._decoder.decode, envelope))
-                self.quotas.charge_packets(caller.account, len(items))
+            sent, size = len(envelope.data), envelope.uncompressed_size
+            too_large = size > self._decoder.limits.max_bytes
+            self.quotas.admit_packets(caller.account, 0, sent if too_large else max(sent, size))
+            with self.quotas.charging_refused(caller.account):
+                self._decoder.refuse_too_large(envelope)
+            async with self._decoding.spending(size):
+                with self.quotas.charging_refused(caller.account):
+                    decode = partial(self._decoder.decode, envelope)
+                    items = await self._checking.in_turn(decode, of=caller)
+                self.quotas.admit_counted(caller.account, len(items))
                 return await self._emit_items(items, caller)
 
     async def _emit_items(
@@ -430,7 +438,12 @@ class FMIService:
         return answers
 
     async def inspect(self, packet: bytes, *, caller: Principal = TRUSTED) -> Inspection:
-        """Check a serialised packet as `emit` would, and store nothing."""
+        """Check a serialised packet as `emit` would, and store nothing.
+
+        Raises:
+            QuotaExceededError: The caller takes too much; what is only checked is charged too.
+        """
+        self.quotas.admit_packets(caller.account, 1, len(packet))
         return await self._checking.inspect(packet, caller=caller)
 
     @contextlib.contextmanager

@@ -6,19 +6,40 @@ import asyncio
 import contextlib
 import logging
 
+from google.protobuf.message import DecodeError
+
 from fmi.v1 import cohort_pb2
 from fmi_server.access import AccessRules
 from fmi_server.cohorts import CohortRegistry, CohortRules
 from fmi_server.compaction import Compactor
-from fmi_server.errors import FMIError, SpecChangeUnsafeError
+from fmi_server.errors import ServerDrainingError, SpecChangeUnsafeError
 from fmi_server.releases import Releaser
 from fmi_server.router import FMIRouter
 from fmi_server.storage import Store
+from fmi_server.storage.base import StoreCorruptError
+from fmi_server.storage.records import CohortRecord
 from fmi_server.telemetry import FMITelemetry
 
-__all__ = ["SpecChanges"]
+__all__ = ["SpecChanges", "stored_spec"]
 
 _log = logging.getLogger(__name__)
+
+
+def stored_spec(record: CohortRecord, location: str) -> cohort_pb2.CohortSpec:
+    """Parse a spec as it comes back from the store.
+
+    Args:
+        record: The cohort.
+        location: Where the store is, for the error.
+
+    Raises:
+        StoreCorruptError: It is none.
+    """
+    try:
+        return cohort_pb2.CohortSpec.FromString(record.spec)
+    except DecodeError:
+        told = f"the spec of cohort {record.name!r} is not as it was stored; restore a backup"
+        raise StoreCorruptError(path=location, detail=told) from None
 
 
 class SpecChanges:
@@ -34,7 +55,8 @@ class SpecChanges:
 
     Attributes:
         unkept: Why a spec that another server stored cannot be kept here; None where all can. This server
-            must not go on by the rules of before: who may see what may be what changed.
+            must not go on by the rules of before: who may see what may be what changed. It ends its
+            subscriptions at once, and takes no calls (`require_kept`) until it is stopped.
     """
 
     def __init__(
@@ -55,7 +77,7 @@ class SpecChanges:
         self._telemetry = telemetry
         self._turn = asyncio.Lock()
         self._stuck = asyncio.Event()
-        self.unkept: FMIError | None = None
+        self.unkept: Exception | None = None
 
     def check(self, spec: cohort_pb2.CohortSpec, *, force: bool) -> tuple[CohortRules, bool]:
         """Check a spec; return the rules that it would make, and whether it changes anything.
@@ -87,7 +109,7 @@ class SpecChanges:
             known = self._declared_hash(rules.name)
             async with self._compactor.suspended(rules.name):
                 # Stored before it is in force: a crash in between changes nothing that anybody saw.
-                await self._store.put_cohort(rules.name, rules.spec.SerializeToString(), 1)
+                await self._store.put_cohort(rules.name, self._to_store(rules), 1)
                 self._declare(spec, force=force)
                 # Who may do what changes nothing of what the cohort's packets say.
                 if known != rules.schema_hash:
@@ -99,31 +121,56 @@ class SpecChanges:
         """Wait until there is a spec that cannot be kept."""
         await self._stuck.wait()
 
+    def require_kept(self) -> None:
+        """Refuse a call where there is a spec that cannot be kept: it might be shown what is closed.
+
+        Raises:
+            ServerDrainingError: There is one; another server can be asked.
+        """
+        if self.unkept is not None:
+            raise ServerDrainingError
+
     async def put_stored(self, name: str) -> None:
         """Put the spec of a cohort in force that another server stored.
 
         Raises:
             SpecInvalidError: It breaks the rules of this version.
             SettingUnsupportedError: It asks for what this server does not have.
+            StoreCorruptError: It cannot be read.
         """
         async with self._turn:
             stored = next((one for one in await self._store.cohorts() if one.name == name), None)
             if stored is None:
                 return
-            spec = cohort_pb2.CohortSpec.FromString(stored.spec)
-            known, compacted = self._declared_hash(name), self._compactor.compacted(name)
+            try:
+                spec = stored_spec(stored, self._store.location)
+                rules, _ = self._cohorts.check(spec, force=True)
+            except Exception as error:
+                self.unkept = error
+                self._router.drain()
+                self._stuck.set()
+                raise
+            # Who may do what changes nothing of what the cohort's packets say, and does not wait for them.
+            counts_anew = self._declared_hash(name) != rules.schema_hash
             async with contextlib.AsyncExitStack() as stack:
-                if compacted:
+                if counts_anew and self._compactor.compacted(name):
                     # What was retired here meanwhile was judged by the rules of before.
                     await stack.enter_async_context(self._compactor.suspended(name))
-                try:
-                    rules = self._declare(spec, force=True)
-                except FMIError as error:
-                    self.unkept = error
-                    self._stuck.set()
-                    raise
-                if known != rules.schema_hash:
+                self._declare(spec, force=True)
+                if counts_anew:
                     await self._releaser.rebuild(name)
+
+    def _to_store(self, rules: CohortRules) -> bytes:
+        """Write a spec for the store.
+
+        A server that authenticates says so: without lists nobody but operators may do anything in a cohort,
+        and one that shares the store and authenticates nobody would let everybody.
+        """
+        spec = cohort_pb2.CohortSpec()
+        spec.CopyFrom(rules.spec)
+        if self._store.shared and self._cohorts.authenticated:
+            spec.access.SetInParent()
+        return spec.SerializeToString()
 
     def _declare(self, spec: cohort_pb2.CohortSpec, *, force: bool) -> CohortRules:
         """Declare a spec that is stored, and let subscriptions follow."""

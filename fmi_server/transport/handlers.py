@@ -69,6 +69,7 @@ def bind(
     authenticator: Authenticator | None = None,
     audit: AuditLog | None = None,
     quotas: Quotas | None = None,
+    require: Callable[[], None] | None = None,
     max_request_bytes: int | None = None,
 ) -> grpc.GenericRpcHandler:
     """Bind every method of a service to the servicer's method of the same name.
@@ -83,6 +84,7 @@ def bind(
         authenticator: Says who calls; without it every call is trusted.
         audit: Takes what operators do and who is refused.
         quotas: What each caller may take.
+        require: Raises what every call is refused for, where there is something.
         max_request_bytes: The largest request that is parsed; else what the method can need.
 
     Raises:
@@ -92,7 +94,7 @@ def bind(
         method.name: _handler(
             method,
             getattr(servicer, method.name),
-            _Guard(method, telemetry, authenticator, audit, quotas, max_request_bytes),
+            _Guard(method, telemetry, authenticator, audit, quotas, require, max_request_bytes),
         )
         for method in service.methods
     }
@@ -157,6 +159,7 @@ class _Guard:
         authenticator: Authenticator | None,
         audit: AuditLog | None,
         quotas: Quotas | None,
+        require: Callable[[], None] | None,
         max_request_bytes: int | None,
     ) -> None:
         self._method = method.full_name
@@ -165,6 +168,7 @@ class _Guard:
         self._authenticator = authenticator
         self._audit = audit
         self._quotas = quotas
+        self._require = require
         self._operating = self._method.startswith(f"{OPERATORS_SERVICE}.")
         self._nobody = Caller(TRUSTED, method=self._method)
 
@@ -175,7 +179,7 @@ class _Guard:
             caller, request = self._nobody, None
             try:
                 caller = self._caller(context)
-                self._charge(caller)
+                self._admit(caller)
                 request = self._parsed(data)
                 # As bytes: a peer that does not read its answer would keep the message, ten times as large.
                 response = _serialise(await call(request, caller))
@@ -185,8 +189,11 @@ class _Guard:
                 # What it began may go on to its end: who hangs up must not leave no trace.
                 self._note_operation("CANCELLED", request, caller)
                 raise
+            except QuotaExceededError as error:
+                request = None
+                held = await self._held_back(error, len(data), caller)
+                status = self._status(held, request, self._from(context, caller))
             except Exception as error:
-                await self._stall(error, len(data), caller)
                 status = self._status(error, request, self._from(context, caller))
             # What ends the call keeps this frame, until the garbage collector comes by.
             del data, request
@@ -204,13 +211,17 @@ class _Guard:
             caller, request = self._nobody, None
             try:
                 caller = self._caller(context)
-                self._charge(caller)
+                self._admit(caller)
                 request = self._parsed(data) if isinstance(data, bytes) else data
                 async for response in call(request, caller):
                     yield response
                 return
+            except QuotaExceededError as error:
+                size = len(data) if isinstance(data, bytes) else 0
+                request = None
+                held = await self._held_back(error, size, caller)
+                status = self._status(held, request, self._from(context, caller))
             except Exception as error:
-                await self._stall(error, len(data) if isinstance(data, bytes) else 0, caller)
                 status = self._status(error, request, self._from(context, caller))
             if isinstance(data, _Requests):
                 await data.begun()
@@ -261,18 +272,26 @@ class _Guard:
             return self._nobody
         return Caller(TRUSTED, context.peer(), self._method)
 
-    def _charge(self, caller: Caller) -> None:
+    def _admit(self, caller: Caller) -> None:
+        if self._require is not None:
+            self._require()
         if self._quotas is not None:
             self._quotas.admit_call(caller.principal.account)
 
-    async def _stall(self, error: Exception, size: int, caller: Caller) -> None:
-        """Hold back the refusal of a caller who asks for too much, where what it sent is small."""
-        if (
-            isinstance(error, QuotaExceededError)
-            and self._quotas is not None
-            and size <= MAX_STALLED_BYTES
-        ):
-            await self._quotas.stall(caller.principal.account, error)
+    async def _held_back(
+        self, error: QuotaExceededError, size: int, caller: Caller
+    ) -> QuotaExceededError:
+        """Hold back the refusal of a caller who takes too much, where what it sent is small."""
+        if self._quotas is None or size > MAX_STALLED_BYTES:
+            return error
+        # Its frames have the request, which may take fifty times its size.
+        error.__traceback__ = None
+        try:
+            return await self._quotas.stall(caller.principal.account, error)
+        except asyncio.CancelledError:
+            # Who hangs up was refused all the same.
+            self._telemetry.refusal(reason_name(error.reason))
+            raise
 
     def _from(self, context: _Context, caller: Caller) -> Caller:
         """Return who calls and from where, also where that could not be found out before."""

@@ -7,7 +7,6 @@ more, and one that is not valid is refused however good the certificate is.
 
 from __future__ import annotations
 
-import ipaddress
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from fmi_server.certificates import (
     read_client_certificate,
 )
 from fmi_server.errors import FMIError, UnauthenticatedError, UnauthorizedError
+from fmi_server.quotas import account_of_host
 from fmi_server.tokens import TokenBook, TokenRecord
 
 __all__ = ["Authenticator", "Caller", "Credentials", "account_of_address"]
@@ -200,16 +200,11 @@ def _bearer_token(context: _Context) -> str | None:
 def account_of_address(peer: str) -> str:
     """Return the account of a caller of whom nothing is known but an address, as gRPC writes it.
 
-    All ports of an address are one account. So is an IPv6 network of 64 bits, which is what one host gets.
+    All ports of an address are one account; see `fmi_server.quotas.account_of_host`.
     """
     kind, _, rest = unquote(peer).partition(":")
     host = rest.rpartition(":")[0].strip("[]").partition("%")[0]
-    if kind == "ipv6":
-        address = ipaddress.IPv6Address(host)
-        if address.ipv4_mapped is not None:
-            return str(address.ipv4_mapped)
-        return str(ipaddress.IPv6Network((address, 64), strict=False))
-    return host if kind == "ipv4" else kind
+    return account_of_host(host) if kind in ("ipv4", "ipv6") else kind
 
 
 def _time(seconds: float) -> str:

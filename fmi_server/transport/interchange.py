@@ -189,13 +189,15 @@ class InterchangeServicer:
     async def _take(self, request: RawEmitStreamRequest, caller: Caller) -> list[Answer]:
         principal = caller.principal
         if request.HasField("packets"):
-            batch = request.packets  # a copy each time
-            if not batch:
-                raise EnvelopeMalformedError("the batch has no packets")
-            return await self._service.emit_batch(batch, caller=principal)
-        self._service.registry.check_request(
-            wire_pb2.EmitStreamRequest(encoded=_checkable(request))
-        )
+            return await self._service.emit_batch(request.packets, caller=principal)
+        try:
+            self._service.registry.check_request(
+                wire_pb2.EmitStreamRequest(encoded=_checkable(request))
+            )
+        except RequestInvalidError:
+            # It is no call of its own: nothing else of a stream would count what has no packets.
+            self._service.quotas.charge(principal.account, 1, len(request.encoded.data))
+            raise
         return await self._service.emit_envelope(request.encoded, caller=principal)
 
 

@@ -103,7 +103,10 @@ def test_the_defaults_of_the_server_fill_in(cohorts):
 # Hash
 
 
-def test_equal_meaning_has_an_equal_hash(cohorts):
+def test_equal_meaning_has_an_equal_hash():
+    cohorts = CohortRegistry(
+        CONTRACT, authenticated=True
+    )  # access without lists is refused elsewhere
     plain = cohorts.compile(spec(signals=[signal()]))
     written_out = cohorts.compile(
         spec(
@@ -436,3 +439,44 @@ def test_a_duration_that_protobuf_does_not_define_is_refused(section, seconds, n
     assert [(v.field, v.rule_id) for v in refused.value.violations] == [
         (section, "fmi.cohort_spec.valid_time")
     ]
+
+
+def test_cohorts_that_could_be_opened_are_forgotten_while_another_thread_asks(cohorts):
+    """Packets are checked in the event loop and beside it."""
+
+    class Forgetting(dict):
+        def __contains__(self, name):
+            found = super().__contains__(name)
+            self.clear()  # what the other thread does, between two lines of this one
+            return found
+
+    cohorts._openable = Forgetting()
+    for _ in range(3):
+        assert cohorts.rules("new").name == "new"
+
+
+def test_access_that_lets_nobody_is_refused_where_nobody_is_authenticated(cohorts):
+    closed = spec(access={})
+    assert closed.HasField("access")
+    with pytest.raises(SettingUnsupportedError, match="access: of cohort 'care' cannot be kept"):
+        cohorts.declare(closed)
+    kept, _ = CohortRegistry(CONTRACT, authenticated=True).declare(closed)
+    assert not kept.access.names
+
+
+@pytest.mark.parametrize("within", ["spec", "access", "signals"])
+def test_what_a_newer_version_asks_for_is_refused_and_not_ignored(cohorts, within):
+    newer = spec(signals=[signal()], free_signals=True)
+    cohorts.declare(newer)
+    field = b"\xfa\x3f\x01x"  # number 1023
+    match within:
+        case "spec":
+            newer.MergeFromString(field)
+        case "access":
+            newer.access.MergeFromString(field)
+        case "signals":
+            newer.signals[0].MergeFromString(field)
+    with pytest.raises(
+        SettingUnsupportedError, match="spec: of cohort 'care' has fields that this"
+    ):
+        cohorts.declare(newer, force=True)

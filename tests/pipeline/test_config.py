@@ -22,6 +22,7 @@ from fmi_server.config import (
     unknown_variables,
 )
 from fmi_server.privacy.budget import BudgetError, PrivacySettings
+from fmi_server.quotas import Quota
 
 
 @pytest.fixture(autouse=True)
@@ -188,6 +189,23 @@ def test_an_empty_file_says_nothing(tmp_path, text):
         ({"progress_interval_s": 31}, r"progress_interval_s: "),
         ({"drain_s": -1}, r"drain_s: "),
         ({"open_cohorts": "maybe"}, r"open_cohorts: "),
+        ({"quota_packets_per_s": -1}, r"quota_packets_per_s: .*, not -1$"),
+        ({"quota_calls_per_s": "nan"}, r"quota_calls_per_s: .*finite"),
+        ({"quota_bytes_per_s": 10**400}, r"quota_bytes_per_s: "),
+        ({"quota_streams": 1.5}, r"quota_streams: .*, not 1.5$"),
+        ({"quotas": "{"}, r"quotas: must be quotas by principal, as JSON, not '\{'"),
+        ({"quotas": {"10.0.0.7": {"packets": 5}}}, r"quotas.10.0.0.7.packets: is no quota; there"),
+        ({"quotas": {"10.0.0.7": {"streams": -1}}}, r"quotas.10.0.0.7: streams must be .* not -1"),
+        ({"quotas": {"10.0.0.7": {"calls_per_s": 10**400}}}, r"quotas.10.0.0.7.calls_per_s: "),
+        ({"quotas": {"10.0.0.7": {"calls_per_s": ".inf"}}}, r"quotas.10.0.0.7"),
+        ({"quotas": {"10.0.0.7": None}}, r"quotas.10.0.0.7: "),
+        ({"quotas": {7: {"streams": 1}}}, r"quotas.7"),
+        ({"quotas": {"north": {"streams": 1}}}, r"each is an address, and 'north' is none"),
+        ({"quotas": {"::1": {"streams": 1}}}, r"quotas: '::1' must be written as '::/64'"),
+        (
+            {"tokens": "t", "operators": "boss", "quotas": {"boss": {"streams": 1}}},
+            r"quotas: 'boss' is an operator, and operators have no quotas",
+        ),
     ],
 )
 def test_a_wrong_setting_is_one_clear_line(flags, line):
@@ -195,6 +213,17 @@ def test_a_wrong_setting_is_one_clear_line(flags, line):
         load_settings(flags)
     assert "\n" not in str(caught.value)
     assert "pydantic" not in str(caught.value)
+
+
+def test_quotas_of_single_callers_are_taken_from_every_source(tmp_path, monkeypatch):
+    file = tmp_path / "fmi.yaml"
+    file.write_text("quotas:\n  2001:db8::/64: {packets_per_s: 5, streams: 0}\n")
+    found = load_settings({}, config_file=file)
+    assert found.quotas == {"2001:db8::/64": Quota(packets_per_s=5.0, streams=0)}
+    monkeypatch.setenv("FMI_QUOTAS", '{"10.0.0.7": {"calls_per_s": 1e300}}')
+    assert load_settings({}).quotas == {"10.0.0.7": Quota(calls_per_s=1e300)}
+    given = load_settings({"tokens": "t", "quotas": '{"north": {"cohorts": 3}}'})
+    assert given.quotas == {"north": Quota(cohorts=3)}
 
 
 def test_a_variable_that_asks_for_privacy_is_refused_and_never_ignored(monkeypatch):

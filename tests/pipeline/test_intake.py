@@ -148,7 +148,7 @@ async def test_a_large_packet_is_checked_beside_the_event_loop():
     pairs = packet_pb2.ConceptCausalSummary.FromString(b"\x0a\x00" * 30_000)
     large = packet_pb2.Packet(header=GOOD.header, ccs=pairs).SerializeToString()
     async with FMIService(clock=Clock(NOW)) as service:
-        async with service._checking.turn:
+        async with service._checking.turns.taken(""):
             refused = asyncio.create_task(service.emit(large))
             told = asyncio.create_task(service.inspect(large))
             answer = await service.emit(GOOD.SerializeToString())

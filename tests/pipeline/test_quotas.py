@@ -14,9 +14,12 @@ from fmi_server.quotas import (
     LONGEST_RETRY_S,
     MAX_ACCOUNTS,
     MAX_STALLED,
+    MAX_TOLD,
+    STALL_S,
     TURN_S,
     Quota,
     Quotas,
+    account_of_host,
 )
 from fmi_server.transport.identity import account_of_address
 
@@ -129,7 +132,7 @@ def test_packets_that_are_counted_late_are_charged():
     clock = Clock()
     quotas = Quotas(Quota(packets_per_s=1.0), clock=clock)
     admit(quotas, size=10_000)
-    quotas.charge_packets("site", 60)
+    quotas.admit_counted("site", 60)
     assert quotas.owed_s("site") == pytest.approx(50.0)
     assert not admitted(quotas, size=1)
 
@@ -215,6 +218,19 @@ def test_the_log_tells_of_an_account_once_a_minute(caplog):
     ]
 
 
+def test_accounts_that_anybody_can_make_do_not_fill_the_log(caplog):
+    clock = Clock()
+    quotas = Quotas(Quota(calls_per_s=1.0), clock=clock)
+    with caplog.at_level(logging.WARNING):
+        for number in range(500):
+            admit(quotas, f"address {number}", calls=11)
+            assert not admitted(quotas, f"address {number}", calls=1)
+        assert len(caplog.records) == MAX_TOLD
+        clock.now += 61.0
+        admitted(quotas, "address 400", calls=100)
+    assert caplog.records[-1].getMessage().endswith("of calls: 2 refused")
+
+
 @pytest.mark.parametrize(
     ("peer", "account"),
     [
@@ -294,3 +310,84 @@ async def test_as_many_refusals_are_held_back_as_may_be_and_the_rest_are_told_at
         task.cancel()
     await asyncio.wait(waiting)
     assert not quotas._stalled
+
+
+async def test_who_hangs_up_gives_its_turn_back():
+    """Else whoever shares the account would wait for hours: a hundred calls cost the loud one nothing."""
+    quotas = Quotas(Quota(packets_per_s=10.0))
+    quotas.admit_packets("site", 100_000, 1)
+    for _ in range(10):
+        held = [asyncio.ensure_future(refused(quotas)) for _ in range(MAX_STALLED)]
+        await asyncio.sleep(0)
+        for task in held:
+            task.cancel()
+        await asyncio.wait(held)
+    assert not quotas._stalled
+    assert quotas._accounts["site"].next_turn <= 0.0, "nobody's turn was used"
+    async with asyncio.timeout(STALL_S + TURN_S * MAX_STALLED):  # and not 51 s
+        await refused(quotas)
+
+
+async def test_who_was_held_back_is_told_what_is_left_of_the_time(monkeypatch):
+    clock = Clock()
+
+    async def sleep(seconds):
+        clock.now += seconds
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    quotas = Quotas(Quota(packets_per_s=10.0), clock=clock)
+    quotas.admit_packets("site", 108, 1)
+    with pytest.raises(QuotaExceededError) as caught:
+        quotas.admit_packets("site", 1, 1)
+    assert caught.value.retry_after_s == pytest.approx(0.8)
+    told = await quotas.stall("site", caught.value)
+    assert told.retry_after_s == pytest.approx(0.0)
+    assert told.metadata == caught.value.metadata
+    quotas.admit_packets("site", 30, 1)
+    with pytest.raises(QuotaExceededError) as caught:
+        quotas.admit_packets("site", 1, 1)
+    told = await quotas.stall("site", caught.value)
+    assert told.retry_after_s == pytest.approx(2.0)
+    assert "try again in 2 s" in str(told)
+    quotas.admit_packets("other", 10_000_000, 1)
+    with pytest.raises(QuotaExceededError) as caught:
+        quotas.admit_packets("other", 1, 1)
+    told = await quotas.stall("other", caught.value)
+    assert told.retry_after_s == LONGEST_RETRY_S
+
+
+def test_batches_that_are_admitted_together_are_not_all_counted():
+    quotas = Quotas(Quota(packets_per_s=10.0, bytes_per_s=100.0), clock=Clock())
+    for _ in range(50):
+        admit(quotas, size=20)
+    quotas.admit_counted("site", 5000)
+    for _ in range(49):
+        with pytest.raises(QuotaExceededError, match="quota of packets"):
+            quotas.admit_counted("site", 5000)
+    assert quotas.owed_s("site") == pytest.approx(490.0)
+
+
+def test_a_batch_does_not_owe_for_its_own_bytes_when_its_packets_are_counted():
+    quotas = Quotas(Quota(packets_per_s=10.0, bytes_per_s=100.0), clock=Clock())
+    admit(quotas, size=10_000)
+    quotas.admit_counted("site", 5)
+
+
+@pytest.mark.parametrize(
+    ("host", "account"),
+    [
+        ("10.0.0.7", "10.0.0.7"),
+        ("::ffff:10.0.0.7", "10.0.0.7"),
+        ("2001:DB8:1:2:3::4", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::/64", "2001:db8:1:2::/64"),
+        ("::1", "::/64"),
+    ],
+)
+def test_a_host_has_the_account_of_its_address(host, account):
+    assert account_of_host(host) == account
+
+
+@pytest.mark.parametrize("host", ["site", "", "10.0.0.0/8", "2001:db8::/32", "10.0.0.7:40112"])
+def test_what_is_no_address_has_no_account(host):
+    with pytest.raises(ValueError, match="address"):
+        account_of_host(host)

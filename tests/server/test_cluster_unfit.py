@@ -14,7 +14,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
 
 from broker import Broker
-from cluster_harness import care, member, owner, shared_out, taus, two
+from cluster_harness import care, member, owner, prior_of, shared_out, taus, two
+from identity_harness import Office
 from server_harness import (
     NOT_SERVING,
     PRIOR,
@@ -31,11 +32,12 @@ from server_process import assert_refused, run, started
 from fmi.descriptors import DELIVERY, INGEST, SERVICE_NAMES
 from fmi.v1 import error_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
+from fmi.v1 import registry_service_pb2 as registry_pb2
 from fmi_server import broker_settings, partitions
 from fmi_server.app import RunningServer
 from fmi_server.partitions import PARTITIONS
 from fmi_server.storage import JetStreamStore
-from fmi_server.storage.base import StoreUnavailableError
+from fmi_server.storage.base import StoreCorruptError, StoreUnavailableError
 from fmi_server.storage.jetstream_leases import Lease
 
 
@@ -166,6 +168,89 @@ async def test_who_cannot_keep_a_spec_that_others_put_in_force_stops(broker, tmp
     # Nor does it start again.
     ended = await run("--listen", "127.0.0.1:0", *flags)
     assert_refused(ended, "access.subscribe", "care")
+
+
+async def test_a_cohort_that_lets_nobody_is_not_shown_by_a_server_that_authenticates_nobody(
+    broker, tmp_path
+):
+    """Without lists it would look like one that nobody closed."""
+    office = Office(tmp_path / "office")
+    office.token("somebody")
+    settings = {**office.tls, "tokens": office.tokens}
+    async with member(broker, tmp_path / "a") as server, Client(server.target) as client:
+        await client.put_spec(care())
+        await client.emit(*taus(0.1, 0.2, 0.3))
+        await prior_of(client)
+        async with member(broker, tmp_path / "b", **settings) as closing:
+            await closing.service.put_cohort_spec(care(), force=True)
+            changed = care()
+            changed.ingest.max_packet_bytes = 100_000
+            await closing.service.put_cohort_spec(changed, force=True)
+        await eventually(server.stop.is_set)
+        assert server.service.specs.unkept.setting == "access"
+        told = await refusal_of(client.update("care"))
+        assert told.reason == "SERVER_DRAINING"
+
+
+async def test_nothing_is_shown_from_the_moment_on_that_a_spec_cannot_be_kept(broker, tmp_path):
+    """A drain lets calls end, and reads go on meanwhile: for seconds, by the rules of before."""
+    async with (
+        member(broker, tmp_path / "open") as server,
+        Client(server.target) as client,
+        client.subscribed("care") as events,
+    ):
+        await client.put_spec(care())
+        await client.emit(*taus(0.1, 0.2, 0.3))
+        await events.until("update")
+        closed = care()
+        closed.access.subscribe.append("somebody")
+        async with JetStreamStore(broker.url(), tmp_path / "other.db") as store:
+            await store.put_cohort("care", closed.SerializeToString(), 1)
+        await eventually(server.stop.is_set)  # which nobody heeds here: it serves on
+        for call in (
+            client.update("care"),
+            client.emit(msp("s9", "care")),
+            client.put_spec(care()),
+            client.registry.ListCohortSpecs(registry_pb2.ListCohortSpecsRequest()),
+        ):
+            assert (await refusal_of(call)).reason == "SERVER_DRAINING"
+        assert (await events.refusal()).reason == "SERVER_DRAINING"
+
+
+async def test_a_spec_that_cannot_be_read_stops_a_server_too(broker, tmp_path):
+    async with member(broker, tmp_path / "a") as server, Client(server.target) as client:
+        await client.put_spec(care())
+        async with JetStreamStore(broker.url(), tmp_path / "other.db") as store:
+            await store.put_cohort("care", b"\xff", 1)
+        await eventually(server.stop.is_set)
+        assert "not as it was stored" in str(server.service.specs.unkept)
+    with pytest.raises(StoreCorruptError, match="the spec of cohort 'care'"):
+        async with member(broker, tmp_path / "a"):
+            pass
+
+
+async def test_who_may_do_what_does_not_wait_for_packets_to_be_made_live(
+    broker, tmp_path, monkeypatch
+):
+    office = Office(tmp_path / "office")
+    office.token("somebody")
+    settings = {**office.tls, "tokens": office.tokens}
+    async with (
+        member(broker, tmp_path / "a", **settings) as server,
+        member(broker, tmp_path / "b", **settings) as other,
+    ):
+        opened = care()
+        opened.access.subscribe.append("somebody")
+        await server.service.put_cohort_spec(opened)
+        await eventually(lambda: "care" in other.service.cohorts)
+
+        async def revive(*_args, **_named):
+            raise StoreUnavailableError("io_error", detail="the test's", path="here")
+
+        monkeypatch.setattr(other.service.compactor, "compacted", lambda _: True)
+        monkeypatch.setattr(other.service.store, "revive", revive)
+        await server.service.put_cohort_spec(care())
+        await eventually(lambda: not other.service.cohorts.access("care").names)
 
 
 @pytest.mark.usefixtures("impatient")

@@ -25,6 +25,7 @@ EMIT = "fmi.v1.InterchangeService/Emit"
 STREAM = "fmi.v1.InterchangeService/EmitStream"
 SUBSCRIBE = "fmi.v1.InterchangeService/Subscribe"
 CONTRACT = "fmi.v1.RegistryService/GetContract"
+VALIDATE = "fmi.v1.RegistryService/ValidatePacket"
 SLOW = 0.001
 """A rate so low that what was taken is not paid for while a test runs."""
 
@@ -286,3 +287,155 @@ async def test_the_sdk_says_what_it_took_too_much_of(office):
                 await client.emit({"type": "msp", "controller": {"tau": 2.0}})
         assert caught.value.resource == "packets"
         assert caught.value.retry_after_s == 300.0
+
+
+async def test_envelopes_that_come_together_are_not_all_taken(office):
+    """Each is admitted before anybody knows how many packets it has."""
+    async with callers(office, ("emitter",), quota_packets_per_s=SLOW) as (server, loud):
+        calls = [loud(EMIT, enveloped(40)) for _ in range(12)]
+        done = await asyncio.gather(*calls, return_exceptions=True)
+        refused = [Refusal.read(each) for each in done if isinstance(each, grpc.aio.AioRpcError)]
+        assert {told.reason for told in refused} == {"QUOTA_EXCEEDED"}
+        assert len(refused) == 11
+        assert await stored(server) == 40
+
+
+NOTHING = {
+    "no content": wire_pb2.EmitStreamRequest(batch_id=1),
+    "empty batch": wire_pb2.EmitStreamRequest(batch_id=1, packets=packet_pb2.PacketBatch()),
+    "malformed": wire_pb2.EmitStreamRequest(
+        batch_id=1,
+        encoded=wire_pb2.EncodedPackets(encoding=1, uncompressed_size=9, data=b"."),
+    ),
+    "no envelope": wire_pb2.EmitStreamRequest(batch_id=1, encoded=wire_pb2.EncodedPackets()),
+    "too large": wire_pb2.EmitStreamRequest(
+        batch_id=1,
+        encoded=wire_pb2.EncodedPackets(encoding=1, uncompressed_size=2**31, data=b"."),
+    ),
+    "no dictionary": wire_pb2.EmitStreamRequest(
+        batch_id=1,
+        encoded=wire_pb2.EncodedPackets(
+            encoding=2, uncompressed_size=1, dictionary_id=7, data=b"(\xb5/\xfd!\x07\x01"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("request_", NOTHING.values(), ids=NOTHING)
+async def test_a_stream_pays_for_what_has_no_packets(office, request_):
+    """Else one call could ask for as much as it likes, and be answered each time."""
+    async with callers(office, ("emitter",), quota_packets_per_s=SLOW) as (_, loud):
+        call = loud.open(STREAM, *[request_] * 20)
+        async with asyncio.timeout(DEADLINE_S):
+            first = await call.read()
+        assert first.HasField("refusal")
+        reading = asyncio.ensure_future(call.read())
+        await asyncio.wait({reading}, timeout=0.3)
+        assert not reading.done()
+        reading.cancel()
+        call.cancel()
+
+
+@pytest.mark.parametrize("kind", ["batch", "envelope"])
+@pytest.mark.parametrize("tail", [b"", b"\xff"], ids=["too many", "malformed"])
+async def test_packets_of_a_batch_that_is_refused_as_a_whole_are_charged(office, kind, tail):
+    settings = {"quota_packets_per_s": 1.0, "max_batch_packets": 50}
+    data = b"\x0a\x00" * (49 if tail else 5000) + tail
+    if kind == "batch":
+        request = wire_pb2.EmitStreamRequest(batch_id=1).SerializeToString()
+        request += b"\x12" + _varint(len(data)) + data
+        assert _field(2).message_type == packet_pb2.PacketBatch.DESCRIPTOR
+    else:
+        envelope = wire_pb2.EncodedPackets(encoding=1, uncompressed_size=len(data), data=data)
+        request = wire_pb2.EmitStreamRequest(batch_id=1, encoded=envelope).SerializeToString()
+    async with callers(office, ("emitter",), **settings) as (server, loud):
+        call = loud.channel.stream_stream(
+            f"/{STREAM}", response_deserializer=wire_pb2.EmitStreamResponse.FromString
+        )(metadata=loud.metadata)
+        await call.write(request)
+        async with asyncio.timeout(DEADLINE_S):
+            answer = await call.read()
+        assert answer.HasField("refusal")
+        # 49 or 51, less the burst of 10 and the time that went by.
+        assert 0.0 < server.service.quotas.owed_s("emitter") <= 41.0
+        call.cancel()
+
+
+def _field(number):
+    return wire_pb2.EmitStreamRequest.DESCRIPTOR.fields_by_number[number]
+
+
+def _varint(value):
+    out = b""
+    while value > 0x7F:
+        out += bytes([value & 0x7F | 0x80])
+        value >>= 7
+    return out + bytes([value])
+
+
+async def test_what_is_only_checked_is_charged_too(office):
+    async with callers(office, ("emitter",), quota_packets_per_s=SLOW) as (_, loud):
+        ask = registry_pb2.ValidatePacketRequest(packet=msp("emitter", "care"))
+        assert (await loud(VALIDATE, ask)).valid
+        told = await refusal(loud(VALIDATE, ask))
+        assert (told.reason, told.metadata["resource"]) == ("QUOTA_EXCEEDED", "packets")
+
+
+async def test_who_hangs_up_while_it_is_held_back_is_counted(office, monkeypatch):
+    monkeypatch.setattr(quotas, "STALL_S", 3600.0)
+    counter = 'fmi_refusals_total{reason="QUOTA_EXCEEDED"}'
+    async with callers(office, ("emitter",), quota_packets_per_s=SLOW) as (server, loud):
+        await loud(EMIT, one())
+        held = [loud.open(EMIT, one()) for _ in range(5)]
+        await eventually(lambda: server.service.quotas._stalled["emitter"] == 5)
+        assert server.service.telemetry.snapshot().get(counter, 0.0) == 0.0
+        for call in held:
+            call.cancel()
+        await eventually(lambda: server.service.telemetry.snapshot().get(counter, 0.0) == 5.0)
+        assert not server.service.quotas._stalled
+
+
+async def test_a_server_that_stops_does_not_wait_for_refusals_that_are_held_back(
+    office, monkeypatch
+):
+    monkeypatch.setattr(quotas, "STALL_S", 3600.0)
+    token = office.token("emitter").text
+    settings = {**office.tls, "tokens": office.tokens, "quota_packets_per_s": SLOW}
+    async with contextlib.AsyncExitStack() as clients:
+        async with secured(**settings) as server:
+            caller = calling(server.target, ca=office.ca, token=token)
+            loud = await clients.enter_async_context(caller)
+            await loud(EMIT, one())
+            held = loud.open(EMIT, one())
+            await eventually(lambda: server.service.quotas._stalled["emitter"] == 1)
+        with pytest.raises(grpc.aio.AioRpcError):
+            async with asyncio.timeout(DEADLINE_S):
+                await held
+
+
+async def test_one_site_with_much_to_check_keeps_another_waiting_for_one_turn_of_it(
+    office, monkeypatch
+):
+    """Large packets and batches are checked in turns: each caller has one after the other."""
+    limits = {"quota_packets_per_s": 0, "quota_bytes_per_s": 0, "quota_calls_per_s": 0}
+    async with callers(office, ("emitter",), ("member",), **limits) as (server, loud, other):
+        checking = server.service._checking
+        order = []
+        monkeypatch.setattr(
+            checking._intake, "inspect_many", _noting(order, checking._intake.inspect_many)
+        )
+        async with checking.turns.taken("nobody"):
+            calls = [asyncio.ensure_future(loud(EMIT, enveloped(40))) for _ in range(10)]
+            await eventually(lambda: len(checking.turns._waiting.get("emitter", ())) == 10)
+            late = asyncio.ensure_future(other(EMIT, enveloped(40, "member")))
+            await eventually(lambda: "member" in checking.turns._waiting)
+        await asyncio.gather(*calls, late)
+        assert order.index("member") <= 3, "its envelope is decoded second, and checked soon after"
+
+
+def _noting(order, check):
+    def noting(items, **given):
+        order.append(given["caller"].name)
+        return check(items, **given)
+
+    return noting
