@@ -120,8 +120,16 @@ class FMIContractRegistry:
             found += without_follow_ups(self.violations(error.packet), error.problems)
         return found
 
-    def violations(self, packet: packet_pb2.Packet) -> list[Violation]:
-        """List every rule of the contract that a packet breaks, at most `fmi.rules.MAX_PROBLEMS`."""
+    def violations(self, packet: packet_pb2.Packet, *, at_once: bool = False) -> list[Violation]:
+        """List every rule of the contract that a packet breaks, at most `fmi.rules.MAX_PROBLEMS`.
+
+        Args:
+            packet: The packet.
+            at_once: Whether nothing that takes long may be done.
+
+        Raises:
+            LongToTellError: There are some, and they were to be told at once.
+        """
         revision = packet.header.rev
         if revision and not self.oldest_revision <= revision <= self.revision:
             # Other rules say nothing about a packet of another contract.
@@ -134,7 +142,7 @@ class FMIContractRegistry:
                     Reason.CONTRACT_REVISION_UNSUPPORTED,
                 )
             ]
-        return _violations(self._rules.packet_problems(packet))
+        return _violations(self._rules.packet_problems(packet, at_once=at_once))
 
     def check_request(
         self,

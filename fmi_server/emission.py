@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,7 +39,7 @@ __all__ = [
 ]
 
 SLICE_PACKETS: Final = 128
-"""Packets that are checked in one turn, which takes some 8 ms."""
+"""Packets that are checked in one turn, which takes some 8 ms where they keep the rules."""
 
 SLICE_BYTES: Final = 128 * 1024
 """Bytes after which a turn ends too."""
@@ -84,6 +86,11 @@ class Answer:
     error: FMIError | None = None
 
     @property
+    def violations(self) -> Sequence[Violation]:
+        """The rules that it breaks."""
+        return () if self.error is None else self.error.violations
+
+    @property
     def plain(self) -> bool:
         """Whether there is nothing to say but that it was accepted."""
         return self.status == "accepted" and not self.warnings
@@ -102,16 +109,24 @@ class Intake:
         self._validator = validator
 
     def inspect(
-        self, packet: packet_pb2.Packet, *, received_at_us: int, caller: Principal = TRUSTED
+        self,
+        packet: packet_pb2.Packet,
+        *,
+        received_at_us: int,
+        caller: Principal = TRUSTED,
+        at_once: bool = False,
     ) -> Candidate:
         """Check a packet and make its record.
 
         Raises:
             PacketRefusedError: It breaks rules.
+            LongToTellError: It does, and they were to be told at once.
         """
         # Deterministic, so that the same packet sent in another way has the same hash.
         payload = packet.SerializeToString(deterministic=True)
-        inspection = self._validator.inspect(packet, size=len(payload), caller=caller)
+        inspection = self._validator.inspect(
+            packet, size=len(payload), caller=caller, at_once=at_once
+        )
         if inspection.violations:
             raise PacketRefusedError(inspection.violations)
         header = packet.header
@@ -159,6 +174,8 @@ class Intake:
         received_at_us: int,
         caller: Principal = TRUSTED,
         first: int | None = 0,
+        at_once: bool = False,
+        within_s: float = math.inf,
     ) -> list[Candidate | Answer]:
         """Check packets one by one: a candidate for each that keeps the rules, else its answer.
 
@@ -168,23 +185,38 @@ class Intake:
             caller: Who sends them.
             first: The place of the first of them in their batch, for what is told of it; None where there
                 is no batch.
+            at_once: Whether nothing that takes long may be done.
+            within_s: Seconds after which the rest is left for another time.
+
+        Raises:
+            LongToTellError: One breaks rules of the contract, and they were to be told at once.
         """
-        return [
-            self._inspect_item(
-                item, "packet" if first is None else f"packets[{index}]", received_at_us, caller
-            )
-            for index, item in enumerate(items, first or 0)
-        ]
+        found: list[Candidate | Answer] = []
+        end = time.perf_counter() + within_s
+        for index, item in enumerate(items, first or 0):
+            path = "packet" if first is None else f"packets[{index}]"
+            found.append(self._inspect_item(item, path, received_at_us, caller, at_once=at_once))
+            if time.perf_counter() > end:
+                break
+        return found
 
     def _inspect_item(
-        self, item: bytes | packet_pb2.Packet, path: str, received_at_us: int, caller: Principal
+        self,
+        item: bytes | packet_pb2.Packet,
+        path: str,
+        received_at_us: int,
+        caller: Principal,
+        *,
+        at_once: bool,
     ) -> Candidate | Answer:
         try:
             packet = self.parsed(item, path) if isinstance(item, bytes) else item
         except PacketRefusedError as refusal:
             return Answer("", "unknown", "refused", error=_alone(refusal))
         try:
-            return self.inspect(packet, received_at_us=received_at_us, caller=caller)
+            return self.inspect(
+                packet, received_at_us=received_at_us, caller=caller, at_once=at_once
+            )
         except PacketRefusedError as refusal:
             return Answer(
                 packet.header.packet_id[:64],

@@ -411,6 +411,8 @@ class FMIService:
             await self.settle()
             if len(self.cohorts) != known:
                 checked = await self._checking.check(items, caller=caller, first=first)
+        if broken := sum(len(item.violations) for item in checked if isinstance(item, Answer)):
+            self.quotas.charge(caller.account, broken)
         return checked
 
     async def _keep_batch(
@@ -444,7 +446,9 @@ class FMIService:
             QuotaExceededError: The caller takes too much; what is only checked is charged too.
         """
         self.quotas.admit_packets(caller.account, 1, len(packet))
-        return await self._checking.inspect(packet, caller=caller)
+        found = await self._checking.inspect(packet, caller=caller)
+        self.quotas.charge(caller.account, len(found.violations))
+        return found
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:

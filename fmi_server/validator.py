@@ -70,7 +70,12 @@ class FMIValidator:
         return list(self.inspect(packet).violations)
 
     def inspect(
-        self, packet: packet_pb2.Packet, *, size: int | None = None, caller: Principal = TRUSTED
+        self,
+        packet: packet_pb2.Packet,
+        *,
+        size: int | None = None,
+        caller: Principal = TRUSTED,
+        at_once: bool = False,
     ) -> Inspection:
         """Check a packet against the contract, its cohort and the policy.
 
@@ -78,6 +83,10 @@ class FMIValidator:
             packet: The packet.
             size: Its size on the wire in bytes; measured where it is not given.
             caller: Who sends it.
+            at_once: Whether nothing that takes long may be done.
+
+        Raises:
+            LongToTellError: It breaks rules of the contract, and they were to be told at once.
 
         Returns:
             All that is to be said of it. Rules of the cohort are checked only where the contract's hold,
@@ -85,7 +94,7 @@ class FMIValidator:
             would tell a stranger of the cohort.
         """
         size = packet.ByteSize() if size is None else size
-        found = self._refused_unread(packet, size, caller)
+        found = self._refused_unread(packet, size, caller, at_once=at_once)
         if found:
             return Inspection(tuple(found))
         header = packet.header
@@ -133,14 +142,14 @@ class FMIValidator:
         return Inspection((), warnings, quarantine)
 
     def _refused_unread(
-        self, packet: packet_pb2.Packet, size: int, caller: Principal
+        self, packet: packet_pb2.Packet, size: int, caller: Principal, *, at_once: bool
     ) -> Sequence[Violation]:
         """List why a packet is refused before its cohort is looked at; nothing where it is not."""
         too_large = self.size_violation(size)
         if too_large is not None:
             return [too_large]  # its rules are not worth its time
         header = packet.header
-        return self._registry.violations(packet) or self._gate.violations(
+        return self._registry.violations(packet, at_once=at_once) or self._gate.violations(
             caller, header.domain_id, header.cohort
         )
 

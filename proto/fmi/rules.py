@@ -21,7 +21,14 @@ from fmi.parts import Excess, Part, parts
 from fmi.plain_values import Problem, quoted
 from fmi.v1 import packet_pb2
 
-__all__ = ["MAX_PROBLEMS", "SECTIONS", "ContractRules", "has_too_much", "without_follow_ups"]
+__all__ = [
+    "MAX_PROBLEMS",
+    "SECTIONS",
+    "ContractRules",
+    "LongToTellError",
+    "has_too_much",
+    "without_follow_ups",
+]
 
 SECTIONS: Final = ("metrics", "controller", "evaluator", "operators")
 """The sections of an MSP in which signals stand."""
@@ -29,8 +36,12 @@ SECTIONS: Final = ("metrics", "controller", "evaluator", "operators")
 MAX_PROBLEMS: Final = 100
 """Problems told of one message: a hostile one must not make the answer larger than itself."""
 
-MAX_SORTED: Final = 2_000
-"""Problems of which these are the first."""
+MAX_SORTED: Final = 500
+"""Problems of which these are the first, at some 50 us each."""
+
+
+class LongToTellError(Exception):
+    """A message breaks rules, and to tell which may take tens of milliseconds."""
 
 
 class ContractRules:
@@ -43,15 +54,28 @@ class ContractRules:
     def __init__(self) -> None:
         self._validator = protovalidate.Validator()
 
-    def problems(self, message: Message) -> list[Problem]:
-        """List the rules that a message breaks, at most `MAX_PROBLEMS`; of a packet, use the next."""
+    def problems(self, message: Message, *, at_once: bool = False) -> list[Problem]:
+        """List the rules that a message breaks, at most `MAX_PROBLEMS`; of a packet, use the next.
+
+        Args:
+            message: The message.
+            at_once: Whether nothing that takes long may be done.
+
+        Raises:
+            LongToTellError: There are some, and they were to be told at once.
+        """
         if not self._validator.collect_violations(message, fail_fast=True):
             return []
+        if at_once:
+            raise LongToTellError
         return _in_order(list(islice(self._all_problems(message), MAX_SORTED)))[:MAX_PROBLEMS]
 
-    def packet_problems(self, packet: packet_pb2.Packet) -> list[Problem]:
-        """List the rules that a packet breaks, those across its sections too, at most `MAX_PROBLEMS`."""
-        found = self.problems(packet)
+    def packet_problems(self, packet: packet_pb2.Packet, *, at_once: bool = False) -> list[Problem]:
+        """List the rules that a packet breaks, those across its sections too, at most `MAX_PROBLEMS`.
+
+        See `problems`.
+        """
+        found = self.problems(packet, at_once=at_once)
         if has_too_much(found):
             return found  # what is across such sections is not worth its time
         found.extend(_time_problems(packet.header))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import resource
 import weakref
 from pathlib import Path
@@ -13,6 +14,7 @@ from parts import NOW, Clock, msp
 
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi.v1 import packet_pb2
+from fmi_server import checking
 from fmi_server.cohorts import CohortRegistry
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.emission import Candidate, Intake, slices
@@ -21,6 +23,9 @@ from fmi_server.service import FMIService
 from fmi_server.validator import FMIValidator
 
 GOOD = msp(controller={"tau": 0.5})
+SMALL_BUT_BAD = packet_pb2.Packet(
+    header=GOOD.header, ccs=packet_pb2.ConceptCausalSummary.FromString(b"\x0a\x00" * 500)
+).SerializeToString()
 REGISTRY = FMIContractRegistry()
 INTAKE = Intake(REGISTRY, FMIValidator(REGISTRY, clock=Clock(NOW)))
 
@@ -68,6 +73,7 @@ def test_a_batch_is_checked_in_turns(sizes, turns):
 
 
 async def test_a_small_batch_does_not_wait_for_the_whole_of_a_large_one(monkeypatch):
+    monkeypatch.setattr(checking, "TURN_S", math.inf)
     checked = []
     check = Intake.inspect_many
 
@@ -86,6 +92,52 @@ async def test_a_small_batch_does_not_wait_for_the_whole_of_a_large_one(monkeypa
     assert len(checked) == 11
     told = {error.violations[0].field for error in (answer.error for answer in answers)}
     assert told == {f"packets[{index}]" for index in range(1280)}, "by their places in the batch"
+
+
+async def test_a_turn_ends_in_time_though_what_is_wrong_takes_long_to_be_told(monkeypatch):
+    monkeypatch.setattr(checking, "TURN_S", 0.0)
+    checked = []
+    check = Intake.inspect_many
+
+    def noting(self, items, **given):
+        checked.append(len(items))
+        return check(self, items, **given)
+
+    monkeypatch.setattr(Intake, "inspect_many", noting)
+    items = [GOOD.SerializeToString(), SMALL_BUT_BAD] * 20
+    async with FMIService(clock=Clock(NOW)) as service:
+        answers = await service.emit_batch(items)
+    assert checked == list(range(40, 0, -1)), "one in each turn"
+    assert [answer.status for answer in answers[:4]] == [
+        "accepted",
+        "refused",
+        "duplicate",
+        "refused",
+    ]
+    assert len(answers) == 40
+
+
+async def test_whatever_breaks_the_contract_is_told_beside_the_event_loop():
+    """What is wrong with a packet of 1 kB takes 25 ms to be told: few of them would hold up everybody."""
+    async with FMIService(clock=Clock(NOW)) as service:
+        async with service._checking.turns.taken(""):
+            waiting = [
+                asyncio.create_task(work)
+                for work in (
+                    service.emit(SMALL_BUT_BAD),
+                    service.inspect(SMALL_BUT_BAD),
+                    service.emit_batch([GOOD.SerializeToString(), SMALL_BUT_BAD]),
+                )
+            ]
+            done, _ = await asyncio.wait(waiting, timeout=0.2)
+            assert not done
+            answer = await service.emit(GOOD.SerializeToString())
+            assert answer.status == "accepted"
+        with pytest.raises(PacketRefusedError) as caught:
+            await waiting[0]
+        assert len(caught.value.violations) == 100
+        assert (await waiting[1]).violations == caught.value.violations
+        assert [answer.status for answer in await waiting[2]] == ["duplicate", "refused"]
 
 
 def test_what_no_cohort_takes_is_refused_before_it_is_parsed():

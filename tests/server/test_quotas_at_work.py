@@ -439,3 +439,32 @@ def _noting(order, check):
         return check(items, **given)
 
     return noting
+
+
+def broken():
+    """A packet of 1 kB that breaks more rules than are told of one."""
+    packet = msp("emitter", "care")
+    packet.ClearField("msp")
+    packet.ccs.MergeFromString(b"\x0a\x00" * 400)
+    return packet
+
+
+@pytest.mark.parametrize(
+    ("method", "request_of"),
+    [
+        (EMIT, lambda: wire_pb2.EmitRequest(packet=broken())),
+        (EMIT, lambda: wire_pb2.EmitRequest(encoded=identity(broken()))),
+        (STREAM, lambda: wire_pb2.EmitStreamRequest(encoded=identity(broken()))),
+        (VALIDATE, lambda: registry_pb2.ValidatePacketRequest(packet=broken())),
+    ],
+    ids=["packet", "envelope", "stream", "only checked"],
+)
+async def test_each_rule_that_a_packet_is_told_to_break_counts_as_one_more(
+    office, method, request_of
+):
+    """To tell them takes longer than to take packets that break none."""
+    async with callers(office, ("emitter",), quota_packets_per_s=1.0) as (server, loud):
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await loud(method, request_of())
+        # 101 less the burst of 10 and the time that went by.
+        assert 0.0 < server.service.quotas.owed_s("emitter") <= 91.0
