@@ -171,7 +171,8 @@ class _Reading:
         if not self.authenticated:
             names = AccessRules.of_spec(spec.access).names
             unkept = [f"access.{name}" for name in names]
-            if not names and spec.HasField("access"):  # nobody but operators
+            lost = any(name.startswith("access") for name in unreadable)
+            if not names and not lost and spec.HasField("access"):  # nobody but operators
                 unkept.append("access")
             self.problems += [FileProblem(path, name, UNKEPT) for name in unkept]
         self.problems += self._repeated(path, spec.name)

@@ -248,6 +248,10 @@ SIGNAL = "name: care\nsignals: [{{name: tau, section: metrics, {}}}]"
             "signals[0].section: value is required",
         ),
         ("name: care\nprivacy: {dp_delta: 1e-6}", "privacy.dp_epsilon: is not set, and neither is"),
+        (
+            "name: care\naccess: {emit: []}",
+            "access: cannot be kept: this server authenticates nobody",
+        ),
     ],
 )
 def test_a_wrong_file_is_told_in_one_line(tmp_path, text, said):
