@@ -15,7 +15,7 @@ FMI_CLUSTER_ROUNDS ?= 100
 FMI_FUZZ_INPUTS ?= 150000
 FMI_SEARCHES ?= 10
 
-.PHONY: help demo demo-cluster test test-lowest search torture torture-cluster soak fuzz check check-deploy image format proto proto-check proto-release serve bench bench-aggregation bench-cluster bench-confidence bench-jetstream bench-peers bench-privacy bench-quotas bench-scaling bench-start bench-warm-start privacy-error bench-abuse wheel clean
+.PHONY: help demo demo-cluster test test-lowest search torture torture-cluster torture-versions soak fuzz check check-deploy image format proto proto-check proto-release serve bench bench-aggregation bench-cluster bench-confidence bench-jetstream bench-peers bench-privacy bench-quotas bench-scaling bench-start bench-warm-start privacy-error bench-abuse wheel clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -40,6 +40,9 @@ torture: $(VENV)/ready ## Kill a server under load again and again, for FMI_TORT
 
 torture-cluster: $(VENV)/ready ## Kill, freeze and cut off servers and brokers of a cluster under load, 100 times
 	$(BIN)/python tests/robustness/cluster_torture.py --rounds $(FMI_CLUSTER_ROUNDS)
+
+torture-versions: $(VENV)/ready ## Upgrade and downgrade servers of a cluster under load; FMI_OLDER is a checkout of the older version
+	$(BIN)/python tests/robustness/cluster_versions.py --older $(FMI_OLDER)
 
 soak: $(VENV)/ready ## Watch a server under a steady load, for FMI_SOAK_MINUTES, and draw it
 	$(BIN)/python -m benchmarks.soak --minutes $(FMI_SOAK_MINUTES)

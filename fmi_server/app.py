@@ -295,9 +295,10 @@ async def running(
         stop = asyncio.Event()
         try:
             async with (
-                _beside(_tell_of_ingest(service, health), "health of ingest"),
-                _beside(_tell_of_delivery(service, health), "health of delivery"),
+                _beside(_tell_of_store(service, health), "health of the store"),
+                _beside(_tell_of_following(service, health), "health of following"),
                 _beside(_stop_where_stuck(service, stop), "specs"),
+                _beside(_stop_where_store_ended(service, stop), "end of the store"),
             ):
                 yield RunningServer(f"{host}:{port}", service, stop)
         finally:
@@ -324,22 +325,27 @@ async def _put_files(files: Sequence[CohortFile], service: FMIService, *, force:
         raise service.specs.unkept or error from None
 
 
-async def _tell_of_ingest(service: FMIService, health: HealthServicer) -> None:
-    """Tell health whether packets are taken, until cancelled."""
+async def _tell_of_store(service: FMIService, health: HealthServicer) -> None:
+    """Tell health whether packets are taken, and whether anything new can come, until cancelled."""
     watch = service.store_watch
     while True:
         await watch.changed()
         health.tell(INGEST, well=watch.sound)
+        _tell_of_delivery(service, health)
 
 
-async def _tell_of_delivery(service: FMIService, health: HealthServicer) -> None:
+async def _tell_of_following(service: FMIService, health: HealthServicer) -> None:
     """Tell health whether what other servers write comes to subscribers here, until cancelled."""
     if service.cluster is None:
         return
-    following = service.cluster.following
     while True:
-        await following.changed()
-        health.tell(DELIVERY, well=following.well)
+        await service.cluster.following.changed()
+        _tell_of_delivery(service, health)
+
+
+def _tell_of_delivery(service: FMIService, health: HealthServicer) -> None:
+    if service.cluster is not None:
+        health.tell(DELIVERY, well=service.cluster.following.well)
 
 
 async def _stop_where_stuck(service: FMIService, stop: asyncio.Event) -> None:
@@ -348,6 +354,15 @@ async def _stop_where_stuck(service: FMIService, stop: asyncio.Event) -> None:
     _log.critical(
         "a spec that another server put in force cannot be kept here, so this one stops: %s",
         service.specs.unkept,
+    )
+    stop.set()
+
+
+async def _stop_where_store_ended(service: FMIService, stop: asyncio.Event) -> None:
+    """Stop the server where its store is at an entry that only another start or version gets past."""
+    await service.store_watch.ended()
+    _log.critical(
+        "others go on where this server cannot follow, so it stops: %s", service.store_watch.end
     )
     stop.set()
 
@@ -414,8 +429,9 @@ async def serve(settings: ServerSettings) -> None:
         print(f"listening on {server.target}", flush=True)  # noqa: T201 - the one line for scripts
         await server.stop.wait()
         _log.info("draining: no new packets, subscriptions end, calls have %g s", settings.drain_s)
-    if server.service.specs.unkept is not None:
-        raise server.service.specs.unkept
+    error = server.service.specs.unkept or server.service.store_watch.end
+    if error is not None:
+        raise error
     _log.info("stopped in good order")
 
 

@@ -106,11 +106,10 @@ class Cluster:
 
         Brokers that do not answer are no reason: they say the same to everybody.
         """
-        stats = self._store.stats()
-        if stats.damage is not None or not self.following.well:
+        if not self.following.well:
             return False
         # What was short a moment ago may be so again in the next.
-        return {stats.fault, self._watch.fault} <= {None, *BROKERS_AWAY}
+        return {self._store.stats().fault, self._watch.fault} <= {None, *BROKERS_AWAY}
 
     async def _take_over(self, partitions: frozenset[int]) -> None:
         """Go on where other servers were with the cohorts of partitions."""

@@ -184,6 +184,23 @@ def _with_default_privacy(
     return private
 
 
+def _check_known(spec: cohort_pb2.CohortSpec) -> None:
+    """Check that a spec says nothing that this version does not know of, and so would not keep.
+
+    Raises:
+        SettingUnsupportedError: It does.
+    """
+    known = cohort_pb2.CohortSpec()
+    known.CopyFrom(spec)
+    known.DiscardUnknownFields()
+    if known.ByteSize() != spec.ByteSize():
+        raise SettingUnsupportedError(
+            "spec",
+            f"of cohort {spec.name!r} has fields that this version does not know, so that it could not keep "
+            "what they say; a newer version wrote it",
+        )
+
+
 class CohortRegistry:
     """The cohorts of a server, by name.
 
@@ -263,13 +280,7 @@ class CohortRegistry:
             SpecInvalidError: The spec breaks rules.
             SettingUnsupportedError: It asks for what this version does not have.
         """
-        known = cohort_pb2.CohortSpec()
-        known.CopyFrom(spec)
-        known.DiscardUnknownFields()
-        if known.ByteSize() != spec.ByteSize():
-            raise SettingUnsupportedError(
-                "spec", f"of cohort {spec.name!r} has fields that this version does not know"
-            )
+        _check_known(spec)
         rules = compile_spec(spec, self._registry, defaults=self._defaults, declared=declared)
         if not self.authenticated:
             for name in rules.access.names:

@@ -22,8 +22,9 @@ from fmi_server.config import (
 )
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.errors import FMIError
-from fmi_server.invocation import fail, settings_of
+from fmi_server.invocation import EXIT_AGAIN, fail, settings_of
 from fmi_server.server_log import configure_log
+from fmi_server.storage.base import StoreBehindError
 
 __all__ = ["cli"]
 
@@ -96,6 +97,8 @@ def serve(config: Path | None, **flags: Any) -> None:
         _log.warning("%s", line)
     try:
         asyncio.run(app.serve(settings))
+    except StoreBehindError as error:
+        fail(error, code=EXIT_AGAIN)
     except (FMIError, SettingsError) as error:
         fail(error)
 

@@ -87,7 +87,7 @@ class Following:
     @property
     def well(self) -> bool:
         """Whether what others write is taken in; a failure that does not last is none."""
-        return self._failures < FAILURES
+        return self._failures < FAILURES and self._store.stopped is None
 
     async def changed(self) -> None:
         """Wait until `well` became something else. For one waiter."""

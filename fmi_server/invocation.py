@@ -10,7 +10,10 @@ import click
 
 from fmi_server.config import ServerSettings, SettingsError, load_settings
 
-__all__ = ["EXIT_SETTINGS", "fail", "settings_of"]
+__all__ = ["EXIT_AGAIN", "EXIT_SETTINGS", "fail", "settings_of"]
+
+EXIT_AGAIN: Final = 1
+"""A server cannot go on as it is, and can as soon as it is started again."""
 
 EXIT_SETTINGS: Final = 2
 """A setting, a cohort file or the store is wrong: starting again will not help."""
@@ -25,7 +28,7 @@ def settings_of(config: Path | None, flags: dict[str, Any]) -> ServerSettings:
         fail(error)
 
 
-def fail(error: BaseException) -> NoReturn:
+def fail(error: BaseException, *, code: int = EXIT_SETTINGS) -> NoReturn:
     """End the command with one line that says why."""
     click.echo(f"fmi-server: {error}", err=True)
-    sys.exit(EXIT_SETTINGS)
+    sys.exit(code)

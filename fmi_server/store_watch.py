@@ -1,10 +1,15 @@
-"""Watches whether the store takes writes and is sound, and says when that changes.
+"""Watches whether the store takes writes, is sound and goes on, and says when that changes.
 
 A server whose disk is full is read-only: Emits are refused with a typed error, everything that reads goes
 on. Nothing has to be done for that, since each write is refused by itself; what is missing is that somebody
 says so, and finds out without a packet when there is room again.
 
 Damage is another matter: it does not go away, and what lies elsewhere in the file is still read and written.
+
+A store that several servers share may come to an entry that it must not pass. It then stands still, and so
+does all that is read from it. Where another start or another version is all that it wants, the server ends
+(`ended`): the others do its part meanwhile. Where all servers are in the same case, because the brokers lost
+or changed what they had, reads go on.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import logging
 from typing import Final
 
 from fmi_server.storage import Store, StoreError
-from fmi_server.storage.base import UnavailableReason
+from fmi_server.storage.base import StoreBehindError, StoreVersionError, UnavailableReason
 from fmi_server.telemetry import FMITelemetry
 
 __all__ = ["StoreWatch"]
@@ -40,25 +45,35 @@ class StoreWatch:
     Attributes:
         fault: Why writes fail; None while the store takes them.
         damage: What was found damaged; None where nothing was. It stays.
+        stopped: Why nothing that is written anywhere comes here any more; None where it does. It stays.
+        end: The same, where the server has to end: `StoreBehindError` where it has to be started again and
+            nothing else, `StoreVersionError` where it takes a newer version.
     """
 
     def __init__(self, store: Store, *, telemetry: FMITelemetry) -> None:
         self.fault: UnavailableReason | None = None
         self.damage: str | None = None
+        self.stopped: StoreError | None = None
+        self.end: StoreBehindError | StoreVersionError | None = None
         self._store = store
         self._telemetry = telemetry
         self._changed = asyncio.Event()
+        self._ended = asyncio.Event()
         telemetry.store_takes_writes(True)
 
     @property
     def sound(self) -> bool:
         """Whether the store takes writes and no damage was found: whether packets should be sent here."""
-        return self.fault is None and self.damage is None
+        return self.fault is None and self.damage is None and self.stopped is None
 
     async def changed(self) -> None:
-        """Wait until `fault` or `damage` became something else. For one waiter."""
+        """Wait until `fault`, `damage` or `stopped` became something else. For one waiter."""
         await self._changed.wait()
         self._changed.clear()
+
+    async def ended(self) -> None:
+        """Wait until the server has to end, see `end`."""
+        await self._ended.wait()
 
     async def run(self) -> None:
         """Look again and again, until cancelled. While writes fail, each look tries one of its own."""
@@ -66,6 +81,10 @@ class StoreWatch:
         since, sound = 0.0, 0
         while True:
             await asyncio.sleep(LOOK_S)
+            if self.stopped is None and self._store.stopped is not None:
+                self._tell_of_stop(self._store.stopped)
+            if self.end is not None:
+                return  # nothing mends that before the next start
             stats = self._store.stats()
             found = stats.fault
             if stats.damage is not None and self.damage is None:
@@ -90,6 +109,14 @@ class StoreWatch:
                     "%s takes writes again, after %.0f s", self._store.location, loop.time() - since
                 )
                 self._set(None)
+
+    def _tell_of_stop(self, stopped: StoreError) -> None:
+        self.stopped = stopped
+        self._telemetry.follows(False)
+        if isinstance(stopped, StoreBehindError | StoreVersionError):
+            self.end = stopped
+            self._ended.set()
+        self._changed.set()
 
     def _tell_of_damage(self, damage: str) -> None:
         _log.critical(

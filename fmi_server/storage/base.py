@@ -82,6 +82,7 @@ __all__ = [
     "CohortRecord",
     "DictionaryConflictError",
     "DictionaryRecord",
+    "EntryVersionError",
     "LedgerConflictError",
     "PacketKey",
     "PacketKind",
@@ -89,6 +90,7 @@ __all__ = [
     "RevisionConflictError",
     "SiteRecord",
     "Store",
+    "StoreBehindError",
     "StoreBusyError",
     "StoreCorruptError",
     "StoreError",
@@ -153,6 +155,13 @@ class StoreBusyError(StoreUnavailableError):
         )
 
 
+class StoreBehindError(StoreUnavailableError):
+    """This replica lacks entries that are no longer in the log; opened again it begins with a snapshot."""
+
+    def __init__(self, *, detail: str, path: str) -> None:
+        super().__init__("no_stream", detail=detail, path=path)
+
+
 class StoreLockedError(StoreUnavailableError):
     """Another process, or another store of this one, has the database open."""
 
@@ -178,17 +187,51 @@ class StoreCorruptError(StoreError):
 
 
 class StoreVersionError(StoreError):
-    """The database was written by a newer version of the server. It was not touched."""
+    """The database was written by a newer version of the server. It was not touched.
 
-    reason = Reason.STORE_CORRUPT
+    Callers may try again: others of several servers go on, and this one does once it is upgraded.
+    """
 
-    def __init__(self, *, path: str, found: int, supported: int) -> None:
+    reason = Reason.STORE_UNAVAILABLE
+    retry_after_s = 2.0
+
+    def __init__(self, *, path: str, found: int, supported: int, told: str = "") -> None:
         self.path = path
         self.found = found
         self.supported = supported
         super().__init__(
-            f"{path} has schema version {found}, this server knows versions up to {supported}; "
+            told
+            or f"{path} has schema version {found}, this server knows versions up to {supported}; "
             "upgrade the server or restore an older backup"
+        )
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The cause, as of other reasons to try again."""
+        return {"cause": "unsupported"}
+
+
+class EntryVersionError(StoreVersionError):
+    """An entry of the log was written by a newer version of the server. The view goes as far as to it.
+
+    Args:
+        path: Names the log and the entry.
+        found: The format of the entry.
+        supported: The newest format that is known.
+        kind: Of what it writes, where the format is known and that is not.
+    """
+
+    def __init__(self, *, path: str, found: int, supported: int, kind: str = "") -> None:
+        self.kind = kind
+        what = f"{kind!r}, which" if kind else f"of format {found}, and"
+        known = (
+            "is no write that this server knows" if kind else f"it knows formats up to {supported}"
+        )
+        super().__init__(
+            path=path,
+            found=found,
+            supported=supported,
+            told=f"{path} is {what} {known}; a newer version wrote it, so upgrade the server",
         )
 
 
@@ -329,6 +372,11 @@ class Store(ABC):
     def shared(self) -> bool:
         """Whether other servers write to it too."""
         return False
+
+    @property
+    def stopped(self) -> StoreError | None:
+        """Why nothing that is written comes here any more until it is opened again; None where it does."""
+        return None
 
     def follow(self, listener: Callable[[Change], None]) -> None:
         """Tell of what other servers write, once it is seen here, in the order in which it was written.

@@ -35,7 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from fmi_server.storage.base import Store, StoreUnavailableError, check_spend
+from fmi_server.storage.base import Store, StoreError, StoreUnavailableError, check_spend
 from fmi_server.storage.jetstream_broker import BrokerConnection, BrokerOptions
 from fmi_server.storage.jetstream_commands import (
     Command,
@@ -233,6 +233,11 @@ class JetStreamStore(Store):
     def shared(self) -> bool:
         """Whether other servers write to it too, which they may."""
         return True
+
+    @property
+    def stopped(self) -> StoreError | None:
+        """Why the view stands still until the store is opened again; None where it does not."""
+        return self._replica.stopped if self._replica is not None else None
 
     def follow(self, listener: Callable[[Change], None]) -> None:
         """Tell of what other servers write, once it is in the view here."""

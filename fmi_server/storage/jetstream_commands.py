@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
-from fmi_server.storage.base import StoreCorruptError, StoreVersionError
+from fmi_server.storage.base import EntryVersionError, StoreCorruptError
 from fmi_server.storage.records import (
     CONTENT_HASH_BYTES,
     PACKET_KINDS,
@@ -49,6 +49,9 @@ __all__ = [
 ]
 
 _FORMAT = 1
+_SHOWN = 40
+"""Characters of an unknown kind that are told."""
+
 _PREFIX = struct.Struct(">BI")
 _KIND_NUMBERS = {kind: number for number, kind in enumerate(PACKET_KINDS)}
 
@@ -250,6 +253,10 @@ def _take_apart(command: Command) -> tuple[list[Any], Sequence[bytes]]:  # noqa:
             return ["probe"], ()
 
 
+class _UnknownKindError(Exception):
+    """There is no such kind of write in this version."""
+
+
 def decode_command(data: bytes, *, where: str) -> Command:
     """Read a command from the log.
 
@@ -258,16 +265,22 @@ def decode_command(data: bytes, *, where: str) -> Command:
         where: Names the log and the place, for the error.
 
     Raises:
-        StoreVersionError: A newer version wrote it.
+        EntryVersionError: A newer version wrote it.
         StoreCorruptError: It is no command.
     """
+    found = 0
     try:
         found, length = _PREFIX.unpack_from(data)
         if found > _FORMAT:
-            raise StoreVersionError(path=where, found=found, supported=_FORMAT)
+            raise EntryVersionError(path=where, found=found, supported=_FORMAT)
         start = _PREFIX.size + length
         kind, *head = json.loads(data[_PREFIX.size : start])
+        if not isinstance(kind, str):
+            raise TypeError("it has no kind")  # noqa: TRY301 - told below, like all that is no command
         return _put_together(kind, head, data, start)
+    except _UnknownKindError as error:
+        kind = str(error)[:_SHOWN]
+        raise EntryVersionError(path=where, found=found, supported=_FORMAT, kind=kind) from None
     except (ValueError, KeyError, IndexError, TypeError, struct.error) as error:
         raise StoreCorruptError(path=where, detail=f"no command of ours: {error}") from error
 
@@ -301,7 +314,7 @@ def _put_together(kind: str, head: list[Any], data: bytes, start: int) -> Comman
         case "probe":
             return Probe()
         case _:
-            raise ValueError(f"kind {kind!r} is not known")
+            raise _UnknownKindError(kind)
 
 
 def _blob(data: bytes, start: int, size: int) -> bytes:
@@ -316,6 +329,9 @@ def _records(rows: list[list[Any]], data: bytes, start: int) -> list[PacketRecor
     ends = list(accumulate((row[8] for row in rows), initial=payloads))
     if ends[-1] != len(data):
         raise ValueError("it is cut off")
+    for row in rows:
+        if row[3] not in range(len(PACKET_KINDS)):
+            raise _UnknownKindError(f"append of packets of kind {row[3]}")
     return [
         PacketRecord(
             domain_id=row[0],

@@ -21,6 +21,7 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from fmi_server.storage.base import (
+    StoreBehindError,
     StoreBusyError,
     StoreCorruptError,
     StoreError,
@@ -138,6 +139,11 @@ class Replica:
     def position(self) -> int:
         """The last entry of the log that is in the view."""
         return self._position.sequence
+
+    @property
+    def stopped(self) -> StoreError | None:
+        """Why it carries out nothing more; None while it does."""
+        return self._broken
 
     def stats(self) -> StoreStats:
         """Return the counters with what waits now."""
@@ -316,8 +322,14 @@ class Replica:
                 tasks.create_task(self._send_groups(tasks), name="store groups")
                 tasks.create_task(self._follow(), name="store log")
         except BaseExceptionGroup as group:
-            _LOG.exception("the replica of %s has stopped", self._log.location)
             error = group.exceptions[0]
+            _LOG.error(
+                "the replica of %s has stopped at entry %d: %s",
+                self._log.location,
+                self.position,
+                error,
+                exc_info=None if isinstance(error, StoreError) else group,
+            )
             self._break(
                 error
                 if isinstance(error, StoreError)
@@ -447,9 +459,7 @@ class Replica:
                     await self._take(batch)
         except LogBehindError as error:
             detail = f"{error}: start this replica again, and it begins with a snapshot"
-            raise self._break(
-                StoreUnavailableError("no_stream", detail=detail, path=self._log.location)
-            ) from error
+            raise self._break(StoreBehindError(detail=detail, path=self._log.location)) from error
         except StoreError as error:
             self._break(error)
             raise

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fmi_server.storage.base import StoreCorruptError, StoreError
 from fmi_server.storage.jetstream_view import view_position
+from fmi_server.storage.sqlite_schema import check_version
 
 if TYPE_CHECKING:
     from fmi_server.storage.jetstream_log import BrokerLog
@@ -77,6 +78,7 @@ async def replace_view(path: Path, snapshots: SnapshotStream) -> None:
     Raises:
         StoreCorruptError: There is no snapshot.
         StoreUnavailableError: It was replaced meanwhile.
+        StoreVersionError: A newer version made it; the view is as it was.
     """
     manifest = await snapshots.newest()
     if manifest is None:
@@ -87,6 +89,7 @@ async def replace_view(path: Path, snapshots: SnapshotStream) -> None:
     fetched.unlink(missing_ok=True)
     try:
         await snapshots.fetch(manifest, fetched)
+        check_version(fetched, f"the snapshot at entry {manifest.position} for {path}")
         # A log beside the old view would be taken for one of the new.
         for suffix in ("-wal", "-shm"):
             path.with_name(path.name + suffix).unlink(missing_ok=True)

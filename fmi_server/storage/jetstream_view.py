@@ -189,7 +189,7 @@ def apply_entries(
 
     Raises:
         StoreCorruptError: An entry is no command, or not the next one.
-        StoreVersionError: A newer version wrote an entry; nothing was carried out.
+        EntryVersionError: A newer version wrote an entry; nothing was carried out.
     """
     position = view_position(connection)
     if entries and entries[0].sequence != position.sequence + 1:

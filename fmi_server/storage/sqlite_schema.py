@@ -35,6 +35,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "DatabaseLock",
     "check_identity",
+    "check_version",
     "connect_reader",
     "connect_writer",
     "has_log",
@@ -51,6 +52,9 @@ APPLICATION_ID = 0x464D4931
 """`FMI1` in the header of the file; `file(1)` shows it."""
 
 _MAGIC = b"SQLite format 3\x00"
+_USER_VERSION = slice(60, 64)
+"""Where the header of a database has what `PRAGMA user_version` says."""
+
 _OLDEST_SQLITE = (3, 37, 0)
 """The first with STRICT tables."""
 
@@ -414,6 +418,25 @@ def check_identity(path: Path) -> None:
         )
     if not _is_ours(path):
         raise StoreCorruptError(path=str(path), detail="it belongs to another program")
+
+
+def check_version(path: Path, where: str) -> None:
+    """Check the version of a database that nobody has open and that has no log.
+
+    Off its header: SQLite would make files beside it to read as much.
+
+    Args:
+        path: The database.
+        where: What it is, for the error.
+
+    Raises:
+        StoreVersionError: From a newer version.
+    """
+    with path.open("rb") as file:
+        header = file.read(_USER_VERSION.stop)
+    found = int.from_bytes(header[_USER_VERSION], "big")
+    if found > SCHEMA_VERSION:
+        raise StoreVersionError(path=where, found=found, supported=SCHEMA_VERSION)
 
 
 def _history_epoch(connection: sqlite3.Connection, path: Path) -> str:

@@ -78,7 +78,9 @@ EXAMPLES = [
     base.StoreBusyError(pending_records=5, pending_bytes=7, path=PATH),
     base.StoreLockedError(path=PATH, holder_pid=4711),
     base.StoreCorruptError(path=PATH, detail=f"{PATH} is damaged"),
+    base.StoreBehindError(detail=f"{PATH} begins later", path=PATH),
     base.StoreVersionError(path=PATH, found=9, supported=1),
+    base.EntryVersionError(path=PATH, found=9, supported=1),
     base.RevisionConflictError(
         cohort="care", kind=1, revision=1, expected_revision=2, sequence=1, expected_sequence=2
     ),
@@ -214,6 +216,9 @@ def test_only_what_can_help_is_retried():
         "StoreUnavailableError",
         "StoreBusyError",
         "StoreLockedError",
+        "StoreBehindError",
+        "StoreVersionError",
+        "EntryVersionError",
     }
     codes = {
         STATUS_CODES[example.reason] for example in EXAMPLES if example.retry_after_s is not None

@@ -12,7 +12,7 @@ import random
 import signal
 import sqlite3
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
@@ -37,10 +37,12 @@ class Replica:
         name: Its name in what is told.
         target: Where it listens.
         up: Whether it is there and was not told to stand still.
+        variables: Of its environment, from its next start on.
     """
 
     def __init__(self, name: str, folder: Path, brokers: Sequence[Broker]) -> None:
         self.name = name
+        self.variables: dict[str, str] = {}
         self.target = f"127.0.0.1:{lasting_port()}"
         self.data_dir = folder / name
         self.log = folder / f"{name}.log"
@@ -63,7 +65,7 @@ class Replica:
                 *COMMAND,
                 *("--listen", self.target, "--data-dir", str(self.data_dir)),
                 *("--store", url, "--store-replicas", str(SIZE)),
-                env=environment(),
+                env=environment(**self.variables),
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
             )
@@ -171,9 +173,13 @@ def _brokers(folder: Path) -> list[Broker]:
 
 
 @contextlib.asynccontextmanager
-async def cluster_rig(folder: Path, seed: int) -> AsyncIterator[ClusterRig]:
-    """Run a cluster; nothing of it is left behind."""
+async def cluster_rig(
+    folder: Path, seed: int, variables: Mapping[str, str] | None = None
+) -> AsyncIterator[ClusterRig]:
+    """Run a cluster, its servers with variables of the environment; nothing of it is left behind."""
     rig = ClusterRig(folder, seed)
+    for replica in rig.replicas:
+        replica.variables = dict(variables or {})
     try:
         await asyncio.gather(*(broker.start() for broker in rig.brokers))
         await asyncio.gather(*(replica.connect() for replica in rig.replicas))

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from server_harness import eventually
 from sites import Emitter, SingleEmitter, StreamEmitter
 from torture import CATCH_UP_S, declare_cohorts, everything_seen, next_set
 
-__all__ = ["ClusterCampaign", "cluster_campaign"]
+__all__ = ["ClusterCampaign", "cluster_campaign", "goes_on"]
 
 _log = logging.getLogger(__name__)
 
@@ -100,8 +100,21 @@ class ClusterCampaign:
         return "\n".join(lines)
 
 
+def by_chance(rig: ClusterRig, _number: int) -> str:
+    """Choose what a round does."""
+    (trouble,) = rig.chance.choices(list(TROUBLES), list(TROUBLES.values()))
+    return trouble
+
+
 async def cluster_campaign(
-    folder: Path, *, rounds: int, seed: int, until: float = 1e18
+    folder: Path,
+    *,
+    rounds: int,
+    seed: int,
+    until: float = 1e18,
+    choose: Callable[[ClusterRig, int], str] = by_chance,
+    act: Callable[[ClusterRig, str], Awaitable[None]] | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> ClusterCampaign:
     """Run the load, do something to the cluster in each round, and bring everything to an end.
 
@@ -110,11 +123,15 @@ async def cluster_campaign(
         rounds: How many.
         seed: Of all that is left to chance.
         until: When to begin no more rounds, by `time.monotonic`.
+        choose: Says what the round of a number does.
+        act: Does it, and mends it; `one_trouble` where it is not given.
+        variables: Of the environment of the servers that begin.
     """
+    act = act or one_trouble
     begun = time.monotonic()
     troubles: Counter[str] = Counter()
     silent: dict[str, list[float]] = defaultdict(list)
-    async with cluster_rig(folder, seed) as rig:
+    async with cluster_rig(folder, seed, variables) as rig:
         await declare_cohorts(rig)
         async with asyncio.TaskGroup() as tasks:
             followers = followers_of(rig)
@@ -124,11 +141,11 @@ async def cluster_campaign(
             for number in range(rounds):
                 if time.monotonic() > until:
                     break
-                (trouble,) = rig.chance.choices(list(TROUBLES), list(TROUBLES.values()))
+                trouble = choose(rig, number)
                 troubles[trouble] += 1
                 _log.info("round %d: %s", number, trouble)
                 watch = tasks.create_task(longest_silence(rig))
-                await one_trouble(rig, trouble)
+                await act(rig, trouble)
                 await goes_on(rig)
                 watch.cancel()
                 silent[trouble].append(await watch)

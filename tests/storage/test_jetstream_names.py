@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fmi_server.storage import jetstream_commands as commands
-from fmi_server.storage.base import StoreCorruptError, StoreVersionError
+from fmi_server.storage.base import EntryVersionError, StoreCorruptError, StoreVersionError
 from fmi_server.storage.jetstream_names import MAX_TOKEN, BrokerAddress, LogNames, name_token
 from fmi_server.storage.records import PacketKey, PacketRecord, SpendRecord, UpdateRecord
 
@@ -151,6 +151,33 @@ def test_a_write_that_is_cut_off_is_never_taken_for_another(
     cut = whole[: data.draw(st.integers(0, len(whole) - 1))]
     with pytest.raises(StoreCorruptError):
         commands.decode_command(cut, where="log")
+
+
+def test_what_a_newer_version_writes_is_told_from_what_nobody_does() -> None:
+    """Its format may be that of today, where it is a new kind of write."""
+    kind = "merge" * 20
+    for data, words in (
+        (b"\x02\0\0\0\0", "of format 2, and it knows formats up to 1"),
+        (written([kind, 1, 2]), "'mergemergemerge"),
+        (
+            written(["append", [["s", "p", "c", 3, 5, 4, 0, "", 0]]]) + b"h" * 16,
+            "'append of packets of kind 3', which",
+        ),
+    ):
+        with pytest.raises(EntryVersionError) as caught:
+            commands.decode_command(data, where="log entry 7")
+        assert str(caught.value).startswith("log entry 7 is ")
+        assert words in str(caught.value)
+        assert str(caught.value).endswith("a newer version wrote it, so upgrade the server")
+        assert len(str(caught.value)) < 200
+    for head in ([7], ["retire"], [["append"]], ["append", [["s"]]], {"append": 1}, []):
+        with pytest.raises(StoreCorruptError):
+            commands.decode_command(written(head), where="log")
+
+
+def written(head: object) -> bytes:
+    text = json.dumps(head).encode()
+    return struct.pack(">BI", 1, len(text)) + text
 
 
 def test_what_is_in_logs_today_is_read_tomorrow() -> None:

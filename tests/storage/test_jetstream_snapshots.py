@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import nats
 import pytest
 from broker import Broker
+from newer_server import newer_schema
 from test_jetstream import IMPATIENT, QUICK, ids, packet, until, update
 
 from fmi_server.storage import JetStreamStore
@@ -19,6 +20,7 @@ from fmi_server.storage.base import (
     SpendRecord,
     StoreCorruptError,
     StoreUnavailableError,
+    StoreVersionError,
 )
 
 if TYPE_CHECKING:
@@ -184,6 +186,33 @@ async def test_a_snapshot_that_is_damaged_is_not_taken(broker: Broker, tmp_path:
     await client.close()
     async with JetStreamStore(broker.url(), tmp_path / "one.db", options=SHORT) as store:
         assert await ids(store) == ["p0"], "who has the view needs no snapshot"
+
+
+async def test_a_snapshot_of_a_newer_schema_takes_no_views_place(
+    broker: Broker, tmp_path: Path
+) -> None:
+    """Whoever was away for so long waits for the newer version, which goes on from what it has."""
+    view = tmp_path / "older.db"
+    older = JetStreamStore(broker.url(), view, options=SHORT)
+    async with older:
+        await older.append([packet("p0")])
+    before = view.read_bytes()
+    with newer_schema():
+        async with JetStreamStore(broker.url(), tmp_path / "newer.db", options=SHORT) as newer:
+            await newer.append([packet("p1")])
+            await newer.shorten_log()
+            await newer.append([packet("p2")])
+    with pytest.raises(StoreVersionError, match=r"snapshot at entry 2 for .* schema version 4"):
+        await older.open()
+    assert view.read_bytes() == before
+    assert not list(tmp_path.glob("*snapshot*"))  # noqa: ASYNC240 - a look at a folder
+    anew = JetStreamStore(broker.url(), tmp_path / "anew.db", options=SHORT)
+    with pytest.raises(StoreVersionError, match="upgrade the server"):
+        await anew.open()
+    for store in (older, anew):
+        with newer_schema():
+            async with store:
+                assert await ids(store) == ["p0", "p1", "p2"]
 
 
 async def test_a_write_in_parts_goes_through_a_snapshot(broker: Broker, tmp_path: Path) -> None:

@@ -112,7 +112,9 @@ def test_public_names() -> None:
         "Store",
         "StoreError",
         "backup_database",
+        "backup_log",
         "restore_backup",
+        "restore_log",
     ]
 
 
