@@ -13,7 +13,8 @@ import samples
 import yaml
 import zstandard
 from google.protobuf import json_format
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 from mutation import mutated, mutated_bytes
 from oracle import Finding, assert_explained
 from plain_values import changed_plain
@@ -262,6 +263,19 @@ class Packets(Target):
             raise Finding("plain data says something else")
 
 
+def says_more(message: Message) -> bool:
+    """Tell whether a message, or one in it, has a field that is not known."""
+    if len(UnknownFieldSet(message)):
+        return True
+    for field, value in message.ListFields():
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
+            continue
+        parts = value if isinstance(value, Sequence) else [value]
+        if any(says_more(part) for part in parts):
+            return True
+    return False
+
+
 class Specs(Target):
     """Serialised cohort specs, checked, declared, and changed to."""
 
@@ -292,11 +306,13 @@ class Specs(Target):
                 assert_explained(error)
                 if not force and error.reason == Reason.SPEC_CHANGE_UNSAFE:
                     continue
-                if not violations:
+                if not violations and not says_more(spec):
                     raise Finding(f"refused, but breaks no rule: {error}") from error
                 return
             if violations:
                 raise Finding(f"taken, but breaks a rule: {violations[0]}")
+            if says_more(spec):
+                raise Finding("taken, and not all that it says is known")
             again, _ = self._cohorts.check(rules.spec, force=True)
             if again.schema_hash != rules.schema_hash:
                 raise Finding("filled in twice it is another spec")
