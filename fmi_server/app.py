@@ -326,26 +326,21 @@ async def _put_files(files: Sequence[CohortFile], service: FMIService, *, force:
 
 
 async def _tell_of_store(service: FMIService, health: HealthServicer) -> None:
-    """Tell health whether packets are taken, and whether anything new can come, until cancelled."""
+    """Tell health whether packets are taken, until cancelled."""
     watch = service.store_watch
     while True:
         await watch.changed()
         health.tell(INGEST, well=watch.sound)
-        _tell_of_delivery(service, health)
 
 
 async def _tell_of_following(service: FMIService, health: HealthServicer) -> None:
     """Tell health whether what other servers write comes to subscribers here, until cancelled."""
-    if service.cluster is None:
+    cluster = service.cluster
+    if cluster is None:
         return
     while True:
-        await service.cluster.following.changed()
-        _tell_of_delivery(service, health)
-
-
-def _tell_of_delivery(service: FMIService, health: HealthServicer) -> None:
-    if service.cluster is not None:
-        health.tell(DELIVERY, well=service.cluster.following.well)
+        await cluster.changed()
+        health.tell(DELIVERY, well=cluster.well)
 
 
 async def _stop_where_stuck(service: FMIService, stop: asyncio.Event) -> None:

@@ -6,6 +6,7 @@ Each takes in what the others write (`following`), and releases alone what it ho
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
@@ -25,6 +26,9 @@ __all__ = ["Cluster"]
 
 BROKERS_AWAY: Final = frozenset({"no_answer", "no_broker", "no_quorum"})
 """Faults of a store that every server has at the same time."""
+
+LOOK_S: Final = 1.0
+"""Seconds between two looks at whether this server hears of what others write."""
 
 
 class Cluster:
@@ -63,6 +67,10 @@ class Cluster:
         self._cohorts = cohorts
         self._releaser = releaser
         self._watch = watch
+        self._telemetry = telemetry
+        self._changed = asyncio.Event()
+        self._well = True
+        telemetry.follows(True)
         self.following = Following(
             store,
             cohorts,
@@ -70,7 +78,6 @@ class Cluster:
             compactor=compactor,
             dictionaries=dictionaries,
             put_in_force=put_in_force,
-            telemetry=telemetry,
         )
         self.partitions = Partitions(
             leases,
@@ -87,7 +94,11 @@ class Cluster:
 
     def work(self) -> dict[str, Coroutine[Any, Any, None]]:
         """Return what runs for as long as the server does, by name."""
-        return {"following": self.following.run(), "partitions": self.partitions.run()}
+        return {
+            "following": self.following.run(),
+            "partitions": self.partitions.run(),
+            "cluster": self._look_again_and_again(),
+        }
 
     async def leave(self) -> None:
         """Give up what this server releases, so that others go on at once."""
@@ -101,12 +112,36 @@ class Cluster:
         """
         await self.following.settle()
 
+    @property
+    def well(self) -> bool:
+        """Whether what others write comes to subscribers here, as of the last look."""
+        return self._well
+
+    async def changed(self) -> None:
+        """Wait until `well` became something else. For one waiter."""
+        await self._changed.wait()
+        self._changed.clear()
+
+    async def _look_again_and_again(self) -> None:
+        while True:
+            self._look()
+            await asyncio.sleep(LOOK_S)
+
+    def _look(self) -> bool:
+        """See whether what others write comes here and is taken in; say so where that changed."""
+        well = self.following.well and not self._store.stats().stalled
+        if well != self._well:
+            self._well = well
+            self._telemetry.follows(well)
+            self._changed.set()
+        return well
+
     def _may_release(self) -> bool:
         """Say whether this server hears what others write; what it releases would else be of the past.
 
         Brokers that do not answer are no reason: they say the same to everybody.
         """
-        if not self.following.well:
+        if not self._look() or self._store.stats().damage is not None:
             return False
         # What was short a moment ago may be so again in the next.
         return {self._store.stats().fault, self._watch.fault} <= {None, *BROKERS_AWAY}

@@ -23,7 +23,6 @@ from fmi_server.storage import Store, StoreError
 from fmi_server.storage.base import UnknownPacketError
 from fmi_server.storage.records import Change, StoredPacket
 from fmi_server.stored_packets import parsed
-from fmi_server.telemetry import FMITelemetry
 
 __all__ = ["Following"]
 
@@ -53,7 +52,6 @@ class Following:
         compactor: Is told what others made live again.
         dictionaries: Compression dictionaries.
         put_in_force: Puts the stored spec of a cohort in force.
-        telemetry: Shows whether what others write is taken in.
     """
 
     def __init__(
@@ -65,7 +63,6 @@ class Following:
         compactor: Compactor,
         dictionaries: DictionaryShelf,
         put_in_force: Callable[[str], Awaitable[None]],
-        telemetry: FMITelemetry,
     ) -> None:
         self._store = store
         self._cohorts = cohorts
@@ -79,20 +76,12 @@ class Following:
         self._settling: asyncio.Future[None] | None = None
         self._counted_to = 0
         self._failures = 0
-        self._changed = asyncio.Event()
-        self._telemetry = telemetry
-        telemetry.follows(True)
         store.follow(self._note)
 
     @property
     def well(self) -> bool:
         """Whether what others write is taken in; a failure that does not last is none."""
         return self._failures < FAILURES and self._store.stopped is None
-
-    async def changed(self) -> None:
-        """Wait until `well` became something else. For one waiter."""
-        await self._changed.wait()
-        self._changed.clear()
 
     async def load(self) -> None:
         """Note where counting goes on: before the packets that are there are brought back."""
@@ -119,7 +108,6 @@ class Following:
                 self._woken.set()
 
     def _tell(self, failed: Sequence[Exception]) -> None:
-        before = self.well
         if failed and not self._failures:
             for error in failed:
                 _log.warning(
@@ -130,9 +118,6 @@ class Following:
         elif self._failures and not failed:
             _log.info("what other servers wrote is taken in again")
         self._failures = self._failures + 1 if failed else 0
-        if self.well != before:
-            self._telemetry.follows(self.well)
-            self._changed.set()
 
     async def settle(self) -> None:
         """Take in all that anybody was answered before now, wherever it was written.

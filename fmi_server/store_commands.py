@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from types import FrameType
+from typing import Any, Final, NoReturn
 
 import click
 
@@ -177,10 +180,18 @@ def _location(settings: ServerSettings) -> str:
 
 @contextlib.contextmanager
 def _failing() -> Iterator[None]:
+    """End the command with one line where something fails, and on SIGTERM without what is half done."""
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         yield
     except (FMIError, SettingsError, OSError) as error:
         fail(error)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(number: int, _frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def _say(said: dict[str, Any], *, as_json: bool) -> None:

@@ -55,7 +55,7 @@ from fmi_server.storage.jetstream_log import BrokerLog, LogBehindError
 from fmi_server.storage.jetstream_names import BrokerAddress, LogNames
 from fmi_server.storage.jetstream_replica import Replica
 from fmi_server.storage.jetstream_shortening import LogShortener, replace_view
-from fmi_server.storage.jetstream_snapshots import SnapshotStream
+from fmi_server.storage.jetstream_snapshots import SnapshotReplacedError, SnapshotStream
 from fmi_server.storage.jetstream_view import ViewPosition, make_store, prepare_view
 from fmi_server.storage.records import StoreStats
 from fmi_server.storage.sqlite import SqliteStore
@@ -186,7 +186,10 @@ class JetStreamStore(Store):
             except LogBehindError as behind:
                 _LOG.info("%s: %s; it is made from a snapshot", self._view_path, behind)
                 await self._view.close()
-                await replace_view(self._view_path, snapshots)
+                try:
+                    await replace_view(self._view_path, snapshots)
+                except SnapshotReplacedError as error:
+                    _LOG.info("%s: %s; the newer one is read", self._view_path, error)
             else:
                 return position
         raise StoreUnavailableError(
@@ -282,12 +285,15 @@ class JetStreamStore(Store):
         return await self._shortener.shorten()
 
     async def backup(self, target: Path) -> None:
-        """Write the view to a new file, as a backup that any store can be made of.
+        """Write all that any replica was answered before now to a new file, a backup for any store.
 
         Raises:
             FileExistsError: `target` exists.
+            StoreUnavailableError: The brokers do not answer, or the disk refused.
         """
-        await self._open_view().backup(target, finish=make_store)
+        began_us = time.time_ns() // 1000
+        await self.catch_up()
+        await self._open_view().backup(target, finish=make_store, began_us=began_us)
 
     async def leases(self, *, ttl_s: float = 10.0) -> LeaseTable:
         """Return the leases of the federation, by the connection of this store.

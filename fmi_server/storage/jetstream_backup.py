@@ -4,7 +4,8 @@ So a backup of either kind of store can become a store of either kind.
 
 A log that begins with a backup has no entry of what is in it. The backup stands beside it as a snapshot at
 entry 1, and the log begins at entry 2: every view begins with the snapshot. The log is made last. Until then
-there is none, and whatever fails before that leaves nothing that anybody looks at.
+there is none, and whatever fails before that leaves nothing that anybody looks at. Of two restores at the
+same time, or a restore and a server that starts, the log is whose was made first; the other one is refused.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fmi_server.storage.jetstream_names import BrokerAddress, LogNames
 from fmi_server.storage.jetstream_snapshots import SnapshotStream
 from fmi_server.storage.jetstream_view import make_view
 from fmi_server.storage.sqlite_backup import refuse_existing, restore_backup
+from fmi_server.storage.sqlite_schema import sync_directory, translate_error
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -51,6 +53,10 @@ async def backup_log(url: str, target: Path, *, options: BrokerOptions | None = 
         StoreUnavailableError: The brokers do not answer, or the disk refused.
     """
     refuse_existing(target)
+    try:
+        sync_directory(target.parent)  # before the brokers are asked for all of it
+    except OSError as error:
+        raise translate_error(error, target) from error
     options = options or BrokerOptions()
     async with _log(url, options) as log:
         if not await log.exists():
@@ -109,10 +115,13 @@ async def _log(url: str, options: BrokerOptions) -> AsyncIterator[BrokerLog]:
 
 
 def _make_view(file: Path) -> None:
-    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as connection:
-        make_view(connection, sequence=BACKUP_ENTRY)
-        # One file, without a log beside it.
-        connection.execute("PRAGMA journal_mode = DELETE")
+    try:
+        with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as connection:
+            make_view(connection, sequence=BACKUP_ENTRY)
+            # One file, without a log beside it.
+            connection.execute("PRAGMA journal_mode = DELETE")
+    except sqlite3.Error as error:
+        raise translate_error(error, file) from error
 
 
 def _exists(log: BrokerLog) -> FileExistsError:

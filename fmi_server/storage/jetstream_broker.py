@@ -151,7 +151,8 @@ class BrokerConnection:
             if not isinstance(error, Exception):
                 raise
             found = broker_error(told.get(True) or told.get(False) or error, self.location)
-            if found.cause == "no_answer":
+            if found.cause == "no_answer" or isinstance(found.__cause__, ConnectionError):
+                # What the last one said is of one of them.
                 found = StoreUnavailableError(
                     "no_broker", detail="none of them answers", path=self.location
                 )
@@ -205,18 +206,33 @@ class BrokerConnection:
 
     # Asking
 
-    async def ensure_stream(self, config: StreamConfig) -> None:
-        """Make a stream if there is none of its name; one that is there is left as it is.
+    async def ensure_stream(self, config: StreamConfig) -> StreamInfo:
+        """Make a stream if there is none of its name; one that is there is left as it is. Return which it is.
 
         Raises:
             StoreUnavailableError: It cannot be made, or that is not answered.
         """
+        name = str(config.name)
         try:
             # To make it twice changes nothing.
             await self.ask(lambda: self.jetstream.add_stream(config))
         except StoreUnavailableError as error:
             if getattr(error.__cause__, "err_code", None) != STREAM_EXISTS:
                 raise
+        found = await self.stream_info(name)
+        kept = found.config.num_replicas or 1
+        if kept < self.options.replicas:
+            _LOG.warning(
+                "%s: the brokers keep fewer copies of the stream %s than asked for, %d and not %d: that was "
+                "set when it was made, and is theirs to change (nats stream edit %s --replicas %d)",
+                self.location,
+                name,
+                kept,
+                self.options.replicas,
+                name,
+                self.options.replicas,
+            )
+        return found
 
     async def stream_info(self, stream: str, *, subjects: str | None = None) -> StreamInfo:
         """Return what the leader of a stream knows of it; with the subjects that match, where asked for."""

@@ -117,7 +117,7 @@ class LeaseTable:
             StoreUnavailableError: The brokers cannot be asked, or the bucket has keys that do not die.
         """
         api = import_nats().js.api
-        await self._broker.ensure_stream(
+        info = await self._broker.ensure_stream(
             api.StreamConfig(
                 name=self._stream,
                 description="The leases of an FMI federation.",
@@ -134,7 +134,6 @@ class LeaseTable:
                 deny_delete=True,
             )
         )
-        info = await self._broker.stream_info(self._stream)
         if not info.config.max_age:
             raise StoreUnavailableError(
                 "unsupported",

@@ -6,7 +6,6 @@ What an acknowledged entry is worth is set at the brokers: see `jetstream`.
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,13 +17,13 @@ from fmi_server.storage.jetstream_errors import broker_error, import_nats
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from nats.js.api import StreamInfo
+
     from fmi_server.storage.jetstream_broker import BrokerConnection
     from fmi_server.storage.jetstream_names import LogNames
     from fmi_server.storage.jetstream_view import ViewPosition
 
 __all__ = ["BrokerLog", "LogBehindError", "LogState", "entry_identity"]
-
-_LOG = logging.getLogger(__name__)
 
 _EPOCH_KEY = "fmi_history_epoch"
 _PART_HEADER = "Fmi-Part"
@@ -39,14 +38,12 @@ class LogState:
         first: The oldest entry that is there; above `last` where none is.
         last: The newest entry there ever was.
         size: Bytes of all that is there.
-        replicas: Brokers that keep each entry.
     """
 
     epoch: str
     first: int
     last: int
     size: int
-    replicas: int
 
 
 class LogBehindError(Exception):
@@ -85,7 +82,7 @@ class BrokerLog:
             first: Its first entry then; what is before is in a snapshot that is there already.
         """
         api, options = import_nats().js.api, self.broker.options
-        await self.broker.ensure_stream(
+        made = await self.broker.ensure_stream(
             api.StreamConfig(
                 name=self.names.stream,
                 description="The log of an FMI federation. Only its servers write to it.",
@@ -101,21 +98,15 @@ class BrokerLog:
                 metadata={_EPOCH_KEY: epoch},
             )
         )
-        state = await self.state()
+        state = self._state(made)
         self.epoch = state.epoch
-        if state.replicas < options.replicas:
-            _LOG.warning(
-                "%s: %d brokers keep each entry, and not %d: that was set when the log was made, and is the "
-                "brokers' to change (nats stream edit --replicas)",
-                self.location,
-                state.replicas,
-                options.replicas,
-            )
         return state
 
     async def state(self) -> LogState:
         """Return what the log holds, as the leader knows it."""
-        info = await self.broker.stream_info(self.names.stream)
+        return self._state(await self.broker.stream_info(self.names.stream))
+
+    def _state(self, info: StreamInfo) -> LogState:
         metadata: Mapping[str, str] = info.config.metadata or {}
         epoch = metadata.get(_EPOCH_KEY)
         if epoch is None:
@@ -123,8 +114,7 @@ class BrokerLog:
                 path=self.location, detail=f"the stream {self.names.stream} is not one of ours"
             )
         held = info.state
-        replicas = info.config.num_replicas or 1
-        return LogState(epoch, held.first_seq, held.last_seq, held.bytes, replicas)
+        return LogState(epoch, held.first_seq, held.last_seq, held.bytes)
 
     async def check(self, position: ViewPosition) -> None:
         """See that the log is the one that a view was made of, and goes on behind it.

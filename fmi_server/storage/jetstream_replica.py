@@ -160,6 +160,7 @@ class Replica:
             pending_bytes=self._pending_bytes,
             fault=fault,
             damage=damage,
+            stalled=broken is not None or self._view_fault is not None,
         )
 
     # Writing
@@ -309,9 +310,23 @@ class Replica:
                 ) from None
 
     async def catch_up(self) -> None:
-        """Wait until the view has all that anyone was answered before now."""
+        """Wait until the view has all that anyone was answered before now.
+
+        Raises:
+            StoreUnavailableError: The brokers do not answer, or the view cannot be written.
+        """
         self._check_open()
-        await self.reach((await self._log.state()).last)
+        last = (await self._log.state()).last
+        try:
+            await self.reach(last)
+        except StoreUnavailableError as error:
+            if self._view_fault is None:
+                raise
+            raise StoreUnavailableError(
+                self._view_fault,
+                detail=f"the view cannot be written, and has entry {self.position} of {last}",
+                path=str(self._view.path),
+            ) from error
 
     # At work
 

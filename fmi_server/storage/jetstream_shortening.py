@@ -54,7 +54,13 @@ class LogShortener:
         return state.size > max(self._log.broker.options.snapshot_bytes, view_bytes)
 
     async def shorten(self) -> int:
-        """Save a snapshot and shorten the log; return the last entry that is in it."""
+        """Save a snapshot and shorten the log; return the last entry that is in it.
+
+        Raises:
+            StoreCorruptError: Another log stands there by now, whose snapshots these are.
+        """
+        if (await self._log.state()).epoch != self._log.epoch:
+            raise StoreCorruptError(path=self._log.location, detail="it is another log than before")
         view = self._view.path
         prefix = f".{view.name}-snapshot-"
         # What a process left that was killed here before.
@@ -65,7 +71,8 @@ class LogShortener:
             # The copy is of one moment; it has gone at least as far as the view had before.
             before = await self._view.query(view_position)
             await self._view.backup(copy)
-            await self._snapshots.save(copy, before.sequence)
+            if await self._snapshots.save(copy, before.sequence):
+                await self._snapshots.delete_others()
         newest = await self._snapshots.newest()
         position = newest.position if newest is not None else 0
         await self._log.trim(below=position + 1 - self._log.broker.options.kept_entries)
@@ -76,8 +83,8 @@ async def replace_view(path: Path, snapshots: SnapshotStream) -> None:
     """Put the newest snapshot in the place of a view that is closed.
 
     Raises:
+        SnapshotReplacedError: It was replaced meanwhile; the view is as it was.
         StoreCorruptError: There is no snapshot.
-        StoreUnavailableError: It was replaced meanwhile.
         StoreVersionError: A newer version made it; the view is as it was.
     """
     manifest = await snapshots.newest()

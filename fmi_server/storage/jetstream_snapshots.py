@@ -3,6 +3,9 @@
 A snapshot is the messages with the pieces of the file, and one message that lists them: the manifest. The
 newest manifest counts, and it stands at the highest entry of the log: who comes with an older one gives up.
 Pieces whose manifest never came, or is no longer the newest, are deleted by who writes the next.
+
+Each history has manifests of its own. Of two that are restored at the same time one becomes the log, and the
+other must not have taken the place of its snapshot, which is all that it begins with.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fmi_server.storage.base import StoreCorruptError, StoreUnavailableError
+from fmi_server.storage.base import StoreCorruptError
 from fmi_server.storage.jetstream_broker import FenceError, uncancelled
 from fmi_server.storage.jetstream_errors import broker_error, import_nats
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
     from fmi_server.storage.jetstream_log import BrokerLog
 
-__all__ = ["Manifest", "SnapshotStream"]
+__all__ = ["Manifest", "SnapshotReplacedError", "SnapshotStream"]
 
 _PIECE_BYTES = 512 * 1024
 
@@ -74,14 +77,22 @@ class Manifest:
             raise ValueError(f"no manifest: {error}") from error
 
 
+class SnapshotReplacedError(Exception):
+    """A newer snapshot has taken the place of the one that was read; it is to be read in its stead."""
+
+
 class SnapshotStream:
-    """Keep the newest snapshot of a log, and give it back."""
+    """Keep the newest snapshot of a log, and give it back.
+
+    Args:
+        log: Whose epoch is known.
+    """
 
     def __init__(self, log: BrokerLog) -> None:
         self._log = log
         self._broker = log.broker
         self._stream = log.names.snapshots
-        self._manifests = log.names.snapshot("manifest")
+        self._manifests = log.names.snapshot(f"manifest-{log.epoch}")
 
     async def open(self) -> None:
         """Make the stream if there is none."""
@@ -113,8 +124,7 @@ class SnapshotStream:
             manifest = Manifest.decode(found.data or b"")
         except ValueError as error:
             raise self._damaged(str(error)) from error
-        # One of a log that stood here before is as good as none.
-        return (manifest if manifest.epoch == self._log.epoch else None), int(found.seq or 0)
+        return manifest, int(found.seq or 0)
 
     async def save(self, file: Path, position: int) -> bool:
         """Keep a file as the snapshot at an entry; return False where there is one at it or above.
@@ -124,7 +134,8 @@ class SnapshotStream:
         newest, place = await self._newest()
         if newest is not None and newest.position >= position:
             return False
-        subject = self._log.names.snapshot(f"{position}-{secrets.token_hex(4)}")
+        name = f"{position}-{self._log.epoch}-{secrets.token_hex(4)}"
+        subject = self._log.names.snapshot(name)
         manifest = await self._send_pieces(file, position, subject)
         while True:
             try:
@@ -165,7 +176,7 @@ class SnapshotStream:
         """Write a snapshot into a new file, durably.
 
         Raises:
-            StoreUnavailableError: A newer one has taken its place meanwhile.
+            SnapshotReplacedError: A newer one has taken its place meanwhile.
             StoreCorruptError: It is not what was saved.
         """
         digest = hashlib.sha256()
@@ -174,10 +185,8 @@ class SnapshotStream:
             for place in manifest.pieces:
                 found = await self._broker.message(self._stream, place)
                 if found is None or found.subject != manifest.subject:
-                    raise StoreUnavailableError(
-                        "no_stream",
-                        detail=f"the snapshot at entry {manifest.position} has been replaced; try again",
-                        path=self._log.location,
+                    raise SnapshotReplacedError(
+                        f"the snapshot at entry {manifest.position} has been replaced"
                     )
                 piece = found.data or b""
                 digest.update(piece)
@@ -190,14 +199,30 @@ class SnapshotStream:
 
     async def _delete_older(self, position: int) -> None:
         """Delete the pieces of snapshots below an entry: nobody begins with them any more."""
-        jetstream, every = self._broker.jetstream, self._log.names.snapshot(">")
-        info = await self._broker.ask(
-            lambda: jetstream.stream_info(self._stream, subjects_filter=every)
-        )
-        for subject in info.state.subjects or {}:
-            entry = subject.rpartition(".")[2].partition("-")[0]
-            if entry.isdigit() and int(entry) < position:
+        for subject in await self._subjects():
+            entry, epoch = self._parts(subject)
+            if epoch == self._log.epoch and entry.isdigit() and int(entry) < position:
                 await self._delete_pieces(subject)
+
+    async def delete_others(self) -> None:
+        """Delete what there is of other histories: of restores that were cut off, and logs that are gone.
+
+        The log must be there, and of this history.
+        """
+        for subject in await self._subjects():
+            if self._parts(subject)[1] != self._log.epoch:
+                await self._delete_pieces(subject)
+
+    async def _subjects(self) -> list[str]:
+        every = self._log.names.snapshot(">")
+        info = await self._broker.stream_info(self._stream, subjects=every)
+        return list(info.state.subjects or {})
+
+    @staticmethod
+    def _parts(subject: str) -> tuple[str, str]:
+        """Return what a subject stands for, which is an entry or the manifest, and of which history."""
+        kind, _, rest = subject.rpartition(".")[2].partition("-")
+        return kind, rest.partition("-")[0]
 
     async def _delete_pieces(self, subject: str) -> None:
         jetstream = self._broker.jetstream

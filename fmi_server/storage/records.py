@@ -295,6 +295,7 @@ class StoreStats:
         pending_bytes: Their payload bytes.
         fault: Why the last group commit failed; None where it succeeded.
         damage: The first damage that a read or a write came upon; None where none did. It stays.
+        stalled: Whether what other servers write does not come here now, though the brokers have it.
     """
 
     groups: int = 0
@@ -311,6 +312,7 @@ class StoreStats:
     pending_bytes: int = 0
     fault: UnavailableReason | None = None
     damage: str | None = None
+    stalled: bool = False
 
 
 def _text_problem(field: str, value: object) -> str:

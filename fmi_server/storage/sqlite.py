@@ -227,18 +227,22 @@ class SqliteStore(Store):
         target: Path | str,
         *,
         finish: Callable[[sqlite3.Connection], None] = lambda _copy: None,
+        began_us: int | None = None,
     ) -> None:
         """Write a consistent copy to a new file while the store is in use.
 
         Args:
             target: The file.
             finish: Changes the copy before it appears under its name.
+            began_us: From when on something may be missing in it, Unix microseconds; None for now.
 
         Raises:
             FileExistsError: `target` exists.
         """
         await self._read(
-            lambda connection: copy_database(connection, Path(target).absolute(), finish=finish)
+            lambda connection: copy_database(
+                connection, Path(target).absolute(), finish=finish, began_us=began_us
+            )
         )
 
     async def transact(self, change: Callable[[sqlite3.Connection], T]) -> T:

@@ -82,6 +82,7 @@ def copy_database(
     target: Path,
     *,
     finish: Callable[[sqlite3.Connection], None] = lambda _copy: None,
+    began_us: int | None = None,
 ) -> None:
     """Write a consistent copy to a new file; it appears under its name only when it is whole.
 
@@ -89,6 +90,7 @@ def copy_database(
         connection: To the database.
         target: The file.
         finish: Changes the copy before it appears.
+        began_us: From when on something may be missing in it, Unix microseconds; None for now.
 
     Raises:
         FileExistsError: `target` exists; it was not touched.
@@ -96,13 +98,15 @@ def copy_database(
     refuse_existing(target)
     partial = _partial(target)
     make_private(partial)
+    # Before the first page: what is spent while a large database is copied is not in the copy.
+    began_us = _now_us() if began_us is None else began_us
     try:
         with contextlib.closing(sqlite3.connect(partial, isolation_level=None)) as copy:
             connection.backup(copy)
             # One file, without a log beside it.
             copy.execute("PRAGMA journal_mode = DELETE")
             finish(copy)
-            note_backup(copy, _now_us())
+            note_backup(copy, began_us)
         _sync(partial)
         _link(partial, target)
     finally:

@@ -69,9 +69,9 @@ def ledger_totals(connection: sqlite3.Connection) -> dict[str, LedgerTotal]:
     return {cohort: LedgerTotal(*rest) for cohort, *rest in rows}
 
 
-def note_backup(copy: sqlite3.Connection, now_us: int) -> None:
-    """Note in a backup when it was taken."""
-    _put(copy, "backed_up_at_us", str(now_us))
+def note_backup(copy: sqlite3.Connection, began_us: int) -> None:
+    """Note in a backup when taking it began: what came later may be missing."""
+    _put(copy, "backed_up_at_us", str(began_us))
 
 
 def note_restore(connection: sqlite3.Connection, now_us: int) -> None:

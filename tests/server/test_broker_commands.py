@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,11 +16,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
 
 from broker import Broker
 from server_harness import Client, eventually, msp
-from server_process import LOCAL, ServerProcess, started
+from server_process import COMMAND, LOCAL, ServerProcess, environment, started
+from test_jetstream import packet
 from test_store_commands import declare, inspected, publish, store_command
 
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi_client import AsyncFMIClient, RetryPolicy
+from fmi_server.storage import JetStreamStore
 
 
 @pytest.fixture
@@ -124,6 +127,28 @@ async def test_a_store_moves_from_a_file_to_brokers_and_back(broker, tmp_path):
     assert (await store_command("restore", "--data-dir", there, second)).code == 0
     async with started(*flags("sqlite", there)) as server:
         assert await at(server) == 0.75
+
+
+async def test_a_backup_that_is_terminated_leaves_nothing(broker, tmp_path):
+    folder = tmp_path / "backups"
+    folder.mkdir()
+    async with JetStreamStore(broker.url(), tmp_path / "view.db") as store:
+        for number in range(40):
+            await store.append([packet(f"p{number}", payload=bytes([number]) * 900_000)])
+    # One that is quicker than the signal is tried again.
+    for _ in range(20):
+        process = await asyncio.create_subprocess_exec(
+            COMMAND[0], "backup", "--store", broker.url(), folder / "copy", env=environment()
+        )
+        await eventually(lambda: any(folder.iterdir()))
+        process.terminate()
+        async with asyncio.timeout(60):
+            code = await process.wait()
+        if code != 0:
+            break
+        (folder / "copy").unlink()
+    assert code == 128 + signal.SIGTERM
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize(

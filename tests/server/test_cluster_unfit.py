@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
+import nats
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
@@ -83,9 +84,13 @@ async def test_who_cannot_write_its_view_leaves_its_cohorts_to_others(broker, tm
             assert not stuck.service.cluster.partitions.owned
             await eventually(lambda: not stuck.service.store_watch.sound)
             assert other.service.store_watch.sound
+            # Its subscribers hear nothing more of what others write.
+            await eventually(lambda: deaf(here))
+            assert not await deaf(there)
             await view_of(stuck).set_max_bytes(None)
             await shared_out(*servers)
             await eventually(lambda: stuck.service.store_watch.sound)
+            await eventually(lambda: serving(here, DELIVERY))
             await there.emit(*taus(0.4, 0.5, 0.6))
 
             async def the_same():
@@ -93,6 +98,30 @@ async def test_who_cannot_write_its_view_leaves_its_cohorts_to_others(broker, tm
 
             await eventually(lambda: newest(stuck) >= 2)  # of what came after it had room again
             await eventually(the_same)
+
+
+async def deaf(client: Client) -> bool:
+    return await client.health(DELIVERY) == NOT_SERVING
+
+
+async def serving(client: Client, name: str) -> bool:
+    return await client.health(name) == SERVING
+
+
+async def test_who_stopped_at_an_entry_says_that_it_hears_nothing_more(broker, tmp_path):
+    async with member(broker, tmp_path / "a") as server, Client(server.target) as client:
+        await client.put_spec(care())
+        assert await client.health(DELIVERY) == SERVING
+        peer = await nats.connect(f"nats://{broker.address}", allow_reconnect=False)
+        # Of a newer format than this version knows.
+        await peer.jetstream().publish("fmi.fmi.log.state", b"\x02\x00\x00\x00\x00")
+        await peer.close()
+        await eventually(lambda: deaf(client))
+        await eventually(lambda: not server.service.store_watch.sound)
+        assert await client.health(INGEST) == NOT_SERVING
+        assert await client.health() == SERVING
+        assert server.service.telemetry.snapshot()["fmi_follows"] == 0.0
+        assert not server.service.cluster.partitions.owned
 
 
 def newest(server: RunningServer) -> int:

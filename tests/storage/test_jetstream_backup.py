@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import nats
 import pytest
 from broker import Broker
-from test_jetstream import QUICK, ids, packet, update
+from test_jetstream import IMPATIENT, QUICK, ids, packet, update
 
 from fmi_server.storage import (
     JetStreamStore,
@@ -26,12 +28,14 @@ from fmi_server.storage.base import (
     StoreUnavailableError,
 )
 from fmi_server.storage.jetstream_log import BrokerLog
+from fmi_server.storage.jetstream_snapshots import SnapshotStream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
     from fmi_server.storage import Store
+    from fmi_server.storage.jetstream_view import ViewPosition
 
 
 @pytest.fixture
@@ -230,6 +234,139 @@ async def test_a_server_that_comes_first_keeps_its_log(
         await restore_log(tmp_path / "backup", broker.url(), tmp_path, options=QUICK)
     async with JetStreamStore(broker.url(), tmp_path / "anew.db", options=QUICK) as store:
         assert await ids(store) == ["quick"]
+
+
+async def test_of_two_restores_at_the_same_time_one_is_the_log_and_whole(
+    broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose log it becomes has its snapshot, though the other one saved its own behind it."""
+    for name in ("a", "b"):
+        async with SqliteStore(tmp_path / f"{name}.db") as embedded:
+            await embedded.append([packet(f"of-{name}")])
+            await embedded.backup(tmp_path / f"{name}.backup")
+    save, create = SnapshotStream.save, BrokerLog.create
+    saved: list[str] = []
+    both, made = asyncio.Event(), asyncio.Event()
+
+    async def save_both(self: SnapshotStream, file: Path, position: int) -> bool:
+        done = await save(self, file, position)
+        saved.append(self._log.epoch)
+        if len(saved) == 2:
+            both.set()
+        await both.wait()
+        return done
+
+    async def first_come_first_made(self: BrokerLog, epoch: str, *, first: int = 1) -> object:
+        if epoch != saved[0]:
+            await made.wait()
+        try:
+            return await create(self, epoch, first=first)
+        finally:
+            made.set()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SnapshotStream, "save", save_both)
+        patched.setattr(BrokerLog, "create", first_come_first_made)
+        answers = await asyncio.gather(
+            *(
+                restore_log(tmp_path / f"{name}.backup", broker.url(), tmp_path, options=QUICK)
+                for name in ("a", "b")
+            ),
+            return_exceptions=True,
+        )
+    (epoch,) = [answer for answer in answers if isinstance(answer, str)]
+    (refused,) = [answer for answer in answers if not isinstance(answer, str)]
+    assert isinstance(refused, FileExistsError)
+    winner = "of-a" if answers[0] == epoch else "of-b"
+    async with JetStreamStore(broker.url(), tmp_path / "view.db", options=QUICK) as store:
+        assert store.history_epoch == epoch
+        assert await ids(store) == [winner]
+        await store.append([packet("new")])
+        # What the other one left goes with the next snapshot.
+        assert await snapshot_subjects(broker, but=epoch)
+        await store.shorten_log()
+        assert not await snapshot_subjects(broker, but=epoch)
+    async with JetStreamStore(broker.url(), tmp_path / "anew.db", options=QUICK) as store:
+        assert await ids(store) == [winner, "new"]
+
+
+async def snapshot_subjects(broker: Broker, *, but: str) -> list[str]:
+    """What stands among the snapshots and is not of a history."""
+    client = await nats.connect(f"nats://{broker.address}", allow_reconnect=False)
+    found = await client.jetstream().stream_info("FMI-fmi-snapshots", ">")
+    await client.close()
+    return [subject for subject in found.state.subjects or {} if but not in subject]
+
+
+async def test_a_replica_of_a_log_that_is_gone_leaves_the_snapshots_of_the_new_one(
+    broker: Broker, tmp_path: Path
+) -> None:
+    async with SqliteStore(tmp_path / "file.db") as embedded:
+        await embedded.append([packet("restored")])
+        await embedded.backup(tmp_path / "backup")
+    async with JetStreamStore(broker.url(), tmp_path / "old.db", options=QUICK) as old:
+        for number in range(5):
+            await old.append([packet(f"p{number}")])
+        client = await nats.connect(f"nats://{broker.address}", allow_reconnect=False)
+        await client.jetstream().delete_stream("FMI-fmi")
+        await client.close()
+        await restore_log(tmp_path / "backup", broker.url(), tmp_path, options=QUICK)
+        with pytest.raises(StoreCorruptError, match="another log than before"):
+            await old.shorten_log()
+    async with JetStreamStore(broker.url(), tmp_path / "anew.db", options=QUICK) as store:
+        assert await ids(store) == ["restored"]
+
+
+async def test_what_is_spent_while_a_backup_is_taken_is_known_to_be_missing(
+    broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy takes as long as the store is large, and is of the moment at which it began."""
+    async with JetStreamStore(broker.url(), tmp_path / "one.db", options=QUICK) as store:
+        await fill(store)
+        catch_up = store.catch_up
+
+        async def slow() -> None:
+            await catch_up()
+            known.append(time.time_ns() // 1000)
+            await asyncio.sleep(0.01)
+
+        known: list[int] = []
+        monkeypatch.setattr(store, "catch_up", slow)
+        await store.backup(tmp_path / "of-log")
+    async with SqliteStore(tmp_path / "file.db") as embedded:
+        await fill(embedded)
+
+        def copied(_copy: sqlite3.Connection) -> None:
+            known.append(time.time_ns() // 1000)
+            time.sleep(0.01)
+
+        await embedded.backup(tmp_path / "of-file", finish=copied)
+    for name, of_at_least in zip(("of-log", "of-file"), known, strict=True):
+        restore_backup(tmp_path / name, tmp_path / f"{name}.db")
+        async with SqliteStore(tmp_path / f"{name}.db") as restored:
+            (span,) = await restored.lost_spans()
+        assert span.from_us <= of_at_least
+
+
+async def test_the_disk_is_full_where_a_view_is_made(
+    broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told as that, and not as brokers that do not answer."""
+    async with JetStreamStore(broker.url(), tmp_path / "one.db", options=QUICK) as one:
+        await one.append([packet(f"p{n}", payload=bytes([n]) * 60_000) for n in range(20)])
+    small = replace(IMPATIENT, open_patience_s=60.0)
+    store = JetStreamStore(broker.url(), tmp_path / "other.db", options=small)
+    opened = JetStreamStore._open_database
+
+    async def open_small(self: JetStreamStore) -> ViewPosition:
+        position = await opened(self)
+        await self._view.set_max_bytes(1)
+        return position
+
+    monkeypatch.setattr(JetStreamStore, "_open_database", open_small)
+    with pytest.raises(StoreUnavailableError, match=r"other\.db") as caught:
+        await store.open()
+    assert caught.value.cause == "disk_full"
 
 
 async def test_the_view_of_a_log_that_was_deleted_is_refused_for_the_new_one(

@@ -223,6 +223,22 @@ async def test_without_a_majority_nothing_is_acknowledged(
     assert await ids(one) == ["before", "alone"]
 
 
+async def test_fewer_copies_than_asked_for_are_told_of_by_stream(
+    cluster: list[Broker], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the snapshots too: after a restore, all that there is may stand there alone."""
+    url = f"nats://{','.join(broker.address for broker in cluster)}/few"
+    single = replace(QUICK, ack_timeout_s=1.0)
+    async with await opened(JetStreamStore(url, tmp_path / "a.db", options=single)) as store:
+        await store.leases(ttl_s=5.0)
+    assert "fewer copies" not in caplog.text
+    three = replace(single, replicas=3)
+    async with await opened(JetStreamStore(url, tmp_path / "a.db", options=three)) as store:
+        await store.leases(ttl_s=5.0)
+    for stream in ("FMI-few", "FMI-few-snapshots", "KV_FMI-few-leases"):
+        assert f"copies of the stream {stream} than asked for, 1 and not 3" in caplog.text
+
+
 async def test_who_opens_waits_until_the_brokers_have_a_leader(
     cluster: list[Broker], tmp_path: Path
 ) -> None:

@@ -22,10 +22,13 @@ from fmi_server.storage.base import (
     StoreUnavailableError,
     StoreVersionError,
 )
+from fmi_server.storage.jetstream_snapshots import SnapshotStream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from fmi_server.storage.jetstream_snapshots import Manifest
 
 SHORT = replace(QUICK, kept_entries=0)
 
@@ -172,12 +175,14 @@ async def test_a_snapshot_that_is_damaged_is_not_taken(broker: Broker, tmp_path:
         await store.shorten_log()
     client = await nats.connect(broker.url().rpartition("/")[0], allow_reconnect=False)
     jetstream = client.jetstream()
-    found = await jetstream.get_last_msg("FMI-fmi-snapshots", "fmi.fmi.snapshot.manifest")
+    stands = await jetstream.stream_info("FMI-fmi-snapshots", ">")
+    (subject,) = [name for name in stands.state.subjects or {} if "manifest" in name]
+    found = await jetstream.get_last_msg("FMI-fmi-snapshots", subject)
     manifest = (found.data or b"").replace(b'"digest": "', b'"digest": "0')
-    await jetstream.publish("fmi.fmi.snapshot.manifest", manifest)
+    await jetstream.publish(subject, manifest)
     with pytest.raises(StoreCorruptError, match="not what was saved"):
         await JetStreamStore(broker.url(), tmp_path / "anew.db", options=SHORT).open()
-    await jetstream.publish("fmi.fmi.snapshot.manifest", b"{}")
+    await jetstream.publish(subject, b"{}")
     with pytest.raises(StoreCorruptError, match="no manifest"):
         await JetStreamStore(broker.url(), tmp_path / "anew.db", options=SHORT).open()
     await jetstream.purge_stream("FMI-fmi-snapshots")
@@ -213,6 +218,29 @@ async def test_a_snapshot_of_a_newer_schema_takes_no_views_place(
         with newer_schema():
             async with store:
                 assert await ids(store) == ["p0", "p1", "p2"]
+
+
+async def test_a_snapshot_that_is_replaced_while_it_is_read(
+    broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newer one is read in its stead."""
+    fetch, fetched = SnapshotStream.fetch, 0
+    async with JetStreamStore(broker.url(), tmp_path / "one.db", options=SHORT) as one:
+        await one.append([packet("p0")])
+        await one.shorten_log()
+
+        async def slow(self: SnapshotStream, manifest: Manifest, target: Path) -> None:
+            nonlocal fetched
+            fetched += 1
+            if fetched == 1:
+                await one.append([packet("p1")])
+                await one.shorten_log()
+            await fetch(self, manifest, target)
+
+        monkeypatch.setattr(SnapshotStream, "fetch", slow)
+        async with JetStreamStore(broker.url(), tmp_path / "new.db", options=SHORT) as new:
+            assert await ids(new) == ["p0", "p1"]
+    assert fetched == 2
 
 
 async def test_a_write_in_parts_goes_through_a_snapshot(broker: Broker, tmp_path: Path) -> None:
