@@ -119,15 +119,27 @@ class StoreWatch:
         self._changed.set()
 
     def _tell_of_damage(self, damage: str) -> None:
+        if self._store.shared:
+            # No backup mends that: the others may be well, and what is at the brokers may be whole.
+            _log.critical(
+                "%s: this server stands still (%s): it takes no packets and hears nothing more of what others "
+                "write; what reads goes on",
+                self._store.location,
+                damage,
+            )
+        else:
+            self._tell_of_damage_here(damage)
+        self.damage = damage
+        self._telemetry.store_is_damaged()
+        self._changed.set()
+
+    def _tell_of_damage_here(self, damage: str) -> None:
         _log.critical(
             "%s is damaged (%s): what needs the damaged part is refused as STORE_CORRUPT, all else goes on; "
             "stop the server and restore a backup",
             self._store.location,
             damage,
         )
-        self.damage = damage
-        self._telemetry.store_is_damaged()
-        self._changed.set()
 
     def _set(self, fault: UnavailableReason | None) -> None:
         self.fault = fault

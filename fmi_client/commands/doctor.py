@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 import click
@@ -16,6 +16,7 @@ from rich.table import Table
 from fmi.descriptors import DELIVERY, INGEST
 from fmi.v1 import registry_service_pb2
 from fmi_client._causes import last_cause
+from fmi_client._target import parse_target
 from fmi_client.commands.connection import examine_connection
 from fmi_client.commands.contract import agreement, local_version
 from fmi_client.commands.exits import ExitCode
@@ -50,6 +51,7 @@ _MARKS: Final = {Verdict.OK: "ok", Verdict.WARNING: "warn", Verdict.ERROR: "FAIL
 def command(settings: Settings) -> int:
     """Examine the way to a server step by step: address, TCP, TLS, health, contract, clock.
 
+    Of a target with several addresses each is examined, one after the other, from its address on.
     Each step has a verdict, and where something is wrong, advice. Steps behind a failure that stops
     everything are left out.
 
@@ -89,7 +91,31 @@ def command(settings: Settings) -> int:
 
 
 def examine(settings: Settings) -> Iterator[Finding]:
-    """Examine a server, one step after the other, up to the first that makes the next impossible."""
+    """Examine a server, one step after the other, up to the first that makes the next impossible.
+
+    Of a target with several addresses each is examined by itself: clients go on at another one where one
+    fails, and would not say which.
+    """
+    targets = _targets(settings.target)
+    for target in targets:
+        yield from _examine_server(replace(settings, target=target))
+    if len(targets) > 1 and settings.secure and settings.server_name is None:
+        yield warning(
+            "name",
+            "of a list of addresses gRPC makes a name that is in no certificate",
+            "Say which name the servers' certificate has: --server-name, or TLSConfig(server_name=...).",
+        )
+
+
+def _targets(target: str) -> Sequence[str]:
+    try:
+        addresses = parse_target(target)
+    except ConfigurationError:
+        return [target]
+    return [target] if len(addresses) < 2 else [str(address) for address in addresses]
+
+
+def _examine_server(settings: Settings) -> Iterator[Finding]:
     for finding in examine_connection(settings):
         yield finding
         if finding.final:

@@ -201,6 +201,21 @@ def test_a_target_with_a_scheme_is_examined_like_one_without(doctor, script, sch
     assert list(steps) == STEPS
 
 
+def test_of_several_addresses_each_is_examined(fmi, script, unused_port):
+    """A client would go on at the next one; the doctor says which does not answer."""
+    down = f"127.0.0.1:{unused_port}"
+    result = fmi("doctor", "--json", "--target", f"ipv4:{script.target},{down},{script.target}")
+    steps = json.loads(result.stdout)["steps"]
+    assert result.exit_code == ExitCode.UNREACHABLE
+    assert [s["told"] for s in steps if s["step"] == "address"] == [
+        script.target,
+        down,
+        script.target,
+    ]
+    assert [s["told"] for s in steps if s["verdict"] == "error"] == [f"nothing listens on {down}"]
+    assert [s["step"] for s in steps].count("round trip") == 2
+
+
 def test_what_only_grpc_can_resolve_is_tested_as_a_whole(doctor):
     code, steps = doctor("unix-abstract:nobody-listens-here")
     assert code == ExitCode.UNREACHABLE
@@ -346,6 +361,24 @@ def test_tls_is_well(doctor, tls_server, authority):
     assert code == ExitCode.OK, steps
     assert list(steps) == ["address", "tcp", "tls", *STEPS[2:]]
     assert "is trusted until" in steps["tls"][1]
+
+
+def test_several_addresses_with_tls_need_a_name(doctor, fmi, tls_server, authority):
+    pair = authority.sign("named", "fmi", "127.0.0.1")
+    one, other = tls_server(pair), tls_server(pair)
+    several = f"ipv4:{one.target},{other.target}"
+    options = ("--ca", str(authority.root.certificate))
+    code, steps = doctor(several, *options)
+    assert code == ExitCode.REFUSED
+    assert steps["name"][0] == "warning"
+    # It is true of a client.
+    call = ("contract", "--timeout", "2", "--target", several, *options)
+    assert fmi(*call).exit_code == ExitCode.UNREACHABLE
+    named = ("--server-name", "fmi")
+    assert fmi(*call, *named).exit_code == ExitCode.OK
+    code, steps = doctor(several, *options, *named)
+    assert code == ExitCode.OK, steps
+    assert "name" not in steps
 
 
 def test_tls_where_plain_text_was_tried(doctor, tls_server, authority):
