@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import nats
@@ -32,10 +34,12 @@ from fmi_server.storage.jetstream_snapshots import SnapshotStream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from fmi_server.storage import Store
     from fmi_server.storage.jetstream_view import ViewPosition
+
+
+DATA = Path(__file__).with_name("data")
 
 
 @pytest.fixture
@@ -128,6 +132,25 @@ async def test_an_embedded_store_moves_to_brokers(broker: Broker, tmp_path: Path
         await store.append([packet("new")])
     async with JetStreamStore(broker.url(), tmp_path / "anew.db", options=QUICK) as store:
         assert (await ids(store))[-1] == "new"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+async def test_a_store_of_an_older_version_moves_to_brokers(
+    broker: Broker, tmp_path: Path, version: int
+) -> None:
+    dump = (DATA / f"schema-{version}.sql").read_text()
+    with contextlib.closing(sqlite3.connect(tmp_path / "old.sqlite3")) as connection:
+        connection.executescript(dump)
+    restore_backup(tmp_path / "old.sqlite3", tmp_path / "file.db")
+    await restore_log(tmp_path / "old.sqlite3", broker.url(), tmp_path, options=QUICK)
+    async with (
+        SqliteStore(tmp_path / "file.db") as embedded,
+        JetStreamStore(broker.url(), tmp_path / "view.db", options=QUICK) as store,
+    ):
+        assert await store.load()
+        assert await store.load() == await embedded.load()
+        assert await store.cohorts() == await embedded.cohorts()
+        assert await store.updates_since(0) == await embedded.updates_since(0)
 
 
 async def test_a_backup_has_all_that_was_answered_before_it_began(
