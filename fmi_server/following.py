@@ -10,6 +10,7 @@ Packets are counted from the store, this server's own too: a packet has one plac
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
@@ -30,8 +31,9 @@ PAGE_PACKETS: Final = 500
 """Packets that are read at once."""
 
 LINGER_S: Final = 0.01
-"""Seconds for which more is waited for, before all of it is taken in: a look into the store costs the same
-for one packet as for many."""
+"""Seconds for which more packets are waited for, before all of them are taken in: a look into the store costs
+the same for one packet as for many. Nothing else waits: a packet that comes behind a release and is counted
+with it would be taken for one that was judged in it."""
 
 RETRY_S: Final = 1.0
 """Seconds after which what could not be taken in is tried again."""
@@ -72,6 +74,7 @@ class Following:
         self._put_in_force = put_in_force
         self._changes: dict[tuple[object, ...], Change] = {}
         self._woken = asyncio.Event()
+        self._pressing = asyncio.Event()
         self._turn = asyncio.Lock()
         self._settling: asyncio.Future[None] | None = None
         self._counted_to = 0
@@ -95,8 +98,11 @@ class Following:
         """Take in what is written, until cancelled."""
         while True:
             await self._woken.wait()
-            await asyncio.sleep(LINGER_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LINGER_S):
+                    await self._pressing.wait()
             self._woken.clear()
+            self._pressing.clear()
             try:
                 async with self._turn:
                     failed = await self._take_in()
@@ -151,6 +157,8 @@ class Following:
             merged = {**dict(known.reputations), **dict(change.reputations)}
             change = Change(change.kind, change.cohort, reputations=tuple(merged.items()))
         self._changes[key] = change
+        if change.kind != "packets":
+            self._pressing.set()
         self._woken.set()
 
     async def _take_in(self) -> list[Exception]:

@@ -122,8 +122,8 @@ class StoreWatch:
         if self._store.shared:
             # No backup mends that: the others may be well, and what is at the brokers may be whole.
             _log.critical(
-                "%s: this server stands still (%s): it takes no packets and hears nothing more of what others "
-                "write; what reads goes on",
+                "%s: this server stands still (%s): it takes no packets and hears nothing more of what "
+                "others write; what reads goes on",
                 self._store.location,
                 damage,
             )
