@@ -129,7 +129,7 @@ class _Account:
     Attributes:
         limits: By rate, what it may take per second.
         paid_until: By rate, the time until which what it took is paid for.
-        in_a_row: By resource, refusals since something was admitted.
+        in_a_row: By resource, refusals in a row; half of them where something is charged between them.
         refused: Calls that were refused since that was told.
         told_at: When it was told.
         turn: Is held by the refusal that is told next, of those that are held back.
@@ -168,7 +168,7 @@ class Quotas:
         clock: Seconds that only rise.
 
     Attributes:
-        limited: Whether any account has a limit.
+        limited: Whether any account has a limit. Where none has, nothing is kept of any.
     """
 
     def __init__(
@@ -205,8 +205,7 @@ class Quotas:
         Raises:
             QuotaExceededError: Calls are owed from before; nothing is charged.
         """
-        if account:
-            self._admit(account, {"calls": 1})
+        self._admit(account, {"calls": 1})
 
     def admit_packets(self, account: str, packets: int, size: int) -> None:
         """Admit packets, and charge them.
@@ -219,8 +218,7 @@ class Quotas:
         Raises:
             QuotaExceededError: Packets or bytes are owed from before; nothing is charged.
         """
-        if account:
-            self._admit(account, {"packets": packets, "bytes": size})
+        self._admit(account, {"packets": packets, "bytes": size})
 
     def admit_counted(self, account: str, packets: int) -> None:
         """Admit packets whose number was not known when their bytes were admitted, and charge them.
@@ -230,12 +228,11 @@ class Quotas:
         Raises:
             QuotaExceededError: Packets are owed from before; the bytes stay charged.
         """
-        if account:
-            self._admit(account, {"packets": packets})
+        self._admit(account, {"packets": packets})
 
     def charge(self, account: str, packets: int, size: int = 0) -> None:
         """Charge packets that are refused whatever is owed: they came in and were looked at."""
-        if account:
+        if account and self.limited:
             amounts = {"packets": packets, "bytes": size}
             self._account(account).charge(amounts, self._clock())
 
@@ -320,6 +317,8 @@ class Quotas:
             self._cohorts[account] += 1
 
     def _admit(self, account: str, amounts: Mapping[str, int]) -> None:
+        if not account or not self.limited:
+            return
         held, now = self._account(account), self._clock()
         for name in amounts:
             owed_s = held.owed_s(name, now)

@@ -191,8 +191,11 @@ class _Guard:
                 raise
             except QuotaExceededError as error:
                 request = None
-                held = await self._held_back(error, len(data), caller)
-                status = self._status(held, request, self._from(context, caller))
+                status = self._status(
+                    await self._held_back(error, len(data), caller),
+                    request,
+                    self._from(context, caller),
+                )
             except Exception as error:
                 status = self._status(error, request, self._from(context, caller))
             # What ends the call keeps this frame, until the garbage collector comes by.
@@ -219,8 +222,11 @@ class _Guard:
             except QuotaExceededError as error:
                 size = len(data) if isinstance(data, bytes) else 0
                 request = None
-                held = await self._held_back(error, size, caller)
-                status = self._status(held, request, self._from(context, caller))
+                status = self._status(
+                    await self._held_back(error, size, caller),
+                    request,
+                    self._from(context, caller),
+                )
             except Exception as error:
                 status = self._status(error, request, self._from(context, caller))
             if isinstance(data, _Requests):
@@ -264,7 +270,8 @@ class _Guard:
     def _caller(self, context: _Context) -> Caller:
         if self._authenticator is not None:
             return Caller(self._authenticator(context), context.peer(), self._method)
-        if self._quotas is not None and self._quotas.limited:
+        if self._quotas is not None:
+            # Also without quotas: what is checked in turns is checked one caller's after the other's.
             peer = context.peer()
             principal = replace(TRUSTED, account=account_of_address(peer))
             return Caller(principal, peer, self._method)
@@ -282,10 +289,10 @@ class _Guard:
         self, error: QuotaExceededError, size: int, caller: Caller
     ) -> QuotaExceededError:
         """Hold back the refusal of a caller who takes too much, where what it sent is small."""
-        if self._quotas is None or size > MAX_STALLED_BYTES:
-            return error
         # Its frames have the request, which may take fifty times its size.
         error.__traceback__ = None
+        if self._quotas is None or size > MAX_STALLED_BYTES:
+            return error
         try:
             return await self._quotas.stall(caller.principal.account, error)
         except asyncio.CancelledError:

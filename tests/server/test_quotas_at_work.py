@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
+import weakref
 
 import grpc
 import pytest
 from identity_harness import OPERATOR, Office, calling, secured
-from server_harness import DEADLINE_S, Refusal, eventually, identity, msp
+from server_harness import DEADLINE_S, Client, Refusal, eventually, identity, msp
 
 from fmi.v1 import admin_service_pb2 as admin_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
 from fmi.v1 import packet_pb2
 from fmi.v1 import registry_service_pb2 as registry_pb2
 from fmi_client import AsyncFMIClient, QuotaExceededError, RetryPolicy, TLSConfig
-from fmi_server import quotas
+from fmi_server import errors, quotas
 from fmi_server.config import DEFAULT_QUOTA
 from fmi_server.quotas import Quota
 from fmi_server.testing import running_server
@@ -379,6 +381,49 @@ async def test_what_is_only_checked_is_charged_too(office):
         assert (await loud(VALIDATE, ask)).valid
         told = await refusal(loud(VALIDATE, ask))
         assert (told.reason, told.metadata["resource"]) == ("QUOTA_EXCEEDED", "packets")
+
+
+@pytest.mark.parametrize("count", [1, 200], ids=["held back", "too large for that"])
+async def test_what_is_refused_is_let_go_of_without_the_garbage_collector(
+    office, monkeypatch, count
+):
+    """Its frames have the request."""
+    async with callers(office, ("emitter",), quota_packets_per_s=SLOW) as (server, loud):
+        admit, raised = server.service.quotas._admit, []
+
+        def noting(account, amounts):
+            try:
+                admit(account, amounts)
+            except errors.QuotaExceededError as error:
+                raised.append(weakref.ref(error))
+                raise
+
+        monkeypatch.setattr(server.service.quotas, "_admit", noting)
+        await loud(EMIT, one())
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(3):
+                await refusal(loud(EMIT, enveloped(count)))
+            await eventually(lambda: not any(error() for error in raised))
+        finally:
+            gc.enable()
+        assert len(raised) == 3
+
+
+async def test_where_nobody_is_authenticated_addresses_take_turns(monkeypatch):
+    """Also without quotas: a caller is an address then."""
+    seen = []
+    async with running_server() as server, Client(server.target) as client:
+        taken = server.service._checking.turns.taken
+
+        def noting(caller):
+            seen.append(caller)
+            return taken(caller)
+
+        monkeypatch.setattr(server.service._checking.turns, "taken", noting)
+        await client.emit_encoded(identity(msp("emitter", "care")))
+    assert seen == ["127.0.0.1"]
 
 
 async def test_who_hangs_up_while_it_is_held_back_is_counted(office, monkeypatch):
