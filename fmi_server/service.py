@@ -65,6 +65,7 @@ from fmi_server.errors import (
     CohortUnknownError,
     FMIError,
     OverloadedError,
+    Reason,
     ServerDrainingError,
     UpdateNotFoundError,
     reason_name,
@@ -165,10 +166,10 @@ class FMIService:
         self.quotas = Quotas()
         self.cohorts.signals_in_use = self.aggregator.signals_in_use
         self.compactor = Compactor(self.store, self.cohorts, self.releaser, clock=clock)
-        self._intake = Intake(self.registry, self.validator)
         self._decoder = EnvelopeDecoder(limits or EnvelopeLimits())
         self._decoding = ByteBudget(self._decoder.limits.max_decoded_bytes)
-        self._checking = Checking(self._intake, self.validator, self.cohorts, clock=clock)
+        intake = Intake(self.registry, self.validator)
+        self._checking = Checking(intake, self.validator, self.cohorts, clock=clock)
         self._dictionaries = DictionaryShelf(self.store, self._decoder, clock=clock)
         self.specs = SpecChanges(
             self.store,
@@ -308,22 +309,12 @@ class FMIService:
         with self._admitted():
             kind = "unknown"
             try:
-                if isinstance(packet, bytes):
-                    self.quotas.admit_packets(caller.account, 1, len(packet))
-                    found = await self._checked_anywhere([packet], caller, first=None)
-                    kind = found[0].kind
-                    inspected = kept(found)
-                else:
-                    typed = self.registry.coerce(packet)
-                    kind = typed.WhichOneof("body") or kind
-                    if caller.account:
-                        self.quotas.admit_packets(caller.account, 1, typed.ByteSize())
-                    if self.cluster is not None and typed.header.cohort not in self.cohorts:
-                        await self.settle()  # another server may know it
-                    inspected = self._intake.inspect(
-                        typed, received_at_us=int(self._clock() * 1e6), caller=caller
-                    )
-                candidate = self._open_cohort(inspected, caller)
+                given = packet if isinstance(packet, bytes) else self.registry.coerce(packet)
+                if caller.account:
+                    self.quotas.admit_packets(caller.account, 1, size_of(given))
+                found = await self._checked_anywhere([given], caller, first=None)
+                kind = found[0].kind
+                candidate = self._open_cohort(kept(found), caller)
                 outcome = await self._append(candidate)
                 answer = self._settled(candidate, outcome)
                 if answer.error is not None:
@@ -405,9 +396,9 @@ class FMIService:
         first: int | None = 0,
     ) -> list[Candidate | Answer]:
         """Check packets, of cohorts that any of the servers knows."""
+        known = len(self.cohorts)  # before the first look: more may become known while it lasts
         checked = await self._checking.check(items, caller=caller, first=first)
         if self.cluster is not None and any(map(self._checking.is_strange, checked)):
-            known = len(self.cohorts)
             await self.settle()
             if len(self.cohorts) != known:
                 checked = await self._checking.check(items, caller=caller, first=first)
@@ -444,9 +435,14 @@ class FMIService:
 
         Raises:
             QuotaExceededError: The caller takes too much; what is only checked is charged too.
+            StoreUnavailableError: Whether another server knows its cohort cannot be known now.
         """
         self.quotas.admit_packets(caller.account, 1, len(packet))
         found = await self._checking.inspect(packet, caller=caller)
+        unknown = any(broken.reason == Reason.COHORT_UNKNOWN for broken in found.violations)
+        if self.cluster is not None and unknown:
+            await self.settle()
+            found = await self._checking.inspect(packet, caller=caller)
         self.quotas.charge(caller.account, len(found.violations))
         return found
 

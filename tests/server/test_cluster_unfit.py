@@ -18,6 +18,7 @@ from broker import Broker
 from cluster_harness import care, member, owner, prior_of, shared_out, taus, two
 from identity_harness import Office
 from server_harness import (
+    DEADLINE_S,
     NOT_SERVING,
     PRIOR,
     SERVING,
@@ -101,6 +102,7 @@ async def test_who_cannot_write_its_view_leaves_its_cohorts_to_others(broker, tm
 
 
 async def test_who_stopped_at_an_entry_says_that_it_hears_nothing_more(broker, tmp_path, caplog):
+    """Also until it has ended."""
     async with member(broker, tmp_path / "a") as server, Client(server.target) as client:
         await client.put_spec(care())
         assert await client.health(DELIVERY) == SERVING
@@ -115,7 +117,7 @@ async def test_who_stopped_at_an_entry_says_that_it_hears_nothing_more(broker, t
         assert server.service.telemetry.snapshot()["fmi_follows"] == 0.0
         assert not server.service.cluster.partitions.owned
     # To restore a backup would be no help, and undo what the others do.
-    assert "this server stands still" in caplog.text
+    assert "others go on where this server cannot follow, so it stops" in caplog.text
     assert "upgrade the server" in caplog.text
     assert "is damaged" not in caplog.text
 
@@ -334,6 +336,8 @@ async def test_a_cohort_declared_anywhere_takes_packets_elsewhere(broker, tmp_pa
         assert following is not None
         refused = await refusal_of(b.emit(msp("s0", "one")))
         assert refused.reason == "COHORT_UNKNOWN"
+        checked = registry_pb2.ValidatePacketRequest(packet=msp("s0", "one"))
+        assert not (await b.registry.ValidatePacket(checked, timeout=DEADLINE_S)).valid
         async with following._turn:  # it has not heard of them yet
             await a.put_spec(spec("one"))
             await a.put_spec(spec("other"))
@@ -342,6 +346,7 @@ async def test_a_cohort_declared_anywhere_takes_packets_elsewhere(broker, tmp_pa
                 asyncio.ensure_future(
                     b.emit_encoded(identity(msp("s0", "other"), msp("s0", "no")))
                 ),
+                asyncio.ensure_future(b.registry.ValidatePacket(checked, timeout=DEADLINE_S)),
             ]
             await asyncio.wait(calls, timeout=0.5)
         (alone,) = await calls[0]
@@ -349,6 +354,27 @@ async def test_a_cohort_declared_anywhere_takes_packets_elsewhere(broker, tmp_pa
         taken, left = (await calls[1]).results
         assert taken.status == wire_pb2.EMIT_STATUS_ACCEPTED
         assert left.refusal.reason == error_pb2.ERROR_REASON_COHORT_UNKNOWN
+        assert (await calls[2]).valid
+
+
+async def test_a_cohort_that_becomes_known_while_its_packet_is_checked_takes_it(
+    broker, tmp_path, monkeypatch
+):
+    async with (
+        member(broker, tmp_path / "a", open_cohorts=False) as server,
+        Client(server.target) as client,
+    ):
+        check = server.service._checking.check
+
+        async def late(items, **given):
+            found = await check(items, **given)
+            if "one" not in server.service.cohorts:
+                await client.put_spec(spec("one"))
+            return found
+
+        monkeypatch.setattr(server.service._checking, "check", late)
+        (answer,) = await client.emit(msp("s0", "one"))
+        assert answer.status == wire_pb2.EMIT_STATUS_ACCEPTED
 
 
 async def test_renewals_whose_answers_are_lost_lose_nothing(broker, tmp_path, monkeypatch):
