@@ -70,7 +70,6 @@ class Cluster:
         self._telemetry = telemetry
         self._changed = asyncio.Event()
         self._well = True
-        telemetry.follows(True)
         self.following = Following(
             store,
             cohorts,
@@ -141,7 +140,7 @@ class Cluster:
 
         Brokers that do not answer are no reason: they say the same to everybody.
         """
-        if not self._look() or self._store.stats().damage is not None:
+        if not self._look():
             return False
         # What was short a moment ago may be so again in the next.
         return {self._store.stats().fault, self._watch.fault} <= {None, *BROKERS_AWAY}

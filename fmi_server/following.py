@@ -83,8 +83,8 @@ class Following:
 
     @property
     def well(self) -> bool:
-        """Whether what others write is taken in; a failure that does not last is none."""
-        return self._failures < FAILURES and self._store.stopped is None
+        """Whether what the store tells of is taken in; a failure that does not last is none."""
+        return self._failures < FAILURES
 
     async def load(self) -> None:
         """Note where counting goes on: before the packets that are there are brought back."""

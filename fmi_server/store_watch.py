@@ -45,15 +45,13 @@ class StoreWatch:
     Attributes:
         fault: Why writes fail; None while the store takes them.
         damage: What was found damaged; None where nothing was. It stays.
-        stopped: Why nothing that is written anywhere comes here any more; None where it does. It stays.
-        end: The same, where the server has to end: `StoreBehindError` where it has to be started again and
-            nothing else, `StoreVersionError` where it takes a newer version.
+        end: Why the server has to end: `StoreBehindError` where it has to be started again and nothing else,
+            `StoreVersionError` where it takes a newer version; None where it need not. It stays.
     """
 
     def __init__(self, store: Store, *, telemetry: FMITelemetry) -> None:
         self.fault: UnavailableReason | None = None
         self.damage: str | None = None
-        self.stopped: StoreError | None = None
         self.end: StoreBehindError | StoreVersionError | None = None
         self._store = store
         self._telemetry = telemetry
@@ -63,11 +61,11 @@ class StoreWatch:
 
     @property
     def sound(self) -> bool:
-        """Whether the store takes writes and no damage was found: whether packets should be sent here."""
-        return self.fault is None and self.damage is None and self.stopped is None
+        """Whether the store takes writes, goes on and no damage was found: whether to send packets here."""
+        return self.fault is None and self.damage is None and self.end is None
 
     async def changed(self) -> None:
-        """Wait until `fault`, `damage` or `stopped` became something else. For one waiter."""
+        """Wait until `fault`, `damage` or `end` became something else. For one waiter."""
         await self._changed.wait()
         self._changed.clear()
 
@@ -81,9 +79,10 @@ class StoreWatch:
         since, sound = 0.0, 0
         while True:
             await asyncio.sleep(LOOK_S)
-            if self.stopped is None and self._store.stopped is not None:
-                self._tell_of_stop(self._store.stopped)
-            if self.end is not None:
+            if isinstance(self._store.stopped, StoreBehindError | StoreVersionError):
+                self.end = self._store.stopped
+                self._ended.set()
+                self._changed.set()
                 return  # nothing mends that before the next start
             stats = self._store.stats()
             found = stats.fault
@@ -109,14 +108,6 @@ class StoreWatch:
                     "%s takes writes again, after %.0f s", self._store.location, loop.time() - since
                 )
                 self._set(None)
-
-    def _tell_of_stop(self, stopped: StoreError) -> None:
-        self.stopped = stopped
-        self._telemetry.follows(False)
-        if isinstance(stopped, StoreBehindError | StoreVersionError):
-            self.end = stopped
-            self._ended.set()
-        self._changed.set()
 
     def _tell_of_damage(self, damage: str) -> None:
         if self._store.shared:

@@ -83,6 +83,7 @@ class FMITelemetry:
             "Whether what other servers on the store write is taken in: 1, or 0 while it is not.",
             registry=self.registry,
         )
+        self._follows.set(1)  # also where there are no others, so that 0 always means something
         self._partitions = Gauge(
             "fmi_partitions",
             "Partitions of cohorts, of 64, that this server releases among others on the store.",

@@ -225,7 +225,7 @@ def _examine_parts(calls: _Calls) -> Iterator[Finding]:
     if _says_no(calls, INGEST):
         yield fault(
             "packets",
-            "the server wants none now: its store refuses writes, or is damaged",
+            "the server wants none now: its store refuses writes, is damaged, or stands still",
             "The operator finds the cause in the server's log. Where the disk is full, sites do nothing: "
             "the SDK sends again.",
             ExitCode.SERVER,

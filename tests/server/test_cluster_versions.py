@@ -27,6 +27,7 @@ from fmi_server.commands import cli
 from fmi_server.config import ServerSettings
 from fmi_server.storage import JetStreamStore
 from fmi_server.storage.base import StoreBehindError
+from fmi_server.storage.sqlite_schema import SCHEMA_VERSION
 
 NEWER = (sys.executable, str(Path(__file__).with_name("newer_server.py")), "serve")
 
@@ -110,7 +111,9 @@ async def test_a_view_that_a_newer_version_opened_is_refused_and_can_be_made_ane
             await store.put_cohort("care", care().SerializeToString(), 1)
     before = view.read_bytes()
     ended = await run(*flags_of(broker, older))
-    assert_refused(ended, "view.sqlite3", "schema version 4", "upgrade the server")
+    assert_refused(
+        ended, "view.sqlite3", f"schema version {SCHEMA_VERSION + 1}", "upgrade the server"
+    )
     assert view.read_bytes() == before
     view.unlink()
     async with member(broker, older) as server:
@@ -158,7 +161,9 @@ def test_that_a_start_is_all_it_wants_is_an_exit_code_of_its_own(monkeypatch):
     assert ended.stderr.startswith("fmi-server: store here unavailable (no_stream)")
 
 
-async def test_who_comes_to_what_is_no_entry_releases_nothing_and_is_still_read(broker, tmp_path):
+async def test_who_comes_to_what_is_no_entry_releases_nothing_and_is_still_read(
+    broker, tmp_path, caplog
+):
     """All servers come to it, so that nobody would be left to read at if they ended."""
     async with two(broker, tmp_path) as servers, Client(servers[0].target) as client:
         await client.put_spec(care())
@@ -179,3 +184,6 @@ async def test_who_comes_to_what_is_no_entry_releases_nothing_and_is_still_read(
             shown = server.service.telemetry.snapshot()
             assert (shown["fmi_store_damaged"], shown["fmi_follows"]) == (1.0, 0.0)
             assert not server.stop.is_set()
+    # To restore a backup would be no help: the log is what is wrong, or one view.
+    assert "this server stands still" in caplog.text
+    assert "is damaged" not in caplog.text
