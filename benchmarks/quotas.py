@@ -274,6 +274,10 @@ def report(measured: dict[Arm, Measured], chance: random.Random) -> None:
             f"{arm.name:>19} | {p50(found.all):12.2f} | {p99(found.all):6.2f} | {tails:20.2f} | "
             f"{found.processor:14.2f} | {codes}"
         )
+    for arm, found in measured.items():
+        print(
+            f"{arm.name:>19} | p99 of each round: {', '.join(f'{p99(r):.1f}' for r in found.rounds)}"
+        )
     by_name = {arm.name: found for arm, found in measured.items()}
     for above, below in (
         ("10 x its quota", "its quota"),
