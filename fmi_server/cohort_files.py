@@ -12,8 +12,7 @@ from typing import Any, Final
 from fmi.specs import read_cohort_spec
 from fmi.v1 import cohort_pb2
 from fmi.yaml_text import YAMLTextError, read_yaml
-from fmi_server.access import AccessRules
-from fmi_server.cohorts import UNKEPT, CohortRegistry
+from fmi_server.cohorts import UNKEPT, CohortRegistry, unkept_access
 from fmi_server.config import SettingsError
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.spec_checks import spec_violations
@@ -169,11 +168,9 @@ class _Reading:
         self.problems += [FileProblem(path, p.field, p.description) for p in untranslated]
         self.problems += [FileProblem(path, v.field, v.description) for v in violations]
         if not self.authenticated:
-            names = AccessRules.of_spec(spec.access).names
-            unkept = [f"access.{name}" for name in names]
-            lost = any(name.startswith("access") for name in unreadable)
-            if not names and not lost and spec.HasField("access"):  # nobody but operators
-                unkept.append("access")
+            unkept = unkept_access(spec)
+            if unkept == ["access"] and any(name.startswith("access") for name in unreadable):
+                unkept = []  # who it lists could not be read, which is told
             self.problems += [FileProblem(path, name, UNKEPT) for name in unkept]
         self.problems += self._repeated(path, spec.name)
         self.files.setdefault(spec.name, CohortFile(path, spec))

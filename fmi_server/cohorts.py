@@ -43,6 +43,7 @@ __all__ = [
     "CohortRules",
     "IngestRules",
     "compile_spec",
+    "unkept_access",
 ]
 
 _log = logging.getLogger(__name__)
@@ -184,6 +185,15 @@ def _with_default_privacy(
     return private
 
 
+def unkept_access(spec: cohort_pb2.CohortSpec) -> list[str]:
+    """Name the fields of a spec that say who may do what, which nobody can keep who authenticates nobody.
+
+    Lists without a name are `access` itself: nobody but operators may do anything then.
+    """
+    named = [f"access.{name}" for name in AccessRules.of_spec(spec.access).names]
+    return named or (["access"] if spec.HasField("access") else [])
+
+
 def _check_known(spec: cohort_pb2.CohortSpec) -> None:
     """Check that a spec says nothing that this version does not know of, and so would not keep.
 
@@ -283,12 +293,8 @@ class CohortRegistry:
         _check_known(spec)
         rules = compile_spec(spec, self._registry, defaults=self._defaults, declared=declared)
         if not self.authenticated:
-            for name in rules.access.names:
-                raise SettingUnsupportedError(
-                    f"access.{name}", f"of cohort {rules.name!r} {UNKEPT}"
-                )
-            if spec.HasField("access"):  # with nothing in it: nobody but operators may do anything
-                raise SettingUnsupportedError("access", f"of cohort {rules.name!r} {UNKEPT}")
+            for name in unkept_access(spec):
+                raise SettingUnsupportedError(name, f"of cohort {rules.name!r} {UNKEPT}")
         return rules
 
     def access(self, name: str) -> AccessRules | None:
