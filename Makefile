@@ -112,6 +112,7 @@ bench-privacy: $(VENV)/ready ## Attack the private mechanism, and broken ones
 
 privacy-error: $(VENV)/ready ## Simulate the error of private releases by sites and signals, and draw it
 	$(BIN)/python -m benchmarks.privacy.error --plot build/privacy-error.png
+	$(BIN)/python -m benchmarks.privacy.clipping
 
 bench-quotas: $(VENV)/ready ## Measure what a site feels of another one that sends ten times its quota
 	$(BIN)/python -m benchmarks.quotas

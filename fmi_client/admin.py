@@ -156,16 +156,18 @@ class AsyncAdmin:
         signals: int | Iterable[cohort_pb2.SignalSpec],
         privacy: cohort_pb2.PrivacySpec | Mapping[str, Any],
         vote_min_sites: int | None = None,
+        signals_per_site: int | None = None,
     ) -> admin_service_pb2.PlanPrivacyResponse:
         """Say what a privacy budget would mean; nothing is changed.
 
         Args:
-            sites: Sites that are expected to send all signals, at full weight.
+            sites: Sites that are expected, each at full weight.
             signals: How many signals are released together; or the signals themselves, with both bounds: then
                 the expected error of each is told in its own unit.
             privacy: The budget, typed or as it would stand in a cohort file, for example
                 ``{"dp_epsilon": 1.0, "dp_delta": 1e-6, "dp_epochs": 50}``.
             vote_min_sites: Sites needed before a signal has a value; the default where it is not given.
+            signals_per_site: How many of the signals each site sends; all where it is not given.
 
         Raises:
             SpecError: The budget contradicts itself, or signals lack bounds; the text says what to change.
@@ -181,6 +183,7 @@ class AsyncAdmin:
                 signal_specs=declared,
                 privacy=privacy,
                 vote_min_sites=vote_min_sites,
+                signals_per_site=signals_per_site or 0,
             ),
         )
 
@@ -266,11 +269,16 @@ class Admin:
         signals: int | Iterable[cohort_pb2.SignalSpec],
         privacy: cohort_pb2.PrivacySpec | Mapping[str, Any],
         vote_min_sites: int | None = None,
+        signals_per_site: int | None = None,
     ) -> admin_service_pb2.PlanPrivacyResponse:
         """Say what a privacy budget would mean. See `AsyncAdmin.plan_privacy`."""
         return self._thread.run(
             self._admin.plan_privacy(
-                sites=sites, signals=signals, privacy=privacy, vote_min_sites=vote_min_sites
+                sites=sites,
+                signals=signals,
+                privacy=privacy,
+                vote_min_sites=vote_min_sites,
+                signals_per_site=signals_per_site,
             )
         )
 

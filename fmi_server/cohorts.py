@@ -180,8 +180,9 @@ def _with_default_privacy(
     private.CopyFrom(spec)
     for name in ("dp_epsilon", "dp_delta", "dp_noise_sigma", "dp_epochs"):
         setattr(private.privacy, name, getattr(defaults.privacy, name))
-    if defaults.privacy.dp_sensitivity is not None:
-        private.privacy.dp_sensitivity = defaults.privacy.dp_sensitivity
+    for name in ("dp_sensitivity", "dp_clip_norm"):
+        if (given := getattr(defaults.privacy, name)) is not None:
+            setattr(private.privacy, name, given)
     return private
 
 

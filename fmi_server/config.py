@@ -63,6 +63,8 @@ class AggregationConfig:
         dp_sensitivity: The most that one site may move the noisy sums (L2), in units of half the width
             between a signal's bounds. 1.0, the default, derives it; a larger one asks for more noise.
         dp_epochs: Releases that the budget lasts for; 0 for as many as it allows with `dp_noise_sigma`.
+        dp_clip_norm: The L2 norm to which the vector of a site is scaled down, in units of half the width
+            between a signal's bounds, at least 0.01; a smaller one means less noise. None scales nothing.
         max_byzantine: Lying sites per signal that the trimmed mean must withstand. Where it is given,
             nothing has a value below `2 * max_byzantine + 1` sites. None means 1 from 3 sites on.
         weight_cap: The largest share of one site in an average, in (0, 1].
@@ -86,6 +88,7 @@ class AggregationConfig:
     dp_delta: float = 0.0
     dp_sensitivity: float = 1.0
     dp_epochs: int = 1
+    dp_clip_norm: float | None = None
     max_byzantine: int | None = None
     weight_cap: float = 0.25
 
@@ -128,6 +131,7 @@ class AggregationConfig:
             self.dp_noise_sigma,
             None if self.dp_sensitivity == 1.0 else self.dp_sensitivity,
             self.dp_epochs,
+            self.dp_clip_norm,
         )
 
     def _check_privacy(self) -> None:
@@ -187,6 +191,7 @@ PRIVACY_SETTINGS: Final = (
     "dp_delta",
     "dp_sensitivity",
     "dp_epochs",
+    "dp_clip_norm",
 )
 """Names that ask for privacy. They belong to a cohort, because privacy needs the bounds of its signals."""
 

@@ -219,6 +219,7 @@ class Operations:
         signals: int,
         sites: int,
         min_sites: int = 3,
+        signals_per_site: int = 0,
         caller: Principal = TRUSTED,
     ) -> tuple[BudgetPlan, PlanReport]:
         """Say what a privacy budget would mean; nothing is changed.
@@ -226,19 +227,27 @@ class Operations:
         Args:
             settings: The budget.
             signals: Signals that are released together.
-            sites: Sites that send all of them.
+            sites: Sites that are expected.
             min_sites: Sites needed before a signal has a value.
+            signals_per_site: Signals that each of them sends; 0 means all.
             caller: Who asks; one who may administer some cohort.
 
         Raises:
             AccessDeniedError: The caller may administer no cohort.
-            RequestInvalidError: There is no signal, or the settings contradict each other, or ask for
-                nothing.
+            RequestInvalidError: There is no signal, or fewer than each site sends, or the settings contradict
+                each other, or ask for nothing.
         """
         self._administered(caller)
         if not signals:
             raise RequestInvalidError(
                 [Violation("signals", "fmi.plan.signals", "say how many, or which (signal_specs)")]
+            )
+        if signals_per_site > signals:
+            asked = (
+                f"is {signals_per_site}, of {signals} signals: give at most that, or leave it out"
+            )
+            raise RequestInvalidError(
+                [Violation("signals_per_site", "fmi.plan.signals_per_site", asked)]
             )
         try:
             plan = plan_budget(settings, signals)
@@ -246,7 +255,9 @@ class Operations:
             field = f"privacy.{error.setting}"
             broken = Violation(field, "fmi.cohort_spec.privacy_budget", error.advice, _INVALID)
             raise RequestInvalidError([broken], _INVALID) from None
-        return plan, report_plan(plan, sites, min_sites=min_sites)
+        return plan, report_plan(
+            plan, sites, min_sites=min_sites, signals_per_site=signals_per_site or None
+        )
 
     def noise_per_signal(
         self, signals: Sequence[cohort_pb2.SignalSpec], noise_stderr: float

@@ -52,6 +52,7 @@ def privacy_settings(privacy: cohort_pb2.PrivacySpec) -> PrivacySettings:
         privacy.dp_noise_sigma,
         privacy.dp_sensitivity if privacy.HasField("dp_sensitivity") else None,
         privacy.dp_epochs,
+        privacy.dp_clip_norm if privacy.HasField("dp_clip_norm") else None,
     )
 
 
@@ -77,7 +78,14 @@ def private_spec_problems(spec: cohort_pb2.CohortSpec) -> Iterator[Problem]:
         yield Problem("privacy", (error.setting, *_BUDGET), "privacy_budget", error.advice)
 
 
-_BUDGET: Final = ("dp_epsilon", "dp_delta", "dp_noise_sigma", "dp_sensitivity", "dp_epochs")
+_BUDGET: Final = (
+    "dp_epsilon",
+    "dp_delta",
+    "dp_noise_sigma",
+    "dp_sensitivity",
+    "dp_epochs",
+    "dp_clip_norm",
+)
 
 
 def _vocabulary_problems(spec: cohort_pb2.CohortSpec) -> Iterator[Problem]:

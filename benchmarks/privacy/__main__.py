@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.privacy.audit import CONFIDENCE, Finding, audit, statistic
 from benchmarks.privacy.mechanisms import (
+    CLIP_NORM,
     DELTA,
     EPSILON,
     HEAVY,
@@ -23,6 +24,7 @@ from benchmarks.privacy.mechanisms import (
     NoiselessWeights,
     UnboundedValues,
     UncutWeights,
+    UnscaledVectors,
     WholeBudgetEachTime,
     moved_by,
     noisy_sums_seen,
@@ -59,6 +61,11 @@ def cases(trials: int) -> Iterator[Case]:
     for name, sound, plan in (
         ("the mechanism, one release", True, planned()),
         (f"the mechanism, {REPEATS} releases of one budget", True, planned(REPEATS)),
+        (
+            f"the mechanism, vectors scaled to {CLIP_NORM:g}",
+            True,
+            planned(clip_norm=CLIP_NORM),
+        ),
         ("planted: noise for one signal alone", False, planned(1, NoiseForOneSignal)),
         (
             f"planted: the whole budget in each of {REPEATS} releases",
@@ -67,6 +74,11 @@ def cases(trials: int) -> Iterator[Case]:
         ),
         (f"planted: a weight of {HEAVY:g} that is not cut", False, planned(1, UncutWeights)),
         ("planted: values beyond the bounds", False, planned(1, UnboundedValues)),
+        (
+            f"planted: vectors that are not scaled to {CLIP_NORM:g}",
+            False,
+            planned(1, UnscaledVectors, CLIP_NORM),
+        ),
         ("planted: no noise on weights", False, planned(1, NoiselessWeights)),
     ):
         attack = statistic(noisy_sums_seen(plan), moved_by(plan))

@@ -83,16 +83,17 @@ def cohort(values: Floats) -> UnitCells:
     """Return the cells of a cohort whose signals are bounded by -1 and 1.
 
     Args:
-        values: signals x sites.
+        values: signals x sites; NaN where a site does not send a signal.
     """
     names = [f"s{row}" for row in range(len(values))]
     matrix = CohortMatrix(SignalRule(name, "controller", -1.0, 1.0) for name in names)
     for site, column in enumerate(values.T):
-        matrix.put(
-            f"site_{site}",
-            {"controller": dict(zip(names, column.tolist(), strict=True))},
-            now=0.0,
-        )
+        sent = {
+            name: value
+            for name, value in zip(names, column.tolist(), strict=True)
+            if not math.isnan(value)
+        }
+        matrix.put(f"site_{site}", {"controller": sent}, now=0.0)
     return matrix.unit_cells()
 
 

@@ -26,6 +26,7 @@ from fmi_server.privacy.discrete_gaussian import Entropy
 from fmi_server.privacy.noisy_means import NoisySums, PrivateSums
 
 __all__ = [
+    "CLIP_NORM",
     "DELTA",
     "EPSILON",
     "HEAVY",
@@ -36,6 +37,7 @@ __all__ = [
     "Seen",
     "UnboundedValues",
     "UncutWeights",
+    "UnscaledVectors",
     "WholeBudgetEachTime",
     "moved_by",
     "noisy_sums_seen",
@@ -52,6 +54,8 @@ HEAVY = 25.0
 """The weight that the site claims; 1 is the most that may count."""
 BEYOND = 4.0
 """The value that it sends of each signal; 1 is the bound."""
+CLIP_NORM = 2.0
+"""Of a mechanism that scales vectors to a norm; without it they are up to 6.1 long."""
 NOW = 1_800_000_000.0
 
 Seen = Callable[[bool, int], NDArray[np.float64]]
@@ -61,16 +65,20 @@ Seen = Callable[[bool, int], NDArray[np.float64]]
 class NoiseForOneSignal(PrivateSums):
     """The noise that one signal needs, on each of many: (U - L) / n, signal by signal."""
 
-    def __init__(self, signals: int, noise_multiplier: float) -> None:
-        super().__init__(1, noise_multiplier)
+    def __init__(
+        self, signals: int, noise_multiplier: float, clip_norm: float | None = None
+    ) -> None:
+        super().__init__(1, noise_multiplier, clip_norm)
         self.signals = signals
 
 
 class WholeBudgetEachTime(PrivateSums):
     """The noise of a single release in each of `REPEATS` that share the budget."""
 
-    def __init__(self, signals: int, noise_multiplier: float) -> None:
-        super().__init__(signals, noise_multiplier / math.sqrt(REPEATS))
+    def __init__(
+        self, signals: int, noise_multiplier: float, clip_norm: float | None = None
+    ) -> None:
+        super().__init__(signals, noise_multiplier / math.sqrt(REPEATS), clip_norm)
 
 
 class UncutWeights(PrivateSums):
@@ -97,6 +105,16 @@ class UnboundedValues(PrivateSums):
         return NoisySums(inside.values * round(BEYOND), inside.weights)
 
 
+class UnscaledVectors(PrivateSums):
+    """The noise of a clip norm, and vectors that are longer: each coordinate is bounded by itself alone."""
+
+    def scales(
+        self, weighted: NDArray[np.float64], _counted: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Scale nothing."""
+        return np.ones(weighted.shape[1])
+
+
 class NoiselessWeights(PrivateSums):
     """Noise on the values, and the exact weights beside them."""
 
@@ -105,10 +123,15 @@ class NoiselessWeights(PrivateSums):
         return NoisySums(super().noisy(sums, entropy).values, sums.weights)
 
 
-def planned(epochs: int = 1, mechanism: type[PrivateSums] = PrivateSums) -> BudgetPlan:
+def planned(
+    epochs: int = 1,
+    mechanism: type[PrivateSums] = PrivateSums,
+    clip_norm: float | None = None,
+) -> BudgetPlan:
     """Return the plan that a claim is taken from, with the mechanism that is to keep it."""
-    plan = plan_budget(PrivacySettings(EPSILON, DELTA, dp_epochs=epochs), SIGNALS)
-    return replace(plan, sums=mechanism(SIGNALS, plan.noise_multiplier))
+    asked = PrivacySettings(EPSILON, DELTA, dp_epochs=epochs, dp_clip_norm=clip_norm)
+    plan = plan_budget(asked, SIGNALS)
+    return replace(plan, sums=mechanism(SIGNALS, plan.noise_multiplier, clip_norm))
 
 
 def _exact_sums(sums: PrivateSums) -> dict[bool, NoisySums]:

@@ -44,37 +44,58 @@ def command(_settings: Settings) -> None:
     "--cohort", metavar="COHORT", help="Take signals and budget from the spec of a cohort."
 )
 @click.option("--signals", type=click.IntRange(1, 4096), help="Signals that are released together.")
-@click.option("--epsilon", type=float, help="The budget over all epochs.")
-@click.option("--delta", type=float, help="The same; well below 1 over the number of sites.")
-@click.option("--epochs", type=click.IntRange(1, 2**32 - 1), help="Releases that it must last for.")
-@click.option("--noise", type=float, help="Standard deviation of the noise by the sensitivity.")
+@click.option(
+    "--signals-per-site",
+    type=click.IntRange(1, 4096),
+    help="Signals that each sends. [default: all]",
+)
 @click.option(
     "--min-sites",
     type=click.IntRange(1, 2**32 - 1),
     help="Sites needed for a value (vote_min_sites). [default: the cohort's, or 3]",
 )
+@click.option("--epsilon", "dp_epsilon", type=float, help="The budget over all epochs.")
+@click.option(
+    "--delta", "dp_delta", type=float, help="The same; well below 1 over the number of sites."
+)
+@click.option(
+    "--epochs",
+    "dp_epochs",
+    type=click.IntRange(1, 2**32 - 1),
+    help="Releases that it must last for.",
+)
+@click.option(
+    "--noise",
+    "dp_noise_sigma",
+    type=float,
+    help="Standard deviation of the noise by the sensitivity.",
+)
+@click.option(
+    "--clip-norm",
+    "dp_clip_norm",
+    type=float,
+    help="Norm to which the vector of a site is scaled down.",
+)
 @shared_options
 def _plan(
     settings: Settings,
+    /,
     sites: int,
     cohort: str | None,
     signals: int | None,
-    epsilon: float | None,
-    delta: float | None,
-    epochs: int | None,
-    noise: float | None,
+    signals_per_site: int | None,
     min_sites: int | None,
+    **budget: float | None,
 ) -> int:
     """Say what a budget means: the noise of a release, the expected error, and what to change.
 
     With --cohort, options that are given take the place of what stands in its spec.
     """
-    given = {"dp_epsilon": epsilon, "dp_delta": delta, "dp_epochs": epochs, "dp_noise_sigma": noise}
     with open_client(settings) as client:
         spec = cohort_pb2.CohortSpec() if cohort is None else client.cohort_spec(cohort).spec
         if signals is None and not spec.signals:
             raise click.UsageError("Say how many --signals, or a --cohort that declares them.")
-        for name, value in given.items():
+        for name, value in budget.items():
             if value is not None:
                 setattr(spec.privacy, name, value)
         if min_sites is None and spec.aggregation.HasField("vote_min_sites"):
@@ -84,11 +105,13 @@ def _plan(
             signals=spec.signals if signals is None else signals,
             privacy=spec.privacy,
             vote_min_sites=min_sites,
+            signals_per_site=signals_per_site,
         )
     if settings.json:
         print_json(message_data(found))
     else:
-        print_text(_plan_view(found, sites))
+        counted = signals or len(spec.signals)
+        print_text(_plan_view(found, sites * (signals_per_site or counted) / counted))
         if found.signal_stderr:
             print_text("", _errors_view(found, spec))
         print_text(*(_advice_view(line) for line in found.advice))
@@ -122,7 +145,7 @@ def _spends(client: FMIClient, cohort: str | None) -> list[admin_service_pb2.Pri
     return [] if cohort is None else client.admin.list_privacy_spends(cohort)
 
 
-def _plan_view(found: admin_service_pb2.PlanPrivacyResponse, sites: int) -> RenderableType:
+def _plan_view(found: admin_service_pb2.PlanPrivacyResponse, sites: float) -> RenderableType:
     plan = found.plan
     listed = table("what", "value", "", right=("value",))
     for what, value, unit in (
@@ -131,7 +154,11 @@ def _plan_view(found: admin_service_pb2.PlanPrivacyResponse, sites: int) -> Rend
         ("releases", str(plan.epochs), "that it lasts for"),
         ("sensitivity", f"{plan.sensitivity:.4g}", "half widths between bounds (L2)"),
         ("noise", f"{plan.noise_multiplier:.4g}", "times the sensitivity, in each release"),
-        ("error by noise", f"{found.noise_stderr:.3g}", f"half widths, {sites} sites, mid-range"),
+        (
+            "error by noise",
+            f"{found.noise_stderr:.3g}",
+            f"half widths, {sites:.0f} sites, mid-range",
+        ),
         ("", f"{found.noise_stderr_at_bound:.3g}", "half widths, at a bound"),
         ("least weight", f"{found.least_weight:.3g}", "sites; below it a signal has no value"),
     ):

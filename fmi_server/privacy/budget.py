@@ -19,6 +19,7 @@ _ROUNDING = 1e-9
 MAX_EPSILON = 1e4
 MAX_DELTA = 0.01
 MAX_EPOCHS = 2**32 - 1
+MIN_CLIP_NORM = 0.01
 
 NOISE_OF_WEIGHT = 3.0
 """A noisy weight below so many standard deviations of its noise may be no weight at all: it is no divisor."""
@@ -49,6 +50,8 @@ class PrivacySettings:
         dp_sensitivity: most that a site may move the sums in L2, in units of half the width between the
             bounds of a signal; None takes the natural one. A larger one asks for more noise.
         dp_epochs: releases that the budget must last for; 0 lets it follow from the noise.
+        dp_clip_norm: the L2 norm to which the vector of a site is scaled down, in the same units; it is the
+            natural sensitivity where it is smaller than that of the bounds. None scales nothing.
     """
 
     dp_epsilon: float = 0.0
@@ -56,6 +59,7 @@ class PrivacySettings:
     dp_noise_sigma: float = 0.0
     dp_sensitivity: float | None = None
     dp_epochs: int = 0
+    dp_clip_norm: float | None = None
 
     @property
     def stated(self) -> bool:
@@ -76,7 +80,7 @@ class PrivacySettings:
         if self.private:
             plan_budget(self, 1)
             return
-        for name in ("dp_delta", "dp_sensitivity"):
+        for name in ("dp_delta", "dp_sensitivity", "dp_clip_norm"):
             if getattr(self, name):
                 raise BudgetError(
                     name,
@@ -143,9 +147,9 @@ class BudgetPlan:
         return math.hypot(of_values, value * of_weights) / sites
 
 
-def natural_sensitivity(signals: int) -> float:
+def natural_sensitivity(signals: int, clip_norm: float | None = None) -> float:
     """Return the most that one site moves the sums of so many signals, as `PrivacySettings` measures it."""
-    sums = PrivateSums(signals, 1.0)
+    sums = PrivateSums(signals, 1.0, clip_norm)
     return math.sqrt(sums.sensitivity_squared) / sums.value_bound
 
 
@@ -160,9 +164,9 @@ def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
         BudgetError: The settings contradict each other, or say too little to promise anything.
     """
     _check_measures(settings)
-    stretch = _stretch(settings.dp_sensitivity, signals)
+    stretch = _stretch(settings, signals)
     if settings.dp_noise_sigma:
-        _mechanism(signals, settings.dp_noise_sigma * stretch, "dp_noise_sigma")
+        _mechanism(settings, signals, settings.dp_noise_sigma * stretch, "dp_noise_sigma")
     rho = 0.0
     if settings.dp_epsilon > 0.0:
         rho = zcdp_rho(settings.dp_epsilon, settings.dp_delta)
@@ -185,7 +189,7 @@ def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
             "many there may be, or a dp_epsilon",
         )
     field = "dp_noise_sigma" if settings.dp_noise_sigma else "dp_epsilon"
-    sums = _mechanism(signals, multiplier, field)
+    sums = _mechanism(settings, signals, multiplier, field)
     rho = epochs * float(sums.rho) * (1.0 + _ROUNDING)
     epsilon = settings.dp_epsilon or zcdp_epsilon(rho, settings.dp_delta)
     if epsilon > MAX_EPSILON:
@@ -204,12 +208,18 @@ def _check_measures(settings: PrivacySettings) -> None:
             "dp_epsilon",
             "is not set, and neither is dp_noise_sigma, so that nothing is asked for: set one",
         )
-    for name in ("dp_epsilon", "dp_delta", "dp_noise_sigma", "dp_sensitivity"):
+    for name in ("dp_epsilon", "dp_delta", "dp_noise_sigma", "dp_sensitivity", "dp_clip_norm"):
         given = getattr(settings, name)
         if given is not None and not math.isfinite(given):
             raise BudgetError(
                 name, f"is {given:g}, which nothing can be measured by: give a finite one"
             )
+    if settings.dp_clip_norm is not None and not settings.dp_clip_norm >= MIN_CLIP_NORM:
+        raise BudgetError(
+            "dp_clip_norm",
+            f"is {settings.dp_clip_norm:g}, to which no vector can be scaled: choose one of at least "
+            f"{MIN_CLIP_NORM:g}, or leave it out",
+        )
     if not 0.0 < settings.dp_delta < 1.0:
         raise BudgetError(
             "dp_delta",
@@ -229,9 +239,11 @@ def _check_measures(settings: PrivacySettings) -> None:
         )
 
 
-def _mechanism(signals: int, multiplier: float, setting: str) -> PrivateSums:
+def _mechanism(
+    settings: PrivacySettings, signals: int, multiplier: float, setting: str
+) -> PrivateSums:
     try:
-        return PrivateSums(signals, multiplier)
+        return PrivateSums(signals, multiplier, settings.dp_clip_norm)
     except ValueError:
         way = "less" if multiplier > 1.0 else "more"
         raise BudgetError(
@@ -241,16 +253,17 @@ def _mechanism(signals: int, multiplier: float, setting: str) -> PrivateSums:
         ) from None
 
 
-def _stretch(declared: float | None, signals: int) -> float:
+def _stretch(settings: PrivacySettings, signals: int) -> float:
     """Return how much more noise a declared sensitivity asks for than the natural one."""
+    declared = settings.dp_sensitivity
     if declared is None:
         return 1.0
-    natural = natural_sensitivity(signals)
+    natural = natural_sensitivity(signals, settings.dp_clip_norm)
     if declared < natural * (1.0 - _ROUNDING):
         raise BudgetError(
             "dp_sensitivity",
             f"is {declared:g}, but a site can move the sums of {signals} signals by {natural:.6g}: leave it "
-            "out, or declare fewer signals",
+            "out, declare fewer signals, or have vectors scaled to that norm (dp_clip_norm)",
         )
     return max(1.0, declared / natural)
 

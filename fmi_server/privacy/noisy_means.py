@@ -1,10 +1,11 @@
 """Noisy means of many signals, private for a whole site.
 
 Each site is one vector: of every signal its value, moved to -1..1 and multiplied with the site's weight, and
-the weight once more where the site has the signal. Vectors are rounded toward zero to integers within a box
-that does not depend on the data, summed exactly, and the discrete Gaussian is added to every sum. Whatever a
-site sends, and whether it is there at all, no more than the half diagonal of that box separates the sums. All
-that is told of them afterwards is computed from the noisy sums alone, and costs nothing more.
+the weight once more where the site has the signal. A vector is scaled down where it is longer than a norm
+that may be asked for, and rounded toward zero to integers within a box; neither depends on the data. Vectors
+are summed exactly, and the discrete Gaussian is added to every sum. Whatever a site sends, and whether it is
+there at all, no more than that norm, or the half diagonal of the box, separates the sums. All that is told of
+them afterwards is computed from the noisy sums alone, and costs nothing more.
 
 Nothing is trimmed, and no site's weight depends on what others sent: both would let one site move the sums
 by more than its own vector.
@@ -39,6 +40,9 @@ of its bounds has 1.22 times the noise that it would have with known counts, one
 """
 
 _VALUE_BITS = 62 - MAX_SITES.bit_length()
+
+_SLACK: Final = 1e-9
+"""What a scaled vector stays below its norm by: more than the rounding of a norm of 2^20 signals."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,35 +86,49 @@ class PrivateSums:
     Args:
         signals: how many there are, at least one; what is released of all of them together is one release.
         noise_multiplier: standard deviation of the noise of each sum by the L2 sensitivity of all together.
+        clip_norm: the L2 norm to which longer vectors are scaled down, values and weights by the same factor,
+            in units of half the width between the bounds of a signal; None scales nothing.
 
     Attributes:
+        clip_norm: the norm, or None where no vector is as long.
         sigma_bits: binary logarithm of the noise's standard deviation, in units of the grid.
         value_bound: the most that a site adds to the sum of a signal's values, in units of the grid.
         weight_bound: the same for weights.
+        norm_bound: the most L2 norm of all that a site adds; None where that is the half diagonal of the box.
 
     Raises:
-        ValueError: There is no signal, or the multiplier is not between 1e-6 and 1e6.
+        ValueError: There is no signal, the multiplier is not between 1e-6 and 1e6, or the norm not positive.
     """
 
-    def __init__(self, signals: int, noise_multiplier: float) -> None:
+    def __init__(
+        self, signals: int, noise_multiplier: float, clip_norm: float | None = None
+    ) -> None:
         if signals < 1:
             raise ValueError(f"signals must be at least 1, got {signals}")
         if not 1e-6 <= noise_multiplier <= 1e6:
             raise ValueError(f"noise_multiplier must lie in 1e-6..1e6, got {noise_multiplier}")
+        if clip_norm is not None and not clip_norm > 0.0:
+            raise ValueError(f"clip_norm must be positive, got {clip_norm}")
         self.signals = signals
-        diagonal = math.sqrt(signals * (1.0 + WEIGHT_SHARE)) * noise_multiplier
+        diagonal = math.sqrt(signals * (1.0 + WEIGHT_SHARE))
+        self.clip_norm = clip_norm if clip_norm is not None and clip_norm < diagonal else None
+        noise = (self.clip_norm or diagonal) * noise_multiplier
         # The finest grid on which neither the noise nor a sum of values leaves its bits.
-        finest = _VALUE_BITS + math.floor(math.log2(diagonal))
+        finest = _VALUE_BITS + math.floor(math.log2(noise))
         self.sigma_bits = max(0, min(MAX_SIGMA_BITS, finest))
-        self.value_bound = math.floor(2.0**self.sigma_bits / diagonal)
-        self.weight_bound = math.floor(2.0**self.sigma_bits / diagonal * math.sqrt(WEIGHT_SHARE))
-        if not self.weight_bound:
+        self.value_bound = math.floor(2.0**self.sigma_bits / noise)
+        self.weight_bound = math.floor(2.0**self.sigma_bits / noise * math.sqrt(WEIGHT_SHARE))
+        self.norm_bound: int | None = None
+        if self.clip_norm is not None:
+            self.norm_bound = math.floor(self.clip_norm * self.value_bound)
+        if not self.weight_bound or self.norm_bound == 0:
             raise ValueError("the noise is coarser than what it hides; ask for less of it")
 
     @property
     def sensitivity_squared(self) -> int:
         """Return the square of the most that one site moves all sums in L2, in units of the grid; exact."""
-        return self.signals * (self.value_bound**2 + self.weight_bound**2)
+        box = self.signals * (self.value_bound**2 + self.weight_bound**2)
+        return box if self.norm_bound is None else min(box, self.norm_bound**2)
 
     @property
     def rho(self) -> Fraction:
@@ -137,10 +155,50 @@ class PrivateSums:
         present = ~np.isnan(values)
         counted = np.where(present & ~np.isnan(weights), np.clip(weights, 0.0, 1.0), 0.0)
         weighted = np.clip(np.where(present, values, 0.0), -1.0, 1.0) * counted
+        if self.norm_bound is not None:
+            scales = self.scales(weighted, counted)
+            weighted, counted = weighted * scales, counted * scales
         return NoisySums(
             values=_on_grid(weighted, self.value_bound).sum(axis=1),
             weights=_on_grid(counted, self.weight_bound).sum(axis=1),
         )
+
+    def counted(self, signals: int, value: float = 0.0) -> float:
+        """Return what a site counts for after its vector was scaled, as a share of full weight.
+
+        Args:
+            signals: how many it sends, at full weight.
+            value: root mean square of its values, in 0..1.
+        """
+        if self.norm_bound is None:
+            return 1.0
+        norm = math.sqrt(signals * (value * value + WEIGHT_SHARE))
+        return min(1.0, self.norm_bound / self.value_bound / norm)
+
+    def scales(
+        self, weighted: NDArray[np.float64], counted: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Return what the vector of each site is multiplied with, so that it is no longer than the norm.
+
+        A site's factor must not depend on who else is there, not in its last digit either: so rows are added
+        one after the other, where a sum over an axis may take another order for another number of columns.
+
+        Args:
+            weighted: values by their weights, signals x sites in -1..1.
+            counted: weights, signals x sites in 0..1.
+
+        Returns:
+            One per site, in (0, 1].
+        """
+        if self.norm_bound is None:
+            return np.ones(weighted.shape[1])
+        share, norm = (bound / self.value_bound for bound in (self.weight_bound, self.norm_bound))
+        norm *= 1.0 - _SLACK
+        squared = np.zeros(weighted.shape[1])
+        for values, weights in zip(weighted, counted, strict=True):
+            squared += values * values + (share * weights) * (share * weights)
+        scales: NDArray[np.float64] = norm / np.maximum(np.sqrt(squared), norm)
+        return scales
 
     def noisy(self, sums: NoisySums, entropy: Entropy = os.urandom) -> NoisySums:
         """Add noise, which is what `rho` is the price of. Call it once for each release."""

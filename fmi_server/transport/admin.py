@@ -154,6 +154,7 @@ class AdminServicer:
             signals=request.signals or len(request.signal_specs),
             sites=request.sites,
             min_sites=request.vote_min_sites if given else DEFAULT_MIN_SITES,
+            signals_per_site=request.signals_per_site,
             caller=caller.principal,
         )
         of_signals = self._operations.noise_per_signal(request.signal_specs, report.noise_stderr)

@@ -19,7 +19,7 @@ def plan_message(plan: BudgetPlan) -> wire_pb2.PrivacyPlan:
         epochs=plan.epochs,
         rho_per_release=plan.rho_per_release,
         noise_multiplier=plan.noise_multiplier,
-        sensitivity=natural_sensitivity(plan.sums.signals),
+        sensitivity=natural_sensitivity(plan.sums.signals, plan.sums.clip_norm),
     )
 
 

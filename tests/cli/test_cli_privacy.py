@@ -91,6 +91,20 @@ def test_a_plan_says_what_a_budget_means_and_what_to_change(ask_real):
     assert data["plan"]["epochs"] == 50
 
 
+def test_a_plan_with_a_norm_for_vectors_has_less_noise(ask_real):
+    line = "privacy plan --sites 4000 --signals 200 --signals-per-site 20 --epsilon 1 --delta 1e-6 --epochs 5"
+    told = json.loads(ask_real(line, "--json").stdout)
+    (advice,) = [said for said in told["advice"] if "dp_clip_norm" in said]
+    assert "a dp_clip_norm of 4.082 takes 76% off the noise" in advice
+    better = ask_real(f"{line} --clip-norm 4.082")
+    data = json.loads(ask_real(f"{line} --clip-norm 4.082 --json").stdout)
+    assert data["plan"]["sensitivity"] == pytest.approx(4.082)
+    assert data["plan"]["noise_multiplier"] == told["plan"]["noise_multiplier"]
+    assert data["noise_stderr"] == pytest.approx(0.2357 * told["noise_stderr"], rel=1e-3)
+    assert re.search(r"sensitivity +4\.082", better.stdout)
+    assert "half widths, 400 sites, mid-range" in " ".join(better.stdout.split())
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -102,6 +116,14 @@ def test_a_plan_says_what_a_budget_means_and_what_to_change(ask_real):
         (
             "--sites 200 --signals 20 --epsilon 1 --delta 1e-6 --epochs 5 --noise 0.5",
             "privacy.dp_noise_sigma",
+        ),
+        (
+            "--sites 200 --signals 2 --epsilon 1 --delta 1e-6 --epochs 5 --clip-norm 0.001",
+            "privacy.dp_clip_norm",
+        ),
+        (
+            "--sites 200 --signals 2 --signals-per-site 3 --epsilon 1 --delta 1e-6 --epochs 5",
+            "signals_per_site  is 3, of 2 signals",
         ),
         ("--sites 200 --cohort nowhere", "nowhere"),
     ],

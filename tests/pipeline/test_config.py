@@ -59,6 +59,9 @@ def test_the_fields_of_the_overview_come_first_with_its_defaults():
         ({"dp_sensitivity": 0.5}, "dp_sensitivity"),
         ({"dp_epsilon": 1.0, "dp_delta": 1.0}, "dp_delta"),
         ({"dp_epsilon": 1.0, "dp_delta": 1e-6, "dp_epochs": 0}, "dp_epochs"),
+        ({"dp_clip_norm": 1.0}, "dp_clip_norm"),
+        ({"dp_epsilon": 1.0, "dp_delta": 1e-6, "dp_clip_norm": 0.001}, "dp_clip_norm"),
+        ({"dp_epsilon": 1.0, "dp_delta": 1e-6, "dp_clip_norm": -1.0}, "dp_clip_norm"),
         ({"dp_epsilon": 1.0, "dp_delta": 1e-6, "dp_sensitivity": 0.5}, "dp_sensitivity"),
         ({"dp_epsilon": 1.0, "dp_delta": 1e-6, "dp_noise_sigma": 0.1}, "dp_noise_sigma"),
         (

@@ -341,13 +341,16 @@ def packets(draw):
 @given(
     days=st.lists(st.lists(packets(), max_size=8), min_size=1, max_size=3),
     estimator=st.sampled_from(["mean", "weighted_mean"]),
+    clip_norm=st.sampled_from([None, 0.8]),
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 async def test_with_or_without_a_site_only_the_sums_differ_and_by_no_more_than_is_paid_for(
-    days, estimator
+    days, estimator, clip_norm
 ):
     """The neighbouring relation over whole lives: all else that anybody sees is the same, byte for byte."""
     spec = {**SPEC, "aggregation": {"metricsAggregation": estimator}}
+    if clip_norm is not None:
+        spec["privacy"] = {**SPEC["privacy"], "dpClipNorm": clip_norm}
     ingest = {"maxAge": f"{90 * DAY_S:.0f}s"}
     seen = {}
     for left_out in (None, "victim"):

@@ -96,9 +96,14 @@ def test_what_is_filled_in_is_taken_again_and_changes_nothing(cohorts):
             {"privacy": {**PRIVATE["privacy"], "dpSensitivity": 1.0}},
             {"privacy.dp_sensitivity": "privacy_budget"},
         ),
+        (
+            {"privacy": {**PRIVATE["privacy"], "dpSensitivity": 0.5, "dpClipNorm": 1.0}},
+            {"privacy.dp_sensitivity": "privacy_budget"},
+        ),
         ({"privacy": {"dpDelta": 1e-6}}, {"privacy.dp_epsilon": "privacy_unasked"}),
         ({"privacy": {"dpSensitivity": 3.0}}, {"privacy.dp_epsilon": "privacy_unasked"}),
         ({"privacy": {"dpEpochs": 3}}, {"privacy.dp_epsilon": "privacy_unasked"}),
+        ({"privacy": {"dpClipNorm": 3.0}}, {"privacy.dp_epsilon": "privacy_unasked"}),
     ],
 )
 def test_each_contradiction_is_refused_where_it_stands(cohorts, fields, broken):
@@ -199,16 +204,22 @@ def test_a_budget_is_planned_for_the_signals_that_there_are(cohorts):
 
 
 def test_privacy_can_be_the_default_of_every_declared_cohort():
-    defaults = AggregationConfig(dp_epsilon=2.0, dp_delta=1e-6, dp_epochs=50)
+    defaults = AggregationConfig(dp_epsilon=2.0, dp_delta=1e-6, dp_epochs=50, dp_clip_norm=1.0)
     cohorts = CohortRegistry(CONTRACT, open_cohorts=False, defaults=defaults)
     rules, _ = cohorts.declare(spec(signals=[TAU, GAIN]))
-    stated, _ = CohortRegistry(CONTRACT).declare(spec(**PRIVATE))
-    assert rules.privacy == stated.privacy or rules.privacy.epsilon == stated.privacy.epsilon
+    clipped = {**PRIVATE, "privacy": {**PRIVATE["privacy"], "dpClipNorm": 1.0}}
+    stated, _ = CohortRegistry(CONTRACT).declare(spec(**clipped))
+    for name in ("epsilon", "delta", "epochs", "rho"):
+        assert getattr(rules.privacy, name) == getattr(stated.privacy, name)
+    assert rules.privacy.sums.clip_norm == stated.privacy.sums.clip_norm == 1.0
     assert rules.schema_hash == stated.schema_hash
     own, _ = cohorts.declare(
         spec(name="own", signals=[TAU], privacy={"dpEpsilon": 1.0, "dpDelta": 1e-7, "dpEpochs": 3})
     )
     assert (own.privacy.epsilon, own.privacy.epochs) == (1.0, 3)
+    assert own.privacy.sums.clip_norm is None, (
+        "the server's own privacy is taken whole or not at all"
+    )
     later, _ = cohorts.declare(
         spec(name="later", signals=[TAU], privacy={"firstReleaseAt": "2030-01-01T00:00:00Z"})
     )
@@ -244,7 +255,9 @@ def test_no_site_chooses_the_time_of_a_private_aggregate():
 
 
 @pytest.mark.parametrize("number", [float("inf"), float("nan")])
-@pytest.mark.parametrize("name", ["dp_epsilon", "dp_delta", "dp_noise_sigma", "dp_sensitivity"])
+@pytest.mark.parametrize(
+    "name", ["dp_epsilon", "dp_delta", "dp_noise_sigma", "dp_sensitivity", "dp_clip_norm"]
+)
 def test_a_number_that_measures_nothing_is_refused(cohorts, name, number):
     private = spec(**PRIVATE)
     setattr(private.privacy, name, number)

@@ -174,6 +174,7 @@ class PutSpec:
     min_sites: int = 1
     more_signals: int = 0
     estimator: str = "mean"
+    clip_norm: float | None = None
     min_trust: float = 0.0
     silent: bool = True
 
@@ -203,6 +204,8 @@ class PutSpec:
         if private:
             spec["release"] = {"maxInterval": f"{self.period_d * DAY_S:.0f}s"}
             spec["privacy"] = {"dpEpsilon": 40.0, "dpDelta": 1e-6, "dpEpochs": self.epochs}
+            if self.clip_norm is not None:
+                spec["privacy"]["dpClipNorm"] = self.clip_norm
         elif self.silent:
             spec["release"] = {"maxInterval": f"{10_000 * DAY_S:.0f}s"}
             spec["aggregation"]["voteMinSites"] = 1_000
@@ -532,6 +535,7 @@ SPECS = st.builds(
     min_sites=st.sampled_from([1, 3]),
     more_signals=st.integers(0, 2),
     estimator=st.sampled_from(["mean", "weighted_mean"]),
+    clip_norm=st.sampled_from([None, 0.8]),
     min_trust=st.sampled_from([0.0, 0.5]),
 )
 KINDS = st.sampled_from([1, 2, 3, 4])
@@ -679,6 +683,7 @@ CHANGES = {
     "fewer releases": PutSpec(epochs=3),
     "a signal more": PutSpec(more_signals=1),
     "longer periods": PutSpec(period_d=7.0),
+    "a norm for vectors": PutSpec(clip_norm=0.5),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -77,6 +78,13 @@ def test_too_little_noise_for_a_single_release_is_refused():
         (PrivacySettings(0.0, 1e-6, dp_noise_sigma=1.0), "dp_epochs"),
         (PrivacySettings(1.0, 1e-6, dp_sensitivity=1.0, dp_epochs=1), "dp_sensitivity"),
         (PrivacySettings(1e-9, 1e-9, dp_epochs=10**6), "dp_epsilon"),
+        (PrivacySettings(1.0, 1e-6, dp_epochs=1, dp_clip_norm=0.001), "dp_clip_norm"),
+        (PrivacySettings(1.0, 1e-6, dp_epochs=1, dp_clip_norm=-1.0), "dp_clip_norm"),
+        (PrivacySettings(1.0, 1e-6, dp_epochs=1, dp_clip_norm=math.nan), "dp_clip_norm"),
+        (
+            PrivacySettings(1.0, 1e-6, dp_sensitivity=0.9, dp_epochs=1, dp_clip_norm=1.0),
+            "dp_sensitivity",
+        ),
         (PrivacySettings(0.0, 1e-6, dp_noise_sigma=1e9, dp_epochs=1), "dp_noise_sigma"),
     ],
 )
@@ -95,6 +103,59 @@ def test_a_declared_sensitivity_may_only_add_noise():
     doubled = plan_budget(PrivacySettings(1.0, 1e-6, dp_sensitivity=2 * natural, dp_epochs=3), 4)
     assert doubled.noise_multiplier == pytest.approx(2 * plain.noise_multiplier, rel=1e-6)
     assert doubled.spent(3) < plain.spent(3)
+
+
+def test_a_clip_norm_is_the_sensitivity_where_it_is_smaller_than_the_bounds_have_it():
+    assert natural_sensitivity(4, 1.0) == pytest.approx(1.0, rel=1e-6)
+    assert natural_sensitivity(4, 99.0) == natural_sensitivity(4)
+    plain = plan_budget(PrivacySettings(1.0, 1e-6, dp_epochs=3), 4)
+    clipped = plan_budget(PrivacySettings(1.0, 1e-6, dp_epochs=3, dp_clip_norm=1.0), 4)
+    assert clipped.noise_multiplier == plain.noise_multiplier
+    assert clipped.rho_per_release == pytest.approx(plain.rho_per_release, rel=1e-6)
+    assert clipped.noise_stderr(100) == pytest.approx(
+        plain.noise_stderr(100) / math.sqrt(6), rel=1e-5
+    )
+    declared = PrivacySettings(1.0, 1e-6, dp_sensitivity=2.0, dp_epochs=3, dp_clip_norm=1.0)
+    assert plan_budget(declared, 4).noise_multiplier == pytest.approx(
+        2 * plain.noise_multiplier, rel=1e-6
+    )
+
+
+def test_the_plan_counts_what_is_left_of_a_site_and_how_many_send_a_signal():
+    asked = PrivacySettings(1.0, 1e-6, dp_epochs=1, dp_clip_norm=2.0)
+    plain = plan_budget(PrivacySettings(1.0, 1e-6, dp_epochs=1), 50)
+    clipped = plan_budget(asked, 50)
+    # Vectors of all 50 signals are scaled to 2: by that much less noise, and by that much less weight.
+    everything = report_plan(clipped, 10_000)
+    assert everything.noise_stderr == pytest.approx(
+        report_plan(plain, 10_000).noise_stderr * math.sqrt(0.5 / 1.5), rel=1e-5
+    )
+    assert everything.noise_stderr_at_bound == pytest.approx(
+        report_plan(plain, 10_000).noise_stderr_at_bound, rel=1e-5
+    )
+    assert [line.split(" leaves")[0] for line in everything.advice] == ["dp_clip_norm 2"]
+    # Of 4 signals they are scaled at the bounds only, and a signal comes from 4 of 50 sites.
+    few = report_plan(clipped, 10_000, signals_per_site=4)
+    assert few.noise_stderr == pytest.approx(clipped.noise_stderr(800), rel=1e-9)
+    assert few.noise_stderr_at_bound == pytest.approx(
+        clipped.noise_stderr(800 * 2.0 / math.sqrt(6.0), 1.0), rel=1e-6
+    )
+    assert not few.advice
+    for wrong in (0, 51):
+        with pytest.raises(ValueError, match="signals_per_site"):
+            report_plan(clipped, 100, signals_per_site=wrong)
+
+
+def test_a_clip_norm_that_is_advised_takes_off_what_is_said():
+    asked = PrivacySettings(1.0, 1e-6, dp_epochs=50)
+    report = report_plan(plan_budget(asked, 20), 200, signals_per_site=5)
+    (line,) = [line for line in report.advice if "a dp_clip_norm of" in line]
+    words = line.split()
+    norm, gain = float(words[3]), int(words[5].rstrip("%")) / 100
+    better = plan_budget(replace(asked, dp_clip_norm=norm), 20)
+    after = report_plan(better, 200, signals_per_site=5)
+    assert after.noise_stderr == pytest.approx(report.noise_stderr * (1 - gain), rel=0.02)
+    assert not any("dp_clip_norm" in line for line in after.advice)
 
 
 def test_the_expected_error_falls_with_sites_and_rises_with_signals():
@@ -120,6 +181,7 @@ def test_privacy_is_asked_for_or_not():
         dp_noise_sigma=st.floats(0.0, allow_nan=False, allow_infinity=False) | st.just(0.0),
         dp_sensitivity=st.none() | st.floats(0.0, allow_infinity=False, exclude_min=True),
         dp_epochs=st.integers(0, 2**32 - 1),
+        dp_clip_norm=st.none() | st.floats(0.0, allow_nan=False, exclude_min=True),
     ),
     st.integers(1, 4096),
     st.integers(1, 2**32 - 1),

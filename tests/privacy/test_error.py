@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from dp_accounting.rdp import RdpAccountant
 
+from benchmarks.privacy import clipping
 from benchmarks.privacy import error as bench
 from fmi_server.privacy.budget import PrivacySettings, plan_budget
 from fmi_server.privacy.noisy_means import NoisySums, PrivateSums
@@ -93,3 +94,31 @@ def test_it_prints_writes_and_draws(tmp_path, capsys, monkeypatch):
     bench.main()
     again = capsys.readouterr().out
     assert again.partition("of 100 draws")[0] == said.partition("of 100 draws")[0]
+
+
+# A norm for vectors
+
+
+def test_a_norm_takes_off_the_noise_that_is_said_and_moves_the_means_of_the_unlike():
+    sparse, unlike = clipping.CASES[3], clipping.CASES[2]
+    norm = clipping.norms(sparse)[1]
+    found = clipping.simulate(sparse, norm, 1_000)
+    assert found.without_value == 0.0
+    assert found.moved < 0.002
+    assert found.rms == pytest.approx(found.planned, rel=0.12)
+    moved = clipping.simulate(unlike, norm, 1_000)
+    shares = norm / math.sqrt(unlike.sent * 1.5), 1.0
+    # A fifth at 1 with what is left of them, the others around 0 and not scaled.
+    expected = 0.2 * shares[0] / (0.2 * shares[0] + 0.8) - 0.2
+    assert moved.moved == pytest.approx(abs(expected), rel=0.05)
+    assert math.hypot(moved.planned, moved.moved) == pytest.approx(moved.rms, rel=0.12)
+    assert clipping.simulate(unlike, None, 1_000).moved < 1e-6
+
+
+def test_the_simulation_of_norms_prints_every_case(capsys, monkeypatch):
+    monkeypatch.setattr(clipping, "CASES", (clipping.CASES[0],))
+    monkeypatch.setattr("sys.argv", ["clipping", "--draws", "40"])
+    clipping.main()
+    told = capsys.readouterr().out
+    assert told.count(clipping.CASES[0].name) == 3
+    assert "4.08" in told

@@ -71,6 +71,121 @@ def test_a_release_costs_no_more_than_its_multiplier_says(shape):
     assert float(mechanism.rho) == pytest.approx(stated, rel=0.01)
 
 
+# Vectors that are scaled to a norm
+
+
+CLIPPED = st.tuples(st.integers(1, 6), st.floats(1e-3, 1e3), st.floats(0.01, 4.0))
+
+
+@settings(max_examples=300)
+@given(CLIPPED, st.data())
+def test_no_site_moves_the_sums_by_more_than_the_norm(shape, data):
+    """Whatever it sends, and whoever else is there: the sums differ by its own vector, to the last digit."""
+    signals, multiplier, clip_norm = shape
+    mechanism = PrivateSums(signals, multiplier, clip_norm)
+    column = st.lists(ANYTHING | st.floats(-1.0, 1.0), min_size=signals, max_size=signals)
+    sites = data.draw(st.lists(st.tuples(column, WEIGHT | st.floats(0, 1)), min_size=1, max_size=5))
+    values = np.array([values for values, _ in sites], dtype=float).reshape(-1, signals).T
+    weights = np.array([weight for _, weight in sites])
+    everybody, others = mechanism.sums(values, weights), mechanism.sums(values[:, 1:], weights[1:])
+    alone = mechanism.sums(values[:, :1], weights[:1])
+    assert moved_squared(everybody, others) <= mechanism.sensitivity_squared
+    assert (everybody.values - others.values).tolist() == alone.values.tolist()
+    assert (everybody.weights - others.weights).tolist() == alone.weights.tolist()
+    if mechanism.norm_bound is not None:
+        assert mechanism.sensitivity_squared <= mechanism.norm_bound**2
+        assert mechanism.norm_bound <= clip_norm * mechanism.value_bound
+
+
+@pytest.mark.parametrize("clip_norm", [0.05, 0.7, 2.0, 5.4, 17.2])
+@pytest.mark.parametrize("signals", [20, 200])
+def test_an_adversary_comes_near_the_norm_and_not_beyond(signals, clip_norm):
+    """Steps uphill from a corner and from many other places, over values and weights of each signal."""
+    mechanism, rng = PrivateSums(signals, 0.7, clip_norm), np.random.default_rng(signals)
+    nobody = mechanism.sums(np.zeros((signals, 0)), np.zeros(0))
+
+    def moved(site):
+        values, weights = site[:, :, None]
+        return moved_squared(mechanism.sums(values, weights), nobody)
+
+    most = moved(np.ones((2, signals)))
+    for _ in range(8):
+        site = rng.uniform(-2.0, 2.0, (2, signals))
+        best = moved(site)
+        for _ in range(60):
+            step = rng.normal(0.0, 0.5, (2, signals)) * (rng.random((2, signals)) < 0.2)
+            if (further := moved(site + step)) > best:
+                site, best = site + step, further
+        most = max(most, best)
+    sensitivity_squared = mechanism.sensitivity_squared
+    assert (1 - Fraction(1, 10**5)) * sensitivity_squared < most <= sensitivity_squared
+
+
+def test_a_column_is_scaled_alike_in_every_company():
+    """One after the other, two at a time, and all at once: numpy adds in another order for one column."""
+    mechanism, rng = PrivateSums(200, 0.7, 2.0), np.random.default_rng(11)
+    values, weights = rng.normal(size=(200, 64)), rng.random((200, 64))
+    for layout in (np.ascontiguousarray, np.asfortranarray):
+        there, counted = layout(values), layout(weights)
+        all_at_once = mechanism.scales(there, counted)
+        for width in (1, 2, 63):
+            parts = [
+                mechanism.scales(there[:, i : i + width], counted[:, i : i + width])
+                for i in range(0, 64, width)
+            ]
+            assert np.concatenate(parts).tolist() == all_at_once.tolist()
+
+
+def test_scaling_keeps_the_direction_of_long_vectors_and_leaves_short_ones_alone():
+    plain, clipped = PrivateSums(3, 1e-3), PrivateSums(3, 1e-3, 1.5)
+    long, short = np.array([[0.9], [-0.6], [0.3]]), np.array([[0.3], [np.nan], [np.nan]])
+    for values, norm in ((long, math.sqrt(0.81 + 0.36 + 0.09 + 1.5)), (short, math.sqrt(0.59))):
+        before, after = (of.sums(values, np.ones(1)) for of in (plain, clipped))
+        factor = min(1.0, 1.5 / norm)
+        for one, other in ((before.values, after.values), (before.weights, after.weights)):
+            unit = other / clipped.value_bound
+            assert unit == pytest.approx(factor * one / plain.value_bound, abs=1e-6)
+    assert clipped.counted(3) == pytest.approx(1.0, abs=1e-6)
+    assert clipped.counted(3, 1.0) == pytest.approx(1.5 / math.sqrt(4.5), rel=1e-6)
+    assert plain.counted(3, 1.0) == 1.0
+
+
+def test_the_mean_of_scaled_vectors_is_their_weighted_mean():
+    mechanism, rng = PrivateSums(4, 1e-6, 1.2), np.random.default_rng(12)
+    values = rng.uniform(-1, 1, size=(4, 300))
+    values[:, ::2] = np.where(rng.random((4, 150)) < 0.5, np.nan, values[:, ::2])
+    there = ~np.isnan(values)
+    norms = np.sqrt((np.nan_to_num(values) ** 2 + 0.5 * there).sum(axis=0))
+    shares = np.minimum(1.0, 1.2 / np.maximum(norms, 1e-9))
+    noisy = mechanism.noisy(mechanism.sums(values, np.ones(300)), stream(13))
+    found = mechanism.means(noisy, 1.0)
+    for row in range(4):
+        seen = there[row]
+        expected = np.average(values[row, seen], weights=shares[seen])
+        assert found.value[row] == pytest.approx(expected, abs=1e-6)
+        assert found.weight[row] == pytest.approx(shares[seen].sum(), rel=1e-6)
+
+
+def test_a_norm_that_no_vector_exceeds_changes_nothing():
+    plain, roomy = PrivateSums(4, 0.7), PrivateSums(4, 0.7, math.sqrt(6.0) + 1e-9)
+    values = np.random.default_rng(14).normal(size=(4, 50))
+    assert roomy.clip_norm is None
+    assert roomy.rho == plain.rho
+    assert moved_squared(plain.sums(values, np.ones(50)), roomy.sums(values, np.ones(50))) == 0
+
+
+@given(CLIPPED)
+def test_a_scaled_release_costs_no_more_than_its_multiplier_says(shape):
+    signals, multiplier, clip_norm = shape
+    mechanism = PrivateSums(signals, multiplier, clip_norm)
+    stated = zcdp_of_noise(1.0, multiplier)
+    assert mechanism.rho <= Fraction(stated) * (1 + Fraction(1, 10**12))
+    assert float(mechanism.rho) == pytest.approx(stated, rel=0.01)
+
+
+# Sums
+
+
 def test_sums_are_exact_whatever_the_order_of_the_sites():
     mechanism, rng = PrivateSums(3, 0.5), np.random.default_rng(1)
     values, weights = rng.normal(size=(3, 500)), rng.random(500)
@@ -209,6 +324,9 @@ def test_what_cannot_be_done_is_refused():
     for signals, multiplier in ((0, 1.0), (1, 0.0), (1, math.nan), (1, math.inf), (10**9, 1e6)):
         with pytest.raises(ValueError, match=r"signals|noise"):
             PrivateSums(signals, multiplier)
+    for clip_norm in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="clip_norm"):
+            PrivateSums(1, 1.0, clip_norm)
     mechanism = PrivateSums(2, 1.0)
     for values, weights in (
         (np.zeros((3, 1)), np.ones(1)),

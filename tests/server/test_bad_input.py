@@ -901,6 +901,29 @@ async def test_a_method_that_there_is_not(client):
             id="a plan past all measure",
         ),
         pytest.param(
+            "AdminService/PlanPrivacy",
+            admin_service_pb2.PlanPrivacyRequest(
+                sites=10,
+                signals=2,
+                signals_per_site=3,
+                privacy=cohort_pb2.PrivacySpec(dp_epsilon=1.0, dp_delta=1e-6, dp_epochs=1),
+            ),
+            (Code.INVALID_ARGUMENT, "CONTRACT_VIOLATION"),
+            id="a plan of more signals from a site than there are",
+        ),
+        pytest.param(
+            "AdminService/PlanPrivacy",
+            admin_service_pb2.PlanPrivacyRequest(
+                sites=10,
+                signals=2,
+                privacy=cohort_pb2.PrivacySpec(
+                    dp_epsilon=1.0, dp_delta=1e-6, dp_epochs=1, dp_clip_norm=0.001
+                ),
+            ),
+            (Code.INVALID_ARGUMENT, "CONTRACT_VIOLATION"),
+            id="a plan for vectors of no length",
+        ),
+        pytest.param(
             "AdminService/ListPrivacySpends",
             admin_service_pb2.ListPrivacySpendsRequest(cohort="nowhere"),
             (Code.NOT_FOUND, "COHORT_UNKNOWN"),

@@ -821,12 +821,17 @@ class PlanPrivacyRequest(_message.Message):
     PRIVACY_FIELD_NUMBER: _builtins.int
     VOTE_MIN_SITES_FIELD_NUMBER: _builtins.int
     SIGNAL_SPECS_FIELD_NUMBER: _builtins.int
+    SIGNALS_PER_SITE_FIELD_NUMBER: _builtins.int
     sites: _builtins.int
-    """Required. Sites that are expected to send all signals, at full weight."""
+    """Required. Sites that are expected, each at full weight."""
     signals: _builtins.int
     """Optional. Signals that are released together. Unset (0) means those of `signal_specs`."""
     vote_min_sites: _builtins.int
     """Optional. Sites needed before a signal has a value; see `AggregationSpec.vote_min_sites`. Unset means 3."""
+    signals_per_site: _builtins.int
+    """Optional. Signals that each of the sites sends, no more than there are; every signal is then taken to come
+    from an equal share of the sites. Unset (0) means all.
+    """
     @_builtins.property
     def privacy(self) -> _cohort_pb2.PrivacySpec:
         """Required. The budget, as it would stand in the cohort spec."""
@@ -845,10 +850,11 @@ class PlanPrivacyRequest(_message.Message):
         privacy: _cohort_pb2.PrivacySpec | None = ...,
         vote_min_sites: _builtins.int | None = ...,
         signal_specs: _abc.Iterable[_cohort_pb2.SignalSpec] | None = ...,
+        signals_per_site: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_vote_min_sites", b"_vote_min_sites", "privacy", b"privacy", "vote_min_sites", b"vote_min_sites"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_vote_min_sites", b"_vote_min_sites", "privacy", b"privacy", "signal_specs", b"signal_specs", "signals", b"signals", "sites", b"sites", "vote_min_sites", b"vote_min_sites"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_vote_min_sites", b"_vote_min_sites", "privacy", b"privacy", "signal_specs", b"signal_specs", "signals", b"signals", "signals_per_site", b"signals_per_site", "sites", b"sites", "vote_min_sites", b"vote_min_sites"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__vote_min_sites: _TypeAlias = _typing.Literal["vote_min_sites"]  # noqa: Y015
     _WhichOneofArgType__vote_min_sites: _TypeAlias = _typing.Literal["_vote_min_sites", b"_vote_min_sites"]  # noqa: Y015

@@ -507,6 +507,7 @@ class PrivacySpec(_message.Message):
     DP_SENSITIVITY_FIELD_NUMBER: _builtins.int
     DP_EPOCHS_FIELD_NUMBER: _builtins.int
     FIRST_RELEASE_AT_FIELD_NUMBER: _builtins.int
+    DP_CLIP_NORM_FIELD_NUMBER: _builtins.int
     dp_epsilon: _builtins.float
     """Optional. The total budget epsilon over `dp_epochs` releases. Unset (0) means that it follows from
     `dp_noise_sigma` and `dp_epochs`; where that is 0 too, no privacy.
@@ -527,6 +528,12 @@ class PrivacySpec(_message.Message):
     """Optional. Releases that the budget lasts for; after them releases stop. Unset (0) means as many as
     `dp_epsilon` allows with `dp_noise_sigma`; without that it is required.
     """
+    dp_clip_norm: _builtins.float
+    """Optional. The L2 norm to which the vector of a site, values and weights of all its signals together, is
+    scaled down where it is longer, in units of half the width between a signal's bounds; at least 0.01. It is
+    the sensitivity then, so that a smaller one means less noise, and less weight of sites with long vectors.
+    Unset means that nothing but the bounds limits a vector, which is sqrt(1.5 * signals).
+    """
     @_builtins.property
     def first_release_at(self) -> _timestamp_pb2.Timestamp:
         """Optional. No release before this time, so that sites can come first: releases cost their budget whether
@@ -542,13 +549,19 @@ class PrivacySpec(_message.Message):
         dp_sensitivity: _builtins.float | None = ...,
         dp_epochs: _builtins.int = ...,
         first_release_at: _timestamp_pb2.Timestamp | None = ...,
+        dp_clip_norm: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_dp_sensitivity", b"_dp_sensitivity", "dp_sensitivity", b"dp_sensitivity", "first_release_at", b"first_release_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dp_clip_norm", b"_dp_clip_norm", "_dp_sensitivity", b"_dp_sensitivity", "dp_clip_norm", b"dp_clip_norm", "dp_sensitivity", b"dp_sensitivity", "first_release_at", b"first_release_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dp_sensitivity", b"_dp_sensitivity", "dp_delta", b"dp_delta", "dp_epochs", b"dp_epochs", "dp_epsilon", b"dp_epsilon", "dp_noise_sigma", b"dp_noise_sigma", "dp_sensitivity", b"dp_sensitivity", "first_release_at", b"first_release_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dp_clip_norm", b"_dp_clip_norm", "_dp_sensitivity", b"_dp_sensitivity", "dp_clip_norm", b"dp_clip_norm", "dp_delta", b"dp_delta", "dp_epochs", b"dp_epochs", "dp_epsilon", b"dp_epsilon", "dp_noise_sigma", b"dp_noise_sigma", "dp_sensitivity", b"dp_sensitivity", "first_release_at", b"first_release_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__dp_clip_norm: _TypeAlias = _typing.Literal["dp_clip_norm"]  # noqa: Y015
+    _WhichOneofArgType__dp_clip_norm: _TypeAlias = _typing.Literal["_dp_clip_norm", b"_dp_clip_norm"]  # noqa: Y015
     _WhichOneofReturnType__dp_sensitivity: _TypeAlias = _typing.Literal["dp_sensitivity"]  # noqa: Y015
     _WhichOneofArgType__dp_sensitivity: _TypeAlias = _typing.Literal["_dp_sensitivity", b"_dp_sensitivity"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dp_clip_norm) -> _WhichOneofReturnType__dp_clip_norm | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dp_sensitivity) -> _WhichOneofReturnType__dp_sensitivity | None: ...
 
 Global___PrivacySpec: _TypeAlias = PrivacySpec  # noqa: Y015
