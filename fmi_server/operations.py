@@ -19,7 +19,7 @@ from fmi_server.cohorts import CohortRules
 from fmi_server.errors import CohortUnknownError, Reason, RequestInvalidError, Violation
 from fmi_server.feed_requests import kind_name
 from fmi_server.privacy.advice import PlanReport, report_plan
-from fmi_server.privacy.budget import BudgetError, BudgetPlan, PrivacySettings, plan_budget
+from fmi_server.privacy.budget import BudgetPlan, PrivacySettings, budget_faults, plan_budget
 from fmi_server.private_releases import Account
 from fmi_server.router import OpenSubscription
 from fmi_server.service import FMIService
@@ -249,12 +249,18 @@ class Operations:
             raise RequestInvalidError(
                 [Violation("signals_per_site", "fmi.plan.signals_per_site", asked)]
             )
-        try:
-            plan = plan_budget(settings, signals)
-        except BudgetError as error:
-            field = f"privacy.{error.setting}"
-            broken = Violation(field, "fmi.cohort_spec.privacy_budget", error.advice, _INVALID)
-            raise RequestInvalidError([broken], _INVALID) from None
+        broken = [
+            Violation(
+                f"privacy.{fault.setting}",
+                "fmi.cohort_spec.privacy_budget",
+                fault.advice,
+                _INVALID,
+            )
+            for fault in budget_faults(settings, signals)
+        ]
+        if broken:
+            raise RequestInvalidError(broken, _INVALID)
+        plan = plan_budget(settings, signals)
         return plan, report_plan(
             plan, sites, min_sites=min_sites, signals_per_site=signals_per_site or None
         )

@@ -30,7 +30,7 @@ from fmi_server.errors import (
     Violation,
     utc,
 )
-from fmi_server.privacy.budget import BudgetPlan
+from fmi_server.privacy.budget import BudgetPlan, rounded_up
 from fmi_server.publication import Publisher
 from fmi_server.storage import Store
 from fmi_server.storage.records import LedgerTotal, LostSpan, SpendRecord
@@ -184,7 +184,7 @@ class PrivateReleases:
             "privacy",
             "fmi.cohort_change.privacy_overspent",
             f"promises epsilon {plan.epsilon:g} at delta {plan.delta:g} for the whole life of the cohort, "
-            f"which has spent {spent:.6g} already; say force to do it all the same",
+            f"which has spent {rounded_up(spent)} already; say force to do it all the same",
             Reason.SPEC_CHANGE_UNSAFE,
         )
 

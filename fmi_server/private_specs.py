@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from fmi.plain_values import quoted
 from fmi.v1 import cohort_pb2
-from fmi_server.privacy.budget import BudgetError, PrivacySettings, plan_budget
+from fmi_server.privacy.budget import PrivacySettings, budget_faults
 from fmi_server.privacy.noisy_means import PRIVATE_ESTIMATORS
 
 __all__ = [
@@ -72,10 +72,8 @@ def private_spec_problems(spec: cohort_pb2.CohortSpec) -> Iterator[Problem]:
     yield from _vocabulary_problems(spec)
     yield from _estimator_problems(spec.aggregation)
     yield from _schedule_problems(spec.release)
-    try:
-        plan_budget(settings, max(1, len(spec.signals)))
-    except BudgetError as error:
-        yield Problem("privacy", (error.setting, *_BUDGET), "privacy_budget", error.advice)
+    for fault in budget_faults(settings, max(1, len(spec.signals))):
+        yield Problem("privacy", (fault.setting, *_BUDGET), "privacy_budget", fault.advice)
 
 
 _BUDGET: Final = (

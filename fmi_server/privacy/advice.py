@@ -71,9 +71,15 @@ def report_plan(
         excess = noise / USEFUL_STDERR
         ways = [f"{math.ceil(sites * excess)} sites"]
         epsilon = plan.epsilon_of(plan.rho * excess**2)
-        if epsilon <= LARGE_EPSILON:
+        if epsilon <= LARGE_EPSILON and plan.noise_asked:
+            ways.append(
+                f"a dp_noise_sigma of {plan.noise_asked / excess:.3g} (an epsilon of about {epsilon:.3g} "
+                f"over {plan.epochs} releases)"
+            )
+        elif epsilon <= LARGE_EPSILON:
             ways.append(f"an epsilon of about {epsilon:.3g}")
-        counts = [(plan.epochs, "release")]
+        # Noise that was asked for stays as it is however often it is drawn.
+        counts = [] if plan.noise_asked else [(plan.epochs, "release")]
         if sent == signals and plan.sums.clip_norm is None:
             counts.append((signals, "signal"))
         for number, noun in counts:

@@ -7,12 +7,21 @@ which releases add up, divided over the epochs that it must last for, and turned
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fmi_server.privacy.accounting import zcdp_epsilon, zcdp_of_noise, zcdp_rho
 from fmi_server.privacy.noisy_means import PrivateSums
 
-__all__ = ["BudgetError", "BudgetPlan", "PrivacySettings", "natural_sensitivity", "plan_budget"]
+__all__ = [
+    "BudgetError",
+    "BudgetPlan",
+    "PrivacySettings",
+    "budget_faults",
+    "natural_sensitivity",
+    "plan_budget",
+    "rounded_up",
+]
 
 _ROUNDING = 1e-9
 
@@ -101,6 +110,7 @@ class BudgetPlan:
             costs so many times, and the share of a rounding more, so that a sum of costs does not pass it.
         noise_multiplier: standard deviation of the noise by the natural sensitivity.
         sums: the mechanism with that noise.
+        noise_asked: the `dp_noise_sigma` that was asked for; 0 where the noise follows from the budget.
     """
 
     epsilon: float
@@ -109,6 +119,7 @@ class BudgetPlan:
     rho: float
     noise_multiplier: float
     sums: PrivateSums
+    noise_asked: float = 0.0
 
     @property
     def rho_per_release(self) -> float:
@@ -163,7 +174,8 @@ def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
     Raises:
         BudgetError: The settings contradict each other, or say too little to promise anything.
     """
-    _check_measures(settings)
+    for fault in _measure_faults(settings, signals):
+        raise fault
     stretch = _stretch(settings, signals)
     if settings.dp_noise_sigma:
         _mechanism(settings, signals, settings.dp_noise_sigma * stretch, "dp_noise_sigma")
@@ -172,22 +184,10 @@ def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
         rho = zcdp_rho(settings.dp_epsilon, settings.dp_delta)
     multiplier, epochs = settings.dp_noise_sigma * stretch, settings.dp_epochs
     if multiplier == 0.0:
-        if not epochs:
-            raise BudgetError(
-                "dp_epochs",
-                "is not set; say how many releases dp_epsilon must last for, or how much noise each has "
-                "(dp_noise_sigma)",
-            )
         # A rounding more, so that the budget is kept to the last digit.
         multiplier = math.sqrt(epochs / (2.0 * rho)) * stretch * (1.0 + 2.0 * _ROUNDING)
     elif rho:
         epochs = _checked_epochs(settings, rho, multiplier)
-    elif not epochs:
-        raise BudgetError(
-            "dp_epochs",
-            "is not set; noise alone (dp_noise_sigma) promises nothing over releases without end: say how "
-            "many there may be, or a dp_epsilon",
-        )
     field = "dp_noise_sigma" if settings.dp_noise_sigma else "dp_epsilon"
     sums = _mechanism(settings, signals, multiplier, field)
     rho = epochs * float(sums.rho) * (1.0 + _ROUNDING)
@@ -198,45 +198,100 @@ def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
             f"is {settings.dp_noise_sigma:g}, which over {epochs} releases is an epsilon of {epsilon:.3g} "
             "and promises nothing: raise it, or say a dp_epsilon and leave it out",
         )
-    return BudgetPlan(epsilon, settings.dp_delta, epochs, rho, multiplier, sums)
+    return BudgetPlan(
+        epsilon, settings.dp_delta, epochs, rho, multiplier, sums, settings.dp_noise_sigma
+    )
 
 
-def _check_measures(settings: PrivacySettings) -> None:
-    """Refuse settings that promise nothing, each by itself."""
+def budget_faults(settings: PrivacySettings, signals: int) -> tuple[BudgetError, ...]:
+    """Return all that is wrong with what is asked; nothing where `plan_budget` makes a plan of it.
+
+    Args:
+        settings: what is asked.
+        signals: that are released together.
+    """
+    if faults := tuple(_measure_faults(settings, signals)):
+        return faults
+    try:
+        plan_budget(settings, signals)
+    except BudgetError as fault:
+        return (fault,)
+    return ()
+
+
+def rounded_up(value: float) -> str:
+    """Tell a least value in six digits, none of them too small: what is told is taken when it is set.
+
+    Args:
+        value: above 0.
+    """
+    exponent = math.floor(math.log10(value)) - 5
+    return f"{math.ceil(value * (1.0 + _ROUNDING) / 10.0**exponent) * 10.0**exponent:.6g}"
+
+
+def _measure_faults(settings: PrivacySettings, signals: int) -> Iterator[BudgetError]:
+    """Tell of settings that promise nothing, each by itself."""
     if not settings.private:
-        raise BudgetError(
+        yield BudgetError(
             "dp_epsilon",
             "is not set, and neither is dp_noise_sigma, so that nothing is asked for: set one",
         )
-    for name in ("dp_epsilon", "dp_delta", "dp_noise_sigma", "dp_sensitivity", "dp_clip_norm"):
+        return
+    endless = [name for name in _MEASURES if not math.isfinite(getattr(settings, name) or 0.0)]
+    for name in endless:
         given = getattr(settings, name)
-        if given is not None and not math.isfinite(given):
-            raise BudgetError(
-                name, f"is {given:g}, which nothing can be measured by: give a finite one"
-            )
-    if settings.dp_clip_norm is not None and not settings.dp_clip_norm >= MIN_CLIP_NORM:
-        raise BudgetError(
-            "dp_clip_norm",
-            f"is {settings.dp_clip_norm:g}, to which no vector can be scaled: choose one of at least "
-            f"{MIN_CLIP_NORM:g}, or leave it out",
+        yield BudgetError(
+            name, f"is {given:g}, which nothing can be measured by: give a finite one"
         )
-    if not 0.0 < settings.dp_delta < 1.0:
-        raise BudgetError(
+    if endless:
+        return
+    if settings.dp_epsilon > MAX_EPSILON:
+        yield BudgetError(
+            "dp_epsilon",
+            f"is {settings.dp_epsilon:g}, which promises nothing: choose one below 10, or leave privacy out",
+        )
+    if not settings.dp_delta > 0.0:
+        yield BudgetError(
             "dp_delta",
             f"is {settings.dp_delta:g}; Gaussian noise promises nothing without a delta above 0: choose one "
             "well below 1 / (number of sites), for example 1e-6",
         )
-    if settings.dp_epsilon > MAX_EPSILON:
-        raise BudgetError(
-            "dp_epsilon",
-            f"is {settings.dp_epsilon:g}, which promises nothing: choose one below 10, or leave privacy out",
-        )
-    if settings.dp_delta > MAX_DELTA:
-        raise BudgetError(
+    elif settings.dp_delta > MAX_DELTA:
+        yield BudgetError(
             "dp_delta",
             f"is {settings.dp_delta:g}, which promises nothing: choose one well below 1 / (number of sites), "
             "for example 1e-6",
         )
+    if not settings.dp_epochs and not settings.dp_noise_sigma:
+        yield BudgetError(
+            "dp_epochs",
+            "is not set; say how many releases dp_epsilon must last for, or how much noise each has "
+            "(dp_noise_sigma)",
+        )
+    elif not settings.dp_epochs and not settings.dp_epsilon:
+        yield BudgetError(
+            "dp_epochs",
+            "is not set; noise alone (dp_noise_sigma) promises nothing over releases without end: say how "
+            "many there may be, or a dp_epsilon",
+        )
+    if settings.dp_clip_norm is not None and not settings.dp_clip_norm >= MIN_CLIP_NORM:
+        yield BudgetError(
+            "dp_clip_norm",
+            f"is {settings.dp_clip_norm:g}, to which no vector can be scaled: choose one of at least "
+            f"{MIN_CLIP_NORM:g}, or leave it out",
+        )
+    elif settings.dp_sensitivity is not None:
+        natural = natural_sensitivity(signals, settings.dp_clip_norm)
+        if settings.dp_sensitivity < natural * (1.0 - _ROUNDING):
+            yield BudgetError(
+                "dp_sensitivity",
+                f"is {settings.dp_sensitivity:g}, but a site can move the sums of {signals} signals by "
+                f"{rounded_up(natural)}: leave it out, declare fewer signals, or have vectors scaled to that "
+                "norm (dp_clip_norm)",
+            )
+
+
+_MEASURES = ("dp_epsilon", "dp_delta", "dp_noise_sigma", "dp_sensitivity", "dp_clip_norm")
 
 
 def _mechanism(
@@ -258,14 +313,7 @@ def _stretch(settings: PrivacySettings, signals: int) -> float:
     declared = settings.dp_sensitivity
     if declared is None:
         return 1.0
-    natural = natural_sensitivity(signals, settings.dp_clip_norm)
-    if declared < natural * (1.0 - _ROUNDING):
-        raise BudgetError(
-            "dp_sensitivity",
-            f"is {declared:g}, but a site can move the sums of {signals} signals by {natural:.6g}: leave it "
-            "out, declare fewer signals, or have vectors scaled to that norm (dp_clip_norm)",
-        )
-    return max(1.0, declared / natural)
+    return max(1.0, declared / natural_sensitivity(signals, settings.dp_clip_norm))
 
 
 def _checked_epochs(settings: PrivacySettings, rho: float, multiplier: float) -> int:
@@ -282,6 +330,6 @@ def _checked_epochs(settings: PrivacySettings, rho: float, multiplier: float) ->
     raise BudgetError(
         "dp_noise_sigma",
         f"is {settings.dp_noise_sigma:g}, but dp_epsilon {settings.dp_epsilon:g} over "
-        f"{max(1, settings.dp_epochs)} releases needs at least {needed:.6g}: {', '.join(ways[:-1])} or "
-        f"{ways[-1]}",
+        f"{max(1, settings.dp_epochs)} releases needs at least {rounded_up(needed)}: "
+        f"{', '.join(ways[:-1])} or {ways[-1]}",
     )

@@ -87,6 +87,14 @@ def test_what_is_filled_in_is_taken_again_and_changes_nothing(cohorts):
         ({"release": {"minInterval": "1s"}}, {"release.min_interval": "private_schedule"}),
         ({"release": {"maxInterval": "0.05s"}}, {"release.max_interval": "private_schedule"}),
         ({"privacy": {"dpEpsilon": 1.0, "dpEpochs": 5}}, {"privacy.dp_delta": "privacy_budget"}),
+        (
+            {"privacy": {"dpEpsilon": 1.0, "dpSensitivity": 1.0}},
+            {
+                "privacy.dp_delta": "privacy_budget",
+                "privacy.dp_epochs": "privacy_budget",
+                "privacy.dp_sensitivity": "privacy_budget",
+            },
+        ),
         ({"privacy": {"dpEpsilon": 1.0, "dpDelta": 1e-6}}, {"privacy.dp_epochs": "privacy_budget"}),
         (
             {"privacy": {**PRIVATE["privacy"], "dpNoiseSigma": 1.0}},

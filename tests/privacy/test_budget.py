@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from fmi_server.privacy.advice import report_plan
 from fmi_server.privacy.budget import (
     BudgetError,
     PrivacySettings,
+    budget_faults,
     natural_sensitivity,
     plan_budget,
 )
@@ -187,10 +189,11 @@ def test_privacy_is_asked_for_or_not():
     st.integers(1, 2**32 - 1),
 )
 def test_whatever_is_asked_gets_a_plan_that_keeps_its_word_or_a_reason(settings, signals, sites):
-    try:
-        plan = plan_budget(settings, signals)
-    except BudgetError:
+    if faults := budget_faults(settings, signals):
+        with pytest.raises(BudgetError, match=re.escape(str(faults[0]))):
+            plan_budget(settings, signals)
         return
+    plan = plan_budget(settings, signals)
     assert 1 <= plan.epochs < 2**32
     assert plan.spent(plan.epochs) <= plan.epsilon * (1.0 + 1e-9)
     report = report_plan(plan, sites)
@@ -213,6 +216,44 @@ def test_what_promises_nothing_is_refused_in_words_of_the_settings(asked, settin
         plan_budget(asked, 5)
     assert refused.value.setting == setting
     assert said in refused.value.advice
+
+
+def test_all_that_is_wrong_with_a_budget_is_told_at_once():
+    asked = PrivacySettings(2e4, 0.0, dp_sensitivity=0.1)
+    named = [fault.setting for fault in budget_faults(asked, 5)]
+    assert named == ["dp_epsilon", "dp_delta", "dp_epochs", "dp_sensitivity"]
+    asked = PrivacySettings(0.0, 1.0, 3.0, dp_sensitivity=0.1, dp_clip_norm=0.001)
+    faults = budget_faults(asked, 5)
+    assert [fault.setting for fault in faults] == ["dp_delta", "dp_epochs", "dp_clip_norm"]
+    assert "is 1, which promises nothing" in faults[0].advice
+    asked = PrivacySettings(math.inf, math.nan, dp_epochs=1)
+    assert [fault.setting for fault in budget_faults(asked, 5)] == ["dp_epsilon", "dp_delta"]
+
+
+@given(EPSILON, EPOCHS, st.integers(1, 4096), st.floats(0.02, 10.0))
+def test_a_least_value_that_a_refusal_tells_is_taken(epsilon, epochs, signals, norm):
+    for asked, setting in (
+        (PrivacySettings(epsilon, 1e-6, 1e-5, dp_epochs=epochs), "dp_noise_sigma"),
+        (PrivacySettings(epsilon, 1e-6, 0.0, 1e-3, epochs, norm), "dp_sensitivity"),
+        (PrivacySettings(epsilon, 1e-6, 0.0, 1e-3, epochs), "dp_sensitivity"),
+    ):
+        (fault,) = budget_faults(asked, signals)
+        assert fault.setting == setting
+        least = re.search(r"(?:at least|signals by) ([0-9.e+-]*[0-9])", fault.advice)[1]
+        assert budget_faults(replace(asked, **{setting: float(least)}), signals) == ()
+
+
+def test_advice_where_the_noise_is_asked_for_names_what_changes_it():
+    asked = PrivacySettings(2.0, 1e-6, dp_noise_sigma=40.0, dp_epochs=20)
+    report = report_plan(plan_budget(asked, 5), 400)
+    (advice,) = [line for line in report.advice if "choose one of" in line]
+    assert "releases instead of" not in advice  # they would have the same noise
+    least = float(re.search(r"a dp_noise_sigma of ([0-9.]+)", advice)[1])
+    alone = replace(asked, dp_epsilon=0.0, dp_noise_sigma=least)
+    plan = plan_budget(alone, 5)
+    assert report_plan(plan, 400).noise_stderr == pytest.approx(0.1, rel=0.01)
+    epsilon = float(re.search(r"epsilon of about ([0-9.]+)", advice)[1])
+    assert epsilon == pytest.approx(plan.epsilon, rel=0.01)
 
 
 def test_advice_names_ways_that_lead_there():
