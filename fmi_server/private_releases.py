@@ -172,6 +172,16 @@ class PrivateReleases:
             due = _next_period_s(rules, opened_us)
         return Account(releases, spent, plan.epsilon_of(spent), left, due)
 
+    def ends_at(self, rules: CohortRules) -> float | None:
+        """Return when the last release is due that the budget pays for, Unix seconds; None for never."""
+        total = self._totals.get(rules.name)
+        left = _left(_plan_of(rules), total)
+        if not left:
+            return None
+        opened_us = total.last_period if total else _period_us(rules, self._clock())
+        later_us = (left - 1) * _period_length_us(rules)
+        return _next_period_s(rules, opened_us) + later_us / _MICROSECONDS
+
     def overspent(self, rules: CohortRules) -> Violation | None:
         """Tell where rules would promise a budget that is spent already, and more than it."""
         total, plan = self._totals.get(rules.name), rules.privacy

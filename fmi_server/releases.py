@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -421,6 +422,7 @@ class Releaser:
 
     def _due(self) -> dict[str, float]:
         due: dict[str, float] = {}
+        ends: list[float | None] = []
         for name, work in self._work.items():
             if not self.owns(name):
                 continue
@@ -428,6 +430,7 @@ class Releaser:
             if rules is not None:
                 # Nothing that a site sends may move the release of a private cohort.
                 at = self.private.due(rules)
+                ends.append(self.private.ends_at(rules))
                 if at is not None:
                     due[name] = max(at, work.retry_at)
                 continue
@@ -437,6 +440,12 @@ class Releaser:
             earliest = max(work.retry_at, work.computed_at + rules.min_interval_s)
             latest = work.dirty_since + rules.max_interval_s
             due[name] = earliest if work.quorate else max(earliest, latest)
+        paid = [end for end in ends if end is not None]
+        self._telemetry.budgets(
+            releasing=len(paid),
+            exhausted=len(ends) - len(paid),
+            first_end=min(paid, default=math.inf),
+        )
         return due
 
     def _private_rules(self, name: str) -> CohortRules | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Final
 
@@ -97,6 +98,19 @@ class FMITelemetry:
             "Whether calls are refused because memory is short: 0, or 1 while they are.",
             registry=self.registry,
         )
+        self._private_cohorts = Gauge(
+            "fmi_private_cohorts",
+            "Private cohorts of this server, `releasing`, or `exhausted` where the budget is spent.",
+            ("state",),
+            registry=self.registry,
+        )
+        self._budget_ends = Gauge(
+            "fmi_privacy_budget_ends_timestamp_seconds",
+            "Unix time of the last release that a private cohort can pay for, of the first that ends; +Inf "
+            "where none releases.",
+            registry=self.registry,
+        )
+        self.budgets(releasing=0, exhausted=0, first_end=math.inf)
         self._release_seconds = Histogram(
             "fmi_release_seconds",
             "Seconds from the start of a release until it is durable.",
@@ -185,6 +199,18 @@ class FMITelemetry:
         """Set the resident memory, in bytes, and whether calls are refused for it."""
         self._memory.set(held)
         self._memory_pressed.set(pressed)
+
+    def budgets(self, *, releasing: int, exhausted: int, first_end: float) -> None:
+        """Set how many private cohorts have budget left and how many do not, and when the first ends.
+
+        Args:
+            releasing: Cohorts with budget left.
+            exhausted: Cohorts without.
+            first_end: Unix seconds of the last release of that which ends first; infinity for none.
+        """
+        self._private_cohorts.labels("releasing").set(releasing)
+        self._private_cohorts.labels("exhausted").set(exhausted)
+        self._budget_ends.set(first_end)
 
     def snapshot(self) -> Mapping[str, float]:
         """Return every count by name and labels, for example `fmi_packets_total{type="msp",...}`."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
 
+import yaml
 from broker import Broker
 from documents import ROOT, TARGET, console_commands, run
 
@@ -16,6 +18,7 @@ from fmi.plain import new_packet_id, packet_from_plain
 from fmi_server.app import STORE_FILE
 from fmi_server.service import FMIService
 from fmi_server.storage import JetStreamStore, SqliteStore
+from fmi_server.telemetry import FMITelemetry
 
 PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 EMBEDDED, _, SHARED = PAGE.partition("## Several servers")
@@ -36,6 +39,19 @@ async def fill(data_dir: Path) -> None:
                 }
             )
         )
+
+
+def test_the_alert_rules_are_of_metrics_that_there_are() -> None:
+    (block,) = re.findall(r"```yaml\n(groups:.*?)```", EMBEDDED, re.DOTALL)
+    (group,) = yaml.safe_load(block)["groups"]
+    telemetry = FMITelemetry()
+    telemetry.release("failed", 1.0)
+    there = telemetry.snapshot()
+    for rule in group["rules"]:
+        for name in re.findall(r"fmi_\w+(?:\{.*?\})?", rule["expr"]):
+            assert name in there, rule["alert"]
+        assert rule["annotations"]["summary"]
+    assert len({rule["alert"] for rule in group["rules"]}) == 4
 
 
 def commands_of(text: str) -> list[str]:

@@ -78,6 +78,7 @@ class Server:
 
     def __init__(self, store, clock: Clock, spec=None) -> None:
         self.store, self.clock = store, clock
+        self.telemetry = FMITelemetry()
         self.cohorts = CohortRegistry(CONTRACT)
         self.declare(SPEC if spec is None else spec)
         self.releaser = Releaser(
@@ -85,7 +86,7 @@ class Server:
             self.cohorts,
             FMIAggregator(registry=CONTRACT, clock=clock),
             FMIRouter(telemetry=FMITelemetry()),
-            telemetry=FMITelemetry(),
+            telemetry=self.telemetry,
             clock=clock,
         )
         self.told: list[update_pb2.Update] = []
@@ -569,6 +570,43 @@ async def test_a_ledger_ahead_of_the_clock_is_told_once(server, clock, caplog):
 async def test_a_ledger_in_memory_is_told(store, clock, caplog):
     await Server(store, clock).start()
     assert [r for r in caplog.records if "begins with a whole budget" in r.message]
+
+
+def told_of_budgets(server: Server) -> tuple[float, float, float]:
+    """Return what the metrics say: who releases, who is exhausted, and in how many days the first ends."""
+    server.due()
+    counts = server.telemetry.snapshot()
+    ends = counts["fmi_privacy_budget_ends_timestamp_seconds"]
+    return (
+        counts['fmi_private_cohorts{state="releasing"}'],
+        counts['fmi_private_cohorts{state="exhausted"}'],
+        (ends - (START - 3600.0)) / DAY_S,
+    )
+
+
+async def test_metrics_say_when_a_budget_ends_and_that_it_did(server, store, clock):
+    assert told_of_budgets(server) == (1, 0, 5)  # of five releases the first is due tomorrow
+    for _ in range(4):
+        await server.pass_days(1)
+        assert told_of_budgets(server) == (1, 0, 5)
+    await server.pass_days(2)  # a period without a release moves the end
+    assert told_of_budgets(server) == (0, 1, math.inf)
+    again = await Server(store, clock).start()
+    assert told_of_budgets(again) == (0, 1, math.inf)
+    await again.put({**SPEC, "privacy": {**SPEC["privacy"], "dpEpsilon": 80.0}}, force=True)
+    assert told_of_budgets(again)[:2] == (1, 0)
+    again.releaser.owns = lambda _: False  # another server releases it, and tells
+    assert told_of_budgets(again) == (0, 0, math.inf)
+    other = {name: value for name, value in SPEC.items() if name != "privacy"}
+    again.releaser.owns = lambda _: True
+    await again.put(other, force=True)
+    assert told_of_budgets(again) == (0, 0, math.inf)
+
+
+async def test_metrics_say_that_a_budget_ends_later_where_a_period_was_missed(server):
+    assert told_of_budgets(server) == (1, 0, 5)
+    await server.pass_days(3)
+    assert told_of_budgets(server) == (1, 0, 7)
 
 
 async def test_a_budget_that_is_overspent_is_no_promise(server):

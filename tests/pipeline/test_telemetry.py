@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from parts import msp
 from prometheus_client import generate_latest
@@ -25,6 +27,8 @@ def test_every_count_counts():
     telemetry.subscribers(5)
     telemetry.subscribers(2)
     telemetry.cohorts(4)
+    assert telemetry.snapshot()["fmi_privacy_budget_ends_timestamp_seconds"] == math.inf
+    telemetry.budgets(releasing=3, exhausted=2, first_end=1.7e9)
     counts = telemetry.snapshot()
     expected = {
         'fmi_packets_total{status="accepted",type="msp"}': 5,
@@ -38,6 +42,9 @@ def test_every_count_counts():
         "fmi_conflated_updates_total": 7,
         "fmi_subscribers": 2,
         "fmi_cohorts": 4,
+        'fmi_private_cohorts{state="releasing"}': 3,
+        'fmi_private_cohorts{state="exhausted"}': 2,
+        "fmi_privacy_budget_ends_timestamp_seconds": 1.7e9,
         "fmi_release_seconds_count": 2,
         "fmi_release_seconds_sum": pytest.approx(20.02),
         'fmi_release_seconds_bucket{le="0.025"}': 1,
