@@ -31,6 +31,7 @@ from fmi_server.envelope import EnvelopeLimits
 from fmi_server.errors import ServerDrainingError
 from fmi_server.listening import (
     described,
+    exposed_private,
     probe_address,
     reaches_beyond_loopback,
     warn_of_open_listening,
@@ -292,6 +293,7 @@ async def running(
             len(cohorts),
         )
         _log.info("%s", described(settings))
+        _warn_of_exposed(settings, cohorts)
         stop = asyncio.Event()
         try:
             async with (
@@ -428,6 +430,12 @@ async def serve(settings: ServerSettings) -> None:
     if error is not None:
         raise error
     _log.info("stopped in good order")
+
+
+def _warn_of_exposed(settings: ServerSettings, cohorts: CohortRegistry) -> None:
+    private = [rules.name for rules in cohorts if rules.privacy is not None]
+    if told := exposed_private(settings, private):
+        _log.warning("%s", told)
 
 
 def _check_folder(folder: Path) -> None:

@@ -23,6 +23,8 @@ from fmi_server.config import (
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.errors import FMIError
 from fmi_server.invocation import EXIT_AGAIN, fail, settings_of
+from fmi_server.listening import exposed_private
+from fmi_server.private_specs import privacy_settings
 from fmi_server.server_log import configure_log
 from fmi_server.storage.base import StoreBehindError
 
@@ -133,3 +135,6 @@ def check_config(config: Path | None, **flags: Any) -> None:
     click.echo(f"# {len(files)} cohort {'file is' if len(files) == 1 else 'files are'} in order")
     if files:
         click.echo("# not compared with the store: a change that would break sites stops the start")
+    private = [file.spec.name for file in files if privacy_settings(file.spec.privacy).private]
+    if told := exposed_private(settings, private):
+        click.echo(f"warning: {told}", err=True)

@@ -59,7 +59,8 @@ def command(_settings: Settings) -> None:
     Who may not administer any cohort gets the names of those that he may use.
 
     In the list, "quar." is the number of packets in quarantine, "subs." that of subscribers; an "open"
-    cohort was never declared, a "dirty" one has news to release.
+    cohort was never declared, a "dirty" one has news to release. A "private" one releases by the clock,
+    until its budget is "exhausted".
     """  # noqa: D301 - click wants the character
 
 
@@ -80,12 +81,13 @@ def _show(settings: Settings, name: str | None) -> int:
             return ExitCode.OK
         try:
             cohorts = client.admin.list_cohorts()
+            budgets = [] if settings.json else client.admin.list_privacy_budgets()
         except AccessDeniedError:
             return _list_names(settings, [spec.name for spec in client.cohort_specs()])
     if settings.json:
         print_json({"cohorts": [message_data(cohort) for cohort in cohorts]})
     elif cohorts:
-        print_text(_list_view(cohorts))
+        print_text(_list_view(cohorts, budgets))
     else:
         print_text("no cohorts yet")
     return ExitCode.OK
@@ -205,14 +207,23 @@ def _spec_error(file: Path, detail: str) -> SpecError:
     )
 
 
-def _list_view(cohorts: list[admin_service_pb2.CohortStatus]) -> RenderableType:
+def _list_view(
+    cohorts: list[admin_service_pb2.CohortStatus], budgets: list[admin_service_pb2.PrivacyBudget]
+) -> RenderableType:
+    private = {budget.cohort: budget for budget in budgets if budget.HasField("plan")}
     right = ("sites", "packets", "quar.", "subs.")
     listed = table(
         "cohort", "sites", "packets", "quar.", "prior", "released", "subs.", "state", right=right
     )
     now = time.time()
     for cohort in cohorts:
-        states = (("open", not cohort.declared), ("dirty", cohort.dirty))
+        budget = private.get(cohort.cohort)
+        states = (
+            ("open", not cohort.declared),
+            ("private", budget is not None),
+            ("exhausted", budget is not None and not budget.releases_left),
+            ("dirty", cohort.dirty and budget is None),  # a private one is released by the clock
+        )
         listed.add_row(
             text(cohort.cohort, "cyan"),
             str(cohort.sites),

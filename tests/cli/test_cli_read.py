@@ -294,11 +294,24 @@ def statuses(_request):
     care.revisions["prior"] = 9
     care.released_at.FromSeconds(int(time.time()) - 125)
     answer.cohorts.add(cohort="retail/eu")
+    answer.cohorts.add(cohort="spent", declared=True, dirty=True)
+    answer.cohorts.add(cohort="quiet", declared=True, dirty=True)
+    answer.cohorts.add(cohort="was", declared=True, dirty=True)
+    return answer
+
+
+def budgets(_request):
+    answer = admin_service_pb2.ListPrivacyBudgetsResponse()
+    spent, quiet = answer.budgets.add(cohort="spent"), answer.budgets.add(cohort="quiet")
+    answer.budgets.add(cohort="was")  # it has a ledger, and is not private now
+    spent.plan.epochs = quiet.plan.epochs = 3
+    quiet.releases_left = 1
     return answer
 
 
 def test_cohorts_lists_them(ask, script):
     script["ListCohorts"] = statuses
+    script["ListPrivacyBudgets"] = budgets
     told = ask("cohorts").stdout.splitlines()
     assert told[2].split() == [
         "care",
@@ -314,6 +327,11 @@ def test_cohorts_lists_them(ask, script):
         "dirty",
     ]
     assert told[3].split() == ["retail/eu", "0", "0", "-", "-", "0", "open"]
+    assert [line.split("0 ", 3)[-1].strip() for line in told[4:]] == [
+        "private, exhausted",
+        "private",
+        "dirty",
+    ]
     data = json.loads(ask("cohorts", "--json").stdout)
     assert data["cohorts"][0]["packets"] == 3456
     script["ListCohorts"] = admin_service_pb2.ListCohortsResponse()

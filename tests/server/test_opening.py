@@ -115,3 +115,15 @@ async def test_the_operators_log_tells_what_became_of_cohorts_and_packets(data_d
     assert "cohort care is opened by the first packet, from site-1" in caplog.text
     told = f"packet {packet.header.packet_id} of site site-1 is put into quarantine"
     assert told in caplog.text
+
+
+async def test_the_log_warns_of_private_cohorts_where_nobody_is_authenticated(data_dir, caplog):
+    async with running_server(data_dir) as server, Client(server.target) as client:
+        spec = closed(tau=CONTROLLER)
+        spec.signals[0].lower, spec.signals[0].upper = 0.0, 1.0
+        spec.privacy.dp_epsilon, spec.privacy.dp_delta, spec.privacy.dp_epochs = 1.0, 1e-6, 2
+        await client.put_spec(spec)
+    assert "is private, but" not in caplog.text
+    async with running_server(data_dir):
+        pass
+    assert "cohort care is private, but callers are not authenticated" in caplog.text

@@ -15,6 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 import yaml
+from click.testing import CliRunner
 from server_harness import (
     DEADLINE_S,
     Client,
@@ -30,6 +31,7 @@ from server_process import LOCAL, assert_refused, run, started
 
 from fmi.v1 import admin_service_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
+from fmi_server.commands import cli
 from fmi_server.config import ServerSettings, load_settings
 from fmi_server.testing import running_server
 
@@ -154,6 +156,34 @@ def test_a_check_counts_the_cohort_files_and_says_what_it_did_not_check(
     assert [text.startswith("# not compared with the store") for text in said[1:]] == (
         [True] if names else []
     )
+
+
+PRIVATE = """
+name: {name}
+signals: [{{name: tau, section: controller, lower: 0, upper: 1}}]
+privacy: {{dp_epsilon: 1, dp_delta: 1e-6, dp_epochs: 2}}
+"""
+
+
+def test_a_check_warns_of_private_cohorts_where_nobody_is_authenticated(command, tmp_path):
+    (tmp_path / "open.yaml").write_text("name: open\n")
+    assert "private" not in command("--cohorts", ".", name="check-config").err
+    (tmp_path / "care.yaml").write_text(PRIVATE.format(name="care"))
+    ended = command("--cohorts", ".", name="check-config")
+    assert ended.code == 0
+    assert "warning: cohort care is private, but callers are not authenticated" in ended.err
+    for number in range(4):
+        (tmp_path / f"c{number}.yaml").write_text(PRIVATE.format(name=f"c{number}"))
+    told = command("--cohorts", ".", name="check-config").err
+    assert "cohorts c0, c1, c2 and 2 more are private" in told
+    made = CliRunner().invoke(
+        cli, ["tokens", "create", "a", "--tokens", "tokens.json", "--out", "a.token"]
+    )
+    assert made.exit_code == 0, made.output
+    (tmp_path / "cohorts").mkdir()
+    (tmp_path / "care.yaml").rename(tmp_path / "cohorts" / "care.yaml")
+    ended = command("--cohorts", "cohorts", "--tokens", "tokens.json", name="check-config")
+    assert (ended.code, ended.err) == (0, "")
 
 
 @pytest.mark.parametrize("folder", ["afile", "afile/below"])
