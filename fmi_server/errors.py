@@ -386,16 +386,20 @@ class ServerDrainingError(FMIError):
 
 
 class UpdateNotFoundError(FMIError):
-    """There is no such update (yet)."""
+    """There is no such update (yet); where `private`, there will be none of its kind."""
 
     reason = Reason.UPDATE_NOT_FOUND
 
-    def __init__(self, cohort: str, kind: str, revision: int) -> None:
+    def __init__(self, cohort: str, kind: str, revision: int, *, private: bool = False) -> None:
         self.cohort = cohort
         self.kind = kind
         self.revision = revision
         which = f"revision {revision} of {kind}" if revision else f"{kind}"
-        super().__init__(f"cohort {cohort!r} has released no {which} yet")
+        super().__init__(
+            f"cohort {cohort!r} is private, and releases priors and warm starts only: there is no {which}"
+            if private
+            else f"cohort {cohort!r} has released no {which} yet"
+        )
 
     @property
     def metadata(self) -> Mapping[str, str]:

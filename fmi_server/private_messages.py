@@ -16,7 +16,16 @@ from fmi_server.cohorts import CohortRules
 from fmi_server.private_prior import PrivateEstimate
 from fmi_server.update_messages import SETTINGS_SECTIONS
 
-__all__ = ["NO_HINT", "private_lineage", "private_prior_message", "private_warm_start"]
+__all__ = [
+    "NO_HINT",
+    "PRIVATE_KINDS",
+    "private_lineage",
+    "private_prior_message",
+    "private_warm_start",
+]
+
+PRIVATE_KINDS: Final = frozenset({update_pb2.UPDATE_KIND_PRIOR, update_pb2.UPDATE_KIND_WARM_START})
+"""What a private cohort releases."""
 
 NO_HINT: Final = "no hint: the cohort is private, and its budget is kept for its prior"
 

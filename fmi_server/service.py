@@ -72,7 +72,7 @@ from fmi_server.errors import (
 )
 from fmi_server.feed_requests import FeedRequest, everything, kind_name
 from fmi_server.memory_watch import MemoryWatch
-from fmi_server.private_messages import private_warm_start
+from fmi_server.private_messages import PRIVATE_KINDS, private_warm_start
 from fmi_server.quotas import Quotas
 from fmi_server.releases import Releaser
 from fmi_server.router import AGGREGATOR, FMIRouter
@@ -652,7 +652,9 @@ class FMIService:
         if latest is None:
             if cohort not in self.cohorts:
                 raise CohortUnknownError(cohort)
-            raise UpdateNotFoundError(cohort, kind_name(kind), revision)
+            private = self.cohorts.rules(cohort).privacy is not None
+            never = private and kind not in PRIVATE_KINDS
+            raise UpdateNotFoundError(cohort, kind_name(kind), revision, private=never)
         found = latest
         if revision not in (0, latest.revision):
             if revision > latest.revision:
