@@ -319,7 +319,7 @@ async def running(
 async def _put_files(files: Sequence[CohortFile], service: FMIService, *, force: bool) -> None:
     """Put the specs of cohort files in force."""
     if not force:
-        check_changes(files, service.cohorts)
+        check_changes(files, service.cohorts, service.specs.unsafe_changes)
     try:
         for file in files:
             await service.put_cohort_spec(file.spec, force=force)

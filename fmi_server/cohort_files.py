@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -12,9 +12,10 @@ from typing import Any, Final
 from fmi.specs import read_cohort_spec
 from fmi.v1 import cohort_pb2
 from fmi.yaml_text import YAMLTextError, read_yaml
-from fmi_server.cohorts import UNKEPT, CohortRegistry, unkept_access
+from fmi_server.cohorts import UNKEPT, CohortRegistry, CohortRules, unkept_access
 from fmi_server.config import SettingsError
 from fmi_server.contracts import FMIContractRegistry
+from fmi_server.errors import Violation
 from fmi_server.spec_checks import spec_violations
 
 __all__ = [
@@ -127,8 +128,17 @@ def _cohort_files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def check_changes(files: Sequence[CohortFile], cohorts: CohortRegistry) -> None:
+def check_changes(
+    files: Sequence[CohortFile],
+    cohorts: CohortRegistry,
+    unsafe_changes: Callable[[CohortRules], Iterable[Violation]],
+) -> None:
     """Check that no file changes a cohort in force in a way that breaks its sites.
+
+    Args:
+        files: The files.
+        cohorts: Makes rules of them.
+        unsafe_changes: Lists what is unsafe about putting rules in force.
 
     Raises:
         CohortFilesError: Files do; nothing was changed.
@@ -141,7 +151,7 @@ def check_changes(files: Sequence[CohortFile], cohorts: CohortRegistry) -> None:
             "with --force-cohorts to do it all the same",
         )
         for file in files
-        for change in cohorts.unsafe_changes(cohorts.compile(file.spec))
+        for change in unsafe_changes(cohorts.compile(file.spec))
     ]
     if problems:
         raise CohortFilesError(problems)

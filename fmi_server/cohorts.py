@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -44,6 +44,7 @@ __all__ = [
     "IngestRules",
     "compile_spec",
     "unkept_access",
+    "unsafe_change",
 ]
 
 _log = logging.getLogger(__name__)
@@ -212,6 +213,14 @@ def _check_known(spec: cohort_pb2.CohortSpec) -> None:
         )
 
 
+def unsafe_change(changes: Iterable[Violation]) -> SpecChangeUnsafeError:
+    """Return the refusal of a change that is unsafe, and says how it is made all the same."""
+    hint = "say force to do it all the same"
+    return SpecChangeUnsafeError(
+        [replace(change, description=f"{change.description}; {hint}") for change in changes]
+    )
+
+
 class CohortRegistry:
     """The cohorts of a server, by name.
 
@@ -370,10 +379,7 @@ class CohortRegistry:
             return rules, True
         unsafe = self.unsafe_changes(rules)
         if unsafe and not force:
-            hint = "say force to do it all the same"
-            raise SpecChangeUnsafeError(
-                [replace(change, description=f"{change.description}; {hint}") for change in unsafe]
-            )
+            raise unsafe_change(unsafe)
         same = (present.schema_hash, present.access) == (rules.schema_hash, rules.access)
         return rules, not same or not present.declared
 

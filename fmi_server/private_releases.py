@@ -194,7 +194,7 @@ class PrivateReleases:
             "privacy",
             "fmi.cohort_change.privacy_overspent",
             f"promises epsilon {plan.epsilon:g} at delta {plan.delta:g} for the whole life of the cohort, "
-            f"which has spent {rounded_up(spent)} already; say force to do it all the same",
+            f"which has spent {rounded_up(spent)} already",
             Reason.SPEC_CHANGE_UNSAFE,
         )
 

@@ -10,9 +10,9 @@ from google.protobuf.message import DecodeError
 
 from fmi.v1 import cohort_pb2
 from fmi_server.access import AccessRules
-from fmi_server.cohorts import CohortRegistry, CohortRules
+from fmi_server.cohorts import CohortRegistry, CohortRules, unsafe_change
 from fmi_server.compaction import Compactor
-from fmi_server.errors import ServerDrainingError, SpecChangeUnsafeError
+from fmi_server.errors import ServerDrainingError, Violation
 from fmi_server.releases import Releaser
 from fmi_server.router import FMIRouter
 from fmi_server.storage import Store
@@ -88,13 +88,18 @@ class SpecChanges:
                 already, and `force` was not said.
             SettingUnsupportedError: It asks for what this version does not have.
         """
-        rules, changed = self._cohorts.check(spec, force=force)
-        if rules.schema_hash == self._declared_hash(rules.name):
-            return rules, changed  # who may do what promises no budget
-        overspent = self._releaser.private.overspent(rules)
-        if changed and overspent is not None and not force:
-            raise SpecChangeUnsafeError([overspent])
+        rules, changed = self._cohorts.check(spec, force=True)
+        if not force and (unsafe := self.unsafe_changes(rules)):
+            raise unsafe_change(unsafe)
         return rules, changed
+
+    def unsafe_changes(self, rules: CohortRules) -> list[Violation]:
+        """List what rules would change that breaks sites, or promise that is broken already."""
+        unsafe = self._cohorts.unsafe_changes(rules)
+        if rules.schema_hash == self._declared_hash(rules.name):
+            return unsafe  # who may do what promises no budget
+        overspent = self._releaser.private.overspent(rules)
+        return unsafe if overspent is None else [*unsafe, overspent]
 
     async def put(self, spec: cohort_pb2.CohortSpec, *, force: bool) -> tuple[CohortRules, bool]:
         """Store a spec and put it in force; see `check`.

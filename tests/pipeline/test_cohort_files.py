@@ -489,11 +489,11 @@ def test_every_unsafe_change_of_every_file_is_told_with_file_cohort_and_flag(tmp
         written(tmp_path, f"{{name: {name}, free_signals: true}}", f"{name}.yaml")
     for file in read(tmp_path):
         cohorts.declare(file.spec)
-    check_changes(read(tmp_path), cohorts)
+    check_changes(read(tmp_path), cohorts, cohorts.unsafe_changes)
     for name in ("a", "b"):
         written(tmp_path, f"{{name: {name}, free_signals: false}}", f"{name}.yaml")
     with pytest.raises(CohortFilesError) as caught:
-        check_changes(read(tmp_path), cohorts)
+        check_changes(read(tmp_path), cohorts, cohorts.unsafe_changes)
     first, second = caught.value.problems
     assert str(first) == (
         f"{tmp_path / 'a.yaml'}: free_signals: of cohort a is closed, so undeclared signals are "

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import grpc
 import pytest
-from server_harness import Client, msp, refusal_of
+from server_harness import Client, eventually, msp, refusal_of
 from server_process import LOCAL, assert_refused, run, started
 
+from fmi.v1 import admin_service_pb2, registry_service_pb2
 from fmi_server.storage import SqliteStore
 
 CARE = """\
@@ -82,6 +83,45 @@ async def test_an_unsafe_cohort_file_needs_force(tmp_path):
         assert words in warning
     async with started(*flags) as server, Client(server.target) as client:
         assert (await client.sites())["care:site"].packets["msp"] == 1
+
+
+PRIVATE = (
+    CARE
+    + """
+release: {max_interval: 0.2}
+privacy: {dp_epsilon: 40, dp_delta: 1e-6, dp_epochs: 5}
+"""
+)
+
+
+async def test_a_file_that_promises_a_spent_budget_is_named_before_any_file_is_in_force(tmp_path):
+    folder = tmp_path / "cohorts"
+    folder.mkdir()
+    flags = (*LOCAL, "--data-dir", str(tmp_path / "data"), "--cohorts", str(folder))
+    (folder / "care.yaml").write_text(PRIVATE)
+    async with started(*flags) as server, Client(server.target) as client:
+        request = admin_service_pb2.ListPrivacyBudgetsRequest()
+
+        async def paid_for() -> int:
+            return (await client.admin.ListPrivacyBudgets(request)).budgets[0].releases
+
+        await eventually(paid_for)
+        smaller = {"dp_epsilon: 40": "dp_epsilon: 1", "upper: 1}": "upper: 0.5}"}
+        known = registry_service_pb2.GetCohortSpecRequest(cohort="care")
+        spec = (await client.registry.GetCohortSpec(known)).spec
+        spec.privacy.dp_epsilon, spec.signals[0].upper = 1.0, 0.5
+        refusal = await refusal_of(client.put_spec(spec))
+        assert refusal.reason == "SPEC_CHANGE_UNSAFE"
+        assert [place for place, _ in refusal.violations] == ['signals["tau"].upper', "privacy"]
+        assert all("; say force" in description for description in refusal.descriptions)
+    (folder / "a.yaml").write_text("name: new")
+    for old, new in smaller.items():
+        (folder / "care.yaml").write_text((folder / "care.yaml").read_text().replace(old, new))
+    refused = await run(*flags)
+    assert_refused(refused, "2 problems in 1 cohort file")
+    assert f"{folder / 'care.yaml'}: privacy: of cohort care promises epsilon 1" in refused.err
+    assert refused.err.count("--force-cohorts") == 2
+    assert set(await cohorts_kept(tmp_path / "data")) == {"care"}
 
 
 @pytest.mark.parametrize("declared", [True, False], ids=["some declared", "none declared"])
