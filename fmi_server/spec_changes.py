@@ -95,11 +95,14 @@ class SpecChanges:
 
     def unsafe_changes(self, rules: CohortRules) -> list[Violation]:
         """List what rules would change that breaks sites, or promise that is broken already."""
-        unsafe = self._cohorts.unsafe_changes(rules)
+        overspent = self._overspent(rules)
+        return [*self._cohorts.unsafe_changes(rules), *([overspent] if overspent else [])]
+
+    def _overspent(self, rules: CohortRules) -> Violation | None:
+        """Tell where rules promise anew a budget that is spent, and more than it."""
         if rules.schema_hash == self._declared_hash(rules.name):
-            return unsafe  # who may do what promises no budget
-        overspent = self._releaser.private.overspent(rules)
-        return unsafe if overspent is None else [*unsafe, overspent]
+            return None  # who may do what promises no budget
+        return self._releaser.private.overspent(rules)
 
     async def put(self, spec: cohort_pb2.CohortSpec, *, force: bool) -> tuple[CohortRules, bool]:
         """Store a spec and put it in force; see `check`.
@@ -112,6 +115,7 @@ class SpecChanges:
             if not changed:
                 return rules, changed
             known = self._declared_hash(rules.name)
+            overspent = self._overspent(rules)
             async with self._compactor.suspended(rules.name):
                 # Stored before it is in force: a crash in between changes nothing that anybody saw.
                 await self._store.put_cohort(rules.name, self._to_store(rules), 1)
@@ -119,6 +123,8 @@ class SpecChanges:
                 # Who may do what changes nothing of what the cohort's packets say.
                 if known != rules.schema_hash:
                     await self._releaser.rebuild(rules.name)
+        if overspent is not None:
+            _log.warning("cohort %s was changed by force: %s", rules.name, overspent)
         _log.info("cohort %s is declared, schema hash %s", rules.name, rules.schema_hash)
         return rules, changed
 

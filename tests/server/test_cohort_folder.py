@@ -122,6 +122,14 @@ async def test_a_file_that_promises_a_spent_budget_is_named_before_any_file_is_i
     assert f"{folder / 'care.yaml'}: privacy: of cohort care promises epsilon 1" in refused.err
     assert refused.err.count("--force-cohorts") == 2
     assert set(await cohorts_kept(tmp_path / "data")) == {"care"}
+    async with started(*flags, "--force-cohorts") as server:
+        pass
+    forced = [line for line in server.err if "by force" in line]
+    assert len(forced) == 2
+    assert "cohort care was changed by force: privacy: promises epsilon 1 at delta" in forced[1]
+    async with started(*flags) as server:
+        pass
+    assert not [line for line in server.err if "by force" in line]
 
 
 @pytest.mark.parametrize("declared", [True, False], ids=["some declared", "none declared"])
