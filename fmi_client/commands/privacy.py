@@ -208,8 +208,15 @@ def _next_view(budget: admin_service_pb2.PrivacyBudget) -> Text:
 
 
 def _spends_view(spends: list[admin_service_pb2.PrivacySpend]) -> RenderableType:
-    listed = table("entry", "for the period from", "written", "rho", right=("entry", "rho"))
-    for spend in spends:
-        cost = f"{spend.rho:.4g}" if spend.rho else "opened"
-        listed.add_row(str(spend.number), moment(spend.period_start), moment(spend.spent_at), cost)
+    # A restore charges many releases in one entry, which would look like a single dear one.
+    epochs = [spend.history_epoch for spend in spends]
+    restored = [old != new for old, new in zip(epochs[:1] + epochs, epochs, strict=False)]
+    titles = ("entry", "for the period from", "written", "rho", *([""] if any(restored) else []))
+    listed = table(*titles, right=("entry", "rho"))
+    for spend, by_restore in zip(spends, restored, strict=True):
+        cost = f"{spend.rho:.4g}" if spend.rho else "0" if by_restore else "opened"
+        note = [Text("by a restore" if by_restore else "", "dim")] if any(restored) else []
+        listed.add_row(
+            str(spend.number), moment(spend.period_start), moment(spend.spent_at), cost, *note
+        )
     return listed

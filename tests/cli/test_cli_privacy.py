@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from fmi.v1 import admin_service_pb2
 from fmi_client import FMIClient, FMIEmitter
 from fmi_client.commands.exits import ExitCode
 
@@ -78,6 +79,22 @@ def test_the_life_of_a_budget(ask_real, real_target, tmp_path):
     refused = ask_real("cohorts put", str(weaker))
     assert refused.exit_code == ExitCode.REFUSED
     assert "more than sites were promised" in " ".join(refused.output.split())
+
+
+@pytest.mark.parametrize(("charged", "cost"), [(0.04, "0.04"), (0.0, "0")])
+def test_a_ledger_says_what_a_restore_charged(ask, script, charged, cost):
+    budgets = admin_service_pb2.ListPrivacyBudgetsResponse()
+    budgets.budgets.add(cohort="care").plan.epochs = 9
+    spends = admin_service_pb2.ListPrivacySpendsResponse()
+    for number, (rho, epoch) in enumerate([(0.0, "a"), (0.01, "a"), (charged, "b"), (0.01, "b")]):
+        spends.spends.add(number=number + 1, rho=rho, history_epoch=epoch)
+    script["ListPrivacyBudgets"], script["ListPrivacySpends"] = budgets, spends
+    told = ask("privacy", "ledger", "care").stdout.splitlines()
+    assert max(map(len, told)) <= 80
+    ends = [line.split(" - ")[-1].split() for line in told[-4:]]
+    assert ends == [["opened"], ["0.01"], [cost, "by", "a", "restore"], ["0.01"]]
+    del spends.spends[2:]
+    assert "restore" not in ask("privacy", "ledger", "care").stdout
 
 
 def test_a_plan_says_what_a_budget_means_and_what_to_change(ask_real):
