@@ -90,6 +90,7 @@ class Cluster:
         """Become one of the servers, before what is stored is brought back."""
         await self.following.load()
         self._releaser.owns = self.partitions.owns
+        self._releaser.spec_waits = self.following.spec_waits
 
     def work(self) -> dict[str, Coroutine[Any, Any, None]]:
         """Return what runs for as long as the server does, by name."""

@@ -77,6 +77,7 @@ class Following:
         self._pressing = asyncio.Event()
         self._turn = asyncio.Lock()
         self._settling: asyncio.Future[None] | None = None
+        self._putting = ""
         self._counted_to = 0
         self._failures = 0
         store.follow(self._note)
@@ -85,6 +86,10 @@ class Following:
     def well(self) -> bool:
         """Whether what the store tells of is taken in; a failure that does not last is none."""
         return self._failures < FAILURES
+
+    def spec_waits(self, cohort: str) -> bool:
+        """Say whether another server changed the spec of a cohort, which is not in force here yet."""
+        return cohort == self._putting or ("cohort", cohort, None) in self._changes
 
     async def load(self) -> None:
         """Note where counting goes on: before the packets that are there are brought back."""
@@ -168,7 +173,8 @@ class Following:
         cannot be taken in does not keep the others from it.
         """
         failed: list[Exception] = []
-        for key in list(self._changes):
+        # Specs first: packets that came behind one are not counted by the rules of before.
+        for key in sorted(self._changes, key=lambda key: key[0] != "cohort"):
             change = self._changes.pop(key)
             try:
                 await self._take(change)
@@ -186,7 +192,11 @@ class Following:
                 await self._count()  # the release was of these
                 await self._hear_of_updates()
             case "cohort":
-                await self._put_in_force(change.cohort)
+                self._putting = change.cohort
+                try:
+                    await self._put_in_force(change.cohort)
+                finally:
+                    self._putting = ""
             case "quarantine":
                 await self._recount(change)
             case "reputations":

@@ -138,7 +138,12 @@ class Publisher:
                 return found
 
     async def publish(
-        self, rules: CohortRules, result: AggregationResult, *, at: float | None = None
+        self,
+        rules: CohortRules,
+        result: AggregationResult,
+        *,
+        at: float | None = None,
+        holds: Callable[[], bool] | None = None,
     ) -> list[update_pb2.Update]:
         """Publish what changed in a cohort; return it.
 
@@ -146,21 +151,27 @@ class Publisher:
             rules: The cohort's rules.
             result: Its aggregates.
             at: The time that the updates carry, Unix seconds; now where it is not given.
+            holds: Says whether the aggregates go with the specs that are known; see `Store.publish`.
 
         Raises:
             RevisionConflictError: Another server published of the same cohort meanwhile.
+            SpecChangedError: `holds` says no.
             StoreError: It could not be stored; nobody was told of anything.
         """
         at = self._clock() if at is None else at
         async with self._lock:
-            updates, records = await self._publish(rules, result, at)
+            updates, records = await self._publish(rules, result, at, holds)
         for record in records:
             if record.revision % TRIM_EVERY == 0:
                 await self._store.trim_updates(record.cohort, record.kind, keep=rules.updates_kept)
         return updates
 
     async def _publish(
-        self, rules: CohortRules, result: AggregationResult, at: float
+        self,
+        rules: CohortRules,
+        result: AggregationResult,
+        at: float,
+        holds: Callable[[], bool] | None,
     ) -> tuple[list[update_pb2.Update], list[UpdateRecord]]:
         if self._unsure:
             await self._catch_up()
@@ -171,7 +182,7 @@ class Publisher:
             # Until the store says so, nobody knows whether a write that fails got in.
             self._unsure = True
             try:
-                await self._store.publish(records)
+                await self._store.publish(records, holds=holds)
             except RevisionConflictError:
                 told = await self._catch_up() if self._store.shared else {}
                 # All cohorts share one sequence: where another one came first, the next place is free.

@@ -17,6 +17,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from typing import Final
 
@@ -30,7 +31,11 @@ from fmi_server.private_releases import PrivateReleases
 from fmi_server.publication import Publisher
 from fmi_server.router import FMIRouter
 from fmi_server.storage import Store, StoreError
-from fmi_server.storage.base import LedgerConflictError, RevisionConflictError
+from fmi_server.storage.base import (
+    LedgerConflictError,
+    RevisionConflictError,
+    SpecChangedError,
+)
 from fmi_server.storage.records import PacketRecord
 from fmi_server.stored_packets import parsed
 from fmi_server.telemetry import FMITelemetry
@@ -97,6 +102,7 @@ class Releaser:
         private: Releases private cohorts.
         arrivals: Packets taken to be counted, by cohort, since somebody last looked.
         owns: Says whether this server releases a cohort; of several that share a store one does.
+        spec_waits: Says whether another server changed the spec of a cohort, which is not in force here yet.
     """
 
     def __init__(
@@ -123,6 +129,7 @@ class Releaser:
         self._saved_counts: dict[str, Counter[str]] = {}
         self.arrivals: Counter[str] = Counter()
         self.owns: Callable[[str], bool] = lambda _: True
+        self.spec_waits: Callable[[str], bool] = lambda _: False
         self.publisher = Publisher(store, router, telemetry=telemetry, clock=clock)
         self.private = PrivateReleases(store, aggregator, self.publisher, clock=clock)
 
@@ -292,9 +299,14 @@ class Releaser:
         self, rules: CohortRules, state: CohortState
     ) -> list[update_pb2.Update]:
         result = await in_thread(self._aggregator.result, state, now=self._clock())
-        updates = await self.publisher.publish(rules, result)
+        holds = partial(self._may_be_told, rules) if self._store.shared else None
+        updates = await self.publisher.publish(rules, result, holds=holds)
         await self._save_reputations(state)
         return updates
+
+    def _may_be_told(self, rules: CohortRules) -> bool:
+        """Say whether what was computed without noise may be told: its cohort may be private by now."""
+        return not self.spec_waits(rules.name) and self._private_rules(rules.name) is None
 
     async def rebuild(self, cohort: str) -> None:
         """Count the live packets of a cohort anew: its rules or its quarantine changed.
@@ -470,6 +482,9 @@ class Releaser:
                 raise
             _log.info("cohort %s was released by another server meanwhile: %s", name, error)
             self.take_over(name)
+            self._work[name].retry_at = self._clock() + RETRY_S
+        except SpecChangedError as error:
+            _log.info("what was computed of cohort %s is not told: %s", name, error)
             self._work[name].retry_at = self._clock() + RETRY_S
         except Exception as error:
             # One cohort's fault must not keep the others from being released.

@@ -78,7 +78,11 @@ from fmi_server.releases import Releaser
 from fmi_server.router import AGGREGATOR, FMIRouter
 from fmi_server.spec_changes import SpecChanges, stored_spec
 from fmi_server.storage import MemoryStore, Store, StoreError
-from fmi_server.storage.base import RevisionConflictError, StoreUnavailableError
+from fmi_server.storage.base import (
+    RevisionConflictError,
+    SpecChangedError,
+    StoreUnavailableError,
+)
 from fmi_server.storage.records import AppendOutcome
 from fmi_server.store_watch import StoreWatch
 from fmi_server.telemetry import FMITelemetry
@@ -86,8 +90,8 @@ from fmi_server.validator import FMIValidator, Inspection
 
 __all__ = ["FMIService"]
 
-RELEASE_TRIES: Final = 5
-"""Tries to release a cohort that other servers release at the same time."""
+TRIES: Final = 5
+"""Tries to release a cohort, or to change its spec, where other servers do so at the same time."""
 
 LEASE_S: Final = 6.0
 """Seconds after which a server that does not answer has lost what it releases alone."""
@@ -709,9 +713,9 @@ class FMIService:
     async def _find_warm_start(
         self, cohort: str, request: WarmStartRequest
     ) -> update_pb2.WarmStartProfile | None:
-        """Find it in what is held; None where that is private by the time that it can be read."""
+        """Find it in what is held; None where that is private, or may be, when it can be read."""
         async with self.releaser.settled(cohort, expire=True) as state:
-            if state.rules.privacy is not None:
+            if state.rules.privacy is not None or self.releaser.spec_waits(cohort):
                 return None
             return await asyncio.to_thread(self.aggregator.warm_start, state, request)
 
@@ -736,9 +740,9 @@ class FMIService:
 
     async def _release_among_others(self, cohort: str) -> list[update_pb2.Update]:
         """Release a cohort that another server may be releasing at this moment."""
-        for _ in range(RELEASE_TRIES):
+        for _ in range(TRIES):
             await self.settle()
-            with contextlib.suppress(RevisionConflictError):
+            with contextlib.suppress(RevisionConflictError, SpecChangedError):
                 return await self.releaser.release(cohort)
         raise OverloadedError("releases of the cohort at other servers")
 
@@ -761,16 +765,20 @@ class FMIService:
                 already, and `force` was not said.
             SettingUnsupportedError: It asks for what this version does not have.
             StoreUnavailableError: What other servers have in force cannot be known now.
+            OverloadedError: Other servers change it all the time.
         """
         self.gate.require_operator(caller, "change the specs of cohorts")
-        await self.settle()  # it is checked against what is in force everywhere
-        if spec.name in self.cohorts and not self.cohorts.rules(spec.name).declared:
-            await self.uninterrupted(
-                self.releaser.reading(spec.name)
-            )  # what waits is counted first
-        if dry_run:
-            return self.specs.check(spec, force=force)
-        return await self.uninterrupted(self.specs.put(spec, force=force))
+        for _ in range(TRIES):
+            await self.settle()  # it is checked against what is in force everywhere
+            if spec.name in self.cohorts and not self.cohorts.rules(spec.name).declared:
+                await self.uninterrupted(
+                    self.releaser.reading(spec.name)
+                )  # what waits is counted first
+            if dry_run:
+                return self.specs.check(spec, force=force)
+            with contextlib.suppress(SpecChangedError):
+                return await self.uninterrupted(self.specs.put(spec, force=force))
+        raise OverloadedError("changes of the spec at other servers")
 
     async def register_dictionary(self, data: bytes, *, caller: Principal = TRUSTED) -> int:
         """Register a compression dictionary; return its id; see `DictionaryShelf.register`.

@@ -108,6 +108,8 @@ class SpecChanges:
         """Store a spec and put it in force; see `check`.
 
         Raises:
+            SpecChangedError: Another server changed the spec meanwhile, so that it was checked against what
+                is no longer in force. `put_stored` puts that in force, and must not be kept waiting.
             StoreError: It could not be stored; what was in force is.
         """
         async with self._turn:  # what is checked is what is stored and declared
@@ -118,7 +120,12 @@ class SpecChanges:
             overspent = self._overspent(rules)
             async with self._compactor.suspended(rules.name):
                 # Stored before it is in force: a crash in between changes nothing that anybody saw.
-                await self._store.put_cohort(rules.name, self._to_store(rules), 1)
+                await self._store.put_cohort(
+                    rules.name,
+                    self._to_store(rules),
+                    1,
+                    holds=lambda: not self._releaser.spec_waits(rules.name),
+                )
                 self._declare(spec, force=force)
                 # Who may do what changes nothing of what the cohort's packets say.
                 if known != rules.schema_hash:

@@ -89,6 +89,7 @@ __all__ = [
     "PacketRecord",
     "RevisionConflictError",
     "SiteRecord",
+    "SpecChangedError",
     "Store",
     "StoreBehindError",
     "StoreBusyError",
@@ -102,6 +103,7 @@ __all__ = [
     "UnavailableReason",
     "UnknownPacketError",
     "UpdateRecord",
+    "check_holds",
     "check_spend",
     "record_problem",
 ]
@@ -258,6 +260,24 @@ class RevisionConflictError(StoreError):
             f"cohort {cohort!r} kind {kind}: revision {revision} at sequence {sequence} refused, "
             f"expected revision {expected_revision} at sequence {expected_sequence}"
         )
+
+
+class SpecChangedError(StoreError):
+    """Specs changed since what was to be written was made by them; nothing was written."""
+
+    def __init__(self, *, cohort: str) -> None:
+        self.cohort = cohort
+        super().__init__(f"the spec of cohort {cohort!r} was changed by another server meanwhile")
+
+
+def check_holds(holds: Callable[[], bool] | None, cohort: str) -> None:
+    """Refuse what no longer holds.
+
+    Raises:
+        SpecChangedError: It does not.
+    """
+    if holds is not None and not holds():
+        raise SpecChangedError(cohort=cohort)
 
 
 class LedgerConflictError(StoreError):
@@ -531,14 +551,22 @@ class Store(ABC):
     # Updates
 
     @abstractmethod
-    async def publish(self, updates: Sequence[UpdateRecord]) -> list[int]:
+    async def publish(
+        self, updates: Sequence[UpdateRecord], *, holds: Callable[[], bool] | None = None
+    ) -> list[int]:
         """Keep updates, all or none, DURABLE; return their sequences.
 
         The fence: each `sequence` must be the last one plus 1, 2, ... and each `revision` the last
         one of its cohort and kind plus one (1 for the first).
 
+        Args:
+            updates: They.
+            holds: Says whether they go with the specs that were told of (`follow`). No spec that another
+                server put comes between that and the updates; None where it does not matter.
+
         Raises:
             RevisionConflictError: The fence does not hold; nothing was written.
+            SpecChangedError: `holds` says no; nothing was written.
         """
 
     @abstractmethod
@@ -617,8 +645,25 @@ class Store(ABC):
     # Cohorts, sites, dictionaries
 
     @abstractmethod
-    async def put_cohort(self, name: str, spec: bytes, revision: int) -> None:
-        """Keep a cohort spec in place of the one before."""
+    async def put_cohort(
+        self,
+        name: str,
+        spec: bytes,
+        revision: int,
+        *,
+        holds: Callable[[], bool] | None = None,
+    ) -> None:
+        """Keep a cohort spec in place of the one before.
+
+        Args:
+            name: The cohort.
+            spec: Its spec.
+            revision: The spec's.
+            holds: As of `publish`.
+
+        Raises:
+            SpecChangedError: `holds` says no; nothing was written.
+        """
 
     @abstractmethod
     async def cohorts(self) -> list[CohortRecord]:

@@ -35,7 +35,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from fmi_server.storage.base import Store, StoreError, StoreUnavailableError, check_spend
+from fmi_server.storage.base import (
+    Store,
+    StoreError,
+    StoreUnavailableError,
+    check_holds,
+    check_spend,
+)
 from fmi_server.storage.jetstream_broker import BrokerConnection, BrokerOptions
 from fmi_server.storage.jetstream_commands import (
     Command,
@@ -395,13 +401,16 @@ class JetStreamStore(Store):
 
     # Updates
 
-    async def publish(self, updates: Sequence[UpdateRecord]) -> list[int]:
+    async def publish(
+        self, updates: Sequence[UpdateRecord], *, holds: Callable[[], bool] | None = None
+    ) -> list[int]:
         """Keep updates, all or none, behind the fence."""
         replica = self._open_replica()
         if not updates:
             return []
+        check = None if holds is None else partial(check_holds, holds, updates[0].cohort)
         subject = self._names.subject("updates")
-        return cast("list[int]", await replica.submit_fenced(Publish(updates), subject))
+        return cast("list[int]", await replica.submit_fenced(Publish(updates), subject, check))
 
     async def next_update_sequence(self) -> int:
         """Return the sequence that the next update must carry."""
@@ -479,9 +488,14 @@ class JetStreamStore(Store):
 
     # Cohorts, sites, dictionaries
 
-    async def put_cohort(self, name: str, spec: bytes, revision: int) -> None:
+    async def put_cohort(
+        self, name: str, spec: bytes, revision: int, *, holds: Callable[[], bool] | None = None
+    ) -> None:
         """Keep a cohort spec in place of the one before."""
-        await self._submit(PutCohort(name, spec, revision))
+        # Under the subject of the updates: what somebody computed by the spec of before follows none of it.
+        subject = self._names.subject("updates")
+        check = partial(check_holds, holds, name)
+        await self._open_replica().submit_fenced(PutCohort(name, spec, revision), subject, check)
 
     async def cohorts(self) -> list[CohortRecord]:
         """Return all cohort specs, by name."""

@@ -206,11 +206,15 @@ class Replica:
         finally:
             self._end()
 
-    async def submit_fenced(self, command: Command, subject: str) -> object:
+    async def submit_fenced(
+        self, command: Command, subject: str, check: Callable[[], None] | None = None
+    ) -> object:
         """The same, as the direct successor of what this replica has seen under the subject.
 
         The brokers refuse it where somebody else wrote there. Then it is tried again behind that: whether it
-        still holds is for its own fence in the view to say, which everybody sees in the same way.
+        still holds is for its own fence in the view to say, which everybody sees in the same way; or for
+        `check`, which is called before each try, when listeners know all that it would follow, and raises
+        where it is not to be written.
         """
         self._check_open()
         data = encode_command(command)
@@ -219,7 +223,7 @@ class Replica:
             fence = self._fences.setdefault(subject, _Fence())
             # One after the other: of two from here the one that came first is first.
             async with fence.turn:
-                return await self._write(command, data, subject, fence)
+                return await self._write(command, data, subject, fence, check)
         finally:
             self._end()
 
@@ -233,7 +237,12 @@ class Replica:
         fence.last = last
 
     async def _write(
-        self, command: Command, data: bytes, subject: str, fence: _Fence | None = None
+        self,
+        command: Command,
+        data: bytes,
+        subject: str,
+        fence: _Fence | None = None,
+        check: Callable[[], None] | None = None,
     ) -> object:
         command_id = secrets.token_hex(16)
         future: asyncio.Future[object] = asyncio.get_running_loop().create_future()
@@ -242,7 +251,7 @@ class Replica:
             if fence is None:
                 sequence = await self._log.write(subject, command_id, data)
             else:
-                sequence = await self._write_behind(fence, subject, command_id, data)
+                sequence = await self._write_behind(fence, subject, command_id, data, check)
             answer = await self._answer(future, sequence)
         finally:
             del self._commands[command_id]
@@ -253,13 +262,22 @@ class Replica:
             raise answer
         return answer
 
-    async def _write_behind(self, fence: _Fence, subject: str, command_id: str, data: bytes) -> int:
+    async def _write_behind(
+        self,
+        fence: _Fence,
+        subject: str,
+        command_id: str,
+        data: bytes,
+        check: Callable[[], None] | None,
+    ) -> int:
         """Write behind the last entry of a subject, whichever that becomes; return the place."""
         if fence.last is None:
             await self._look(fence, subject)
         future = self._commands[command_id][1]
         deadline = time.monotonic() + self._patience_s
         while True:
+            if check is not None:
+                check()  # nothing else runs between it and the look at what is last
             refused = fence.last
             try:
                 return await self._log.write(subject, command_id, data, expected_last=refused)

@@ -16,6 +16,7 @@ from fmi_server.storage.base import (
     Store,
     StoreUnavailableError,
     UnknownPacketError,
+    check_holds,
     check_spend,
 )
 from fmi_server.storage.records import (
@@ -35,7 +36,7 @@ from fmi_server.storage.records import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 __all__ = ["MemoryStore"]
 
@@ -323,8 +324,12 @@ class MemoryStore(Store):
 
     # Updates
 
-    async def publish(self, updates: Sequence[UpdateRecord]) -> list[int]:
+    async def publish(
+        self, updates: Sequence[UpdateRecord], *, holds: Callable[[], bool] | None = None
+    ) -> list[int]:
         """Keep updates, all or none, behind the fence."""
+        if updates:
+            check_holds(holds, updates[0].cohort)
         data = self._data
         last = {key: held[-1].revision for key, held in data.updates.items()}
         for sequence, update in enumerate(updates, data.update_sequence + 1):
@@ -431,8 +436,11 @@ class MemoryStore(Store):
 
     # Cohorts, sites, dictionaries
 
-    async def put_cohort(self, name: str, spec: bytes, revision: int) -> None:
+    async def put_cohort(
+        self, name: str, spec: bytes, revision: int, *, holds: Callable[[], bool] | None = None
+    ) -> None:
         """Keep a cohort spec in place of the one before."""
+        check_holds(holds, name)
         self._data.cohorts[name] = CohortRecord(name, spec, revision)
 
     async def cohorts(self) -> list[CohortRecord]:

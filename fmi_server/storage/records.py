@@ -209,7 +209,7 @@ class LostSpan:
 
     Attributes:
         from_us: When the backup was taken, Unix microseconds.
-        until_us: When it was restored.
+        until_us: When it was restored; far in the future where nobody knows.
     """
 
     from_us: int

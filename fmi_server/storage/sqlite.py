@@ -24,6 +24,7 @@ from fmi_server.storage.base import (
     StoreCorruptError,
     StoreUnavailableError,
     UnknownPacketError,
+    check_holds,
 )
 from fmi_server.storage.records import (
     AppendOutcome,
@@ -399,8 +400,12 @@ class SqliteStore(Store):
 
     # Updates
 
-    async def publish(self, updates: Sequence[UpdateRecord]) -> list[int]:
+    async def publish(
+        self, updates: Sequence[UpdateRecord], *, holds: Callable[[], bool] | None = None
+    ) -> list[int]:
         """Keep updates, all or none, behind the fence."""
+        if updates:
+            check_holds(holds, updates[0].cohort)
         return await self._open_writer().run(
             lambda connection: publish_updates(connection, updates)
         )
@@ -503,8 +508,11 @@ class SqliteStore(Store):
 
     # Cohorts, sites, dictionaries
 
-    async def put_cohort(self, name: str, spec: bytes, revision: int) -> None:
+    async def put_cohort(
+        self, name: str, spec: bytes, revision: int, *, holds: Callable[[], bool] | None = None
+    ) -> None:
         """Keep a cohort spec in place of the one before."""
+        check_holds(holds, name)
         await self._open_writer().run(partial(put_cohort, name=name, spec=spec, revision=revision))
 
     async def cohorts(self) -> list[CohortRecord]:

@@ -7,7 +7,7 @@ whatever happened from then on is lost.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from fmi_server.storage.base import check_spend
 from fmi_server.storage.records import LedgerTotal, LostSpan, SpendRecord
@@ -23,6 +23,11 @@ __all__ = [
     "note_restore",
     "spends",
 ]
+
+_CLOCKS_DIFFER_US: Final = 60_000_000
+"""By how much the clocks of two machines may differ, of which neither is wrong."""
+
+_NO_END_US: Final = 2**62
 
 _COLUMNS = "cohort, number, period, spent_at_us, rho, history_epoch"
 
@@ -75,11 +80,18 @@ def note_backup(copy: sqlite3.Connection, began_us: int) -> None:
 
 
 def note_restore(connection: sqlite3.Connection, now_us: int) -> None:
-    """Note in a restored backup what it lacks: what happened since it was taken, until now."""
+    """Note in a restored backup what it lacks: what happened since it was taken, until now.
+
+    Where now is before that, nobody knows when that ended.
+    """
     taken = _get(connection, "backed_up_at_us")
     # A file that was copied by other means is as new as the newest thing in it, at least.
     from_us = _newest_us(connection) if taken is None else int(taken)
-    spans = [*lost_spans(connection), LostSpan(min(from_us, now_us), now_us)]
+    until_us = now_us
+    if now_us < from_us:
+        near = from_us - now_us <= _CLOCKS_DIFFER_US
+        until_us = from_us + _CLOCKS_DIFFER_US if near else _NO_END_US
+    spans = [*lost_spans(connection), LostSpan(from_us, until_us)]
     _put(connection, "lost_spans", json.dumps([[span.from_us, span.until_us] for span in spans]))
 
 

@@ -87,6 +87,7 @@ EXAMPLES = [
     base.LedgerConflictError(
         SpendRecord("care", 1, 7, 1_000, 0.5, "epoch"), last_number=1, last_period=7
     ),
+    base.SpecChangedError(cohort="care"),
     base.DictionaryConflictError(dictionary_id=3),
     base.UnknownPacketError(packet=3),
 ]

@@ -66,8 +66,8 @@ class FaultyStore(MemoryStore):
             raise StoreUnavailableError("io_error", detail="the test lost the answer")
         return result
 
-    async def publish(self, updates):
-        return await self._call("publish", super().publish(updates))
+    async def publish(self, updates, **named):
+        return await self._call("publish", super().publish(updates, **named))
 
     async def spend(self, spend):
         return await self._call("spend", super().spend(spend))
@@ -722,6 +722,27 @@ async def test_a_backup_from_before_a_cohort_was_private_is_charged_too(
         assert account.releases_left == max(0, 5 - (days_lost + 1))
         # Of a cohort that begins long after it, what was lost is charged all the same: nobody knows.
         assert account.rho_spent > 0.0
+
+
+@pytest.mark.parametrize(("behind_s", "charged"), [(30.0, 1), (61.0, 3), (7 * DAY_S, 3)])
+async def test_a_restore_by_a_clock_that_is_behind_the_backup_never_charges_too_little(
+    restoring, clock, behind_s, charged
+):
+    store, backup, restored = restoring
+    async with store:
+        server = await Server(store, clock).start()
+        await server.pass_days(1)
+        await server.pass_days(1)
+        clock.advance(DAY_S - START % DAY_S - 30.0)  # clocks differ, and a period ends meanwhile
+        await store.backup(backup)
+        for _ in range(5):
+            await server.pass_days(1)
+    clock.advance(-5 * DAY_S - behind_s)
+    async with await restored() as store:
+        clock.advance(5 * DAY_S + behind_s + 60.0)  # somebody sets it right
+        server = await Server(store, clock).start()
+        spent = sum(cost for _, cost in await server.ledger())
+        assert spent == pytest.approx(2 + charged)
 
 
 async def test_a_file_that_is_no_backup_is_as_new_as_the_newest_thing_in_it(

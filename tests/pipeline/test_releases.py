@@ -42,9 +42,9 @@ class FaultyStore(MemoryStore):
         if call in self.refuse:
             raise StoreUnavailableError("disk_full", detail="the test filled it")
 
-    async def publish(self, updates: Sequence[UpdateRecord]) -> list[int]:
+    async def publish(self, updates: Sequence[UpdateRecord], **named) -> list[int]:
         self._refuse("publish")
-        sequences = await super().publish(updates)
+        sequences = await super().publish(updates, **named)
         if "publish" in self.fail_after:
             raise StoreUnavailableError("io_error", detail="the test lost the answer")
         return sequences

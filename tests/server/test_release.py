@@ -187,8 +187,8 @@ class SlowPublish(SqliteStore):
         self.gate.set()
         self.published = asyncio.Event()
 
-    async def publish(self, updates):
-        answer = await super().publish(updates)
+    async def publish(self, updates, **named):
+        answer = await super().publish(updates, **named)
         self.published.set()
         await self.gate.wait()
         return answer

@@ -6,7 +6,7 @@ import asyncio
 import ssl
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import nats
 import pytest
@@ -575,9 +575,9 @@ def note_conflicts(store: Store, refused: list[RevisionConflictError]) -> None:
     """Note each publication that the store refuses because another came first."""
     publish = store.publish
 
-    async def noted(updates: Sequence[UpdateRecord]) -> list[int]:
+    async def noted(updates: Sequence[UpdateRecord], **named: Any) -> list[int]:
         try:
-            return await publish(updates)
+            return await publish(updates, **named)
         except RevisionConflictError as error:
             refused.append(error)
             raise

@@ -23,6 +23,7 @@ from fmi_server.storage.base import (
     PacketKey,
     PacketRecord,
     RevisionConflictError,
+    SpecChangedError,
     SpendRecord,
     StoredPacket,
     StoreError,
@@ -553,6 +554,18 @@ async def test_the_fence_writes_nothing(store: Store, wrong: list[UpdateRecord])
     )
     assert [u.sequence for u in await store.updates_since(0)] == [1, 2]
     assert await store.publish([update(3, 3)]) == [3]
+
+
+async def test_what_does_not_hold_is_not_written(store: Store) -> None:
+    with pytest.raises(SpecChangedError, match="the spec of cohort 'health'"):
+        await store.publish([update(1, 1)], holds=lambda: False)
+    with pytest.raises(SpecChangedError, match="the spec of cohort 'health'"):
+        await store.put_cohort("health", b"spec", 1, holds=lambda: False)
+    assert await store.updates_since(0) == []
+    assert await store.cohorts() == []
+    assert await store.publish([update(1, 1)], holds=lambda: True) == [1]
+    await store.put_cohort("health", b"spec", 1, holds=lambda: True)
+    assert [(c.name, c.spec) for c in await store.cohorts()] == [("health", b"spec")]
 
 
 async def test_of_two_publishers_one_is_fenced_and_appends_go_through(store: Store) -> None:
