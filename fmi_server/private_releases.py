@@ -205,14 +205,18 @@ class PrivateReleases:
             return _exhausted(rules)
         return ReleaseScheduledError(rules.name, next_release_at=account.next_release_at)
 
-    async def release(self, rules: CohortRules, state: CohortState) -> list[update_pb2.Update]:
+    async def release(
+        self, rules: CohortRules, state: CohortState, holds: Callable[[], bool] | None = None
+    ) -> list[update_pb2.Update]:
         """Do what is due for a private cohort; return what was published.
 
         Args:
             rules: Its rules.
             state: Its state, all that waited counted.
+            holds: Says whether the rules are those that are known; see `Store.publish`.
 
         Raises:
+            SpecChangedError: `holds` says no. What was paid for stays paid, and is not told.
             StoreError: The ledger or the updates could not be written. Nothing was published; what was paid
                 for stays paid.
         """
@@ -235,7 +239,7 @@ class PrivateReleases:
             self._drawn[name] = drawn
         # The time it took to compute would tell how many sites there are.
         at = max(period_us / _MICROSECONDS, rules.first_release_at)
-        updates = await self._publisher.publish(rules, drawn.result, at=at)
+        updates = await self._publisher.publish(rules, drawn.result, at=at, holds=holds)
         del self._drawn[name]
         return updates
 

@@ -17,7 +17,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import takewhile
 from typing import Final
 
@@ -282,7 +281,7 @@ class Releaser:
                 if rules.privacy is None:
                     updates = await self._publish_news(rules, state)
                 else:
-                    updates = await self.private.release(rules, state)
+                    updates = await self.private.release(rules, state, self._holds(rules))
             except BaseException:
                 if not self.dirty(cohort):
                     work.dirty_since = since
@@ -299,14 +298,18 @@ class Releaser:
         self, rules: CohortRules, state: CohortState
     ) -> list[update_pb2.Update]:
         result = await in_thread(self._aggregator.result, state, now=self._clock())
-        holds = partial(self._may_be_told, rules) if self._store.shared else None
-        updates = await self.publisher.publish(rules, result, holds=holds)
+        updates = await self.publisher.publish(rules, result, holds=self._holds(rules))
         await self._save_reputations(state)
         return updates
 
-    def _may_be_told(self, rules: CohortRules) -> bool:
-        """Say whether what was computed without noise may be told: its cohort may be private by now."""
-        return not self.spec_waits(rules.name) and self._private_rules(rules.name) is None
+    def _holds(self, rules: CohortRules) -> Callable[[], bool] | None:
+        """Return what says whether aggregates by some rules may be told: others may promise more by now."""
+        if not self._store.shared:
+            return None  # who puts a spec waits for the lock of its cohort
+        name, schema_hash = rules.name, rules.schema_hash
+        return lambda: (
+            not self.spec_waits(name) and self._cohorts.rules(name).schema_hash == schema_hash
+        )
 
     async def rebuild(self, cohort: str) -> None:
         """Count the live packets of a cohort anew: its rules or its quarantine changed.

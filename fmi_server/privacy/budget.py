@@ -300,6 +300,12 @@ def _mechanism(
     try:
         return PrivateSums(signals, multiplier, settings.dp_clip_norm)
     except ValueError:
+        if settings.dp_sensitivity is not None and multiplier > 1.0:
+            raise BudgetError(
+                "dp_sensitivity",
+                f"is {settings.dp_sensitivity:g}, which asks for noise of {multiplier:.3g} times what a site "
+                "can do, and 1e-6 to 1e6 can be kept: declare a smaller one, or leave it out",
+            ) from None
         way = "less" if multiplier > 1.0 else "more"
         raise BudgetError(
             setting,

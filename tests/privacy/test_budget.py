@@ -79,6 +79,7 @@ def test_too_little_noise_for_a_single_release_is_refused():
         (PrivacySettings(1.0, 1e-6), "dp_epochs"),
         (PrivacySettings(0.0, 1e-6, dp_noise_sigma=1.0), "dp_epochs"),
         (PrivacySettings(1.0, 1e-6, dp_sensitivity=1.0, dp_epochs=1), "dp_sensitivity"),
+        (PrivacySettings(1.0, 1e-6, dp_sensitivity=1e308, dp_epochs=1), "dp_sensitivity"),
         (PrivacySettings(1e-9, 1e-9, dp_epochs=10**6), "dp_epsilon"),
         (PrivacySettings(1.0, 1e-6, dp_epochs=1, dp_clip_norm=0.001), "dp_clip_norm"),
         (PrivacySettings(1.0, 1e-6, dp_epochs=1, dp_clip_norm=-1.0), "dp_clip_norm"),

@@ -30,9 +30,9 @@ async def broker(tmp_path) -> AsyncIterator[Broker]:
         yield started
 
 
-def private() -> cohort_pb2.CohortSpec:
+def private(epsilon: float = 2.0) -> cohort_pb2.CohortSpec:
     made = spec(
-        "care", signals=[TAU], privacy={"dp_epsilon": 2.0, "dp_delta": 1e-6, "dp_epochs": 50}
+        "care", signals=[TAU], privacy={"dp_epsilon": epsilon, "dp_delta": 1e-6, "dp_epochs": 50}
     )
     made.ClearField("release")
     return made
@@ -95,6 +95,24 @@ async def test_a_release_from_before_a_cohort_was_private_is_not_told_after_it(b
             await slow.service.store.probe()
             await other.service.settle()
             assert await priors(other) == []
+
+
+async def test_a_release_that_is_paid_by_a_larger_budget_is_not_told_after_it(broker, tmp_path):
+    frequent = private(5000.0)  # so that there is something to tell, whatever the noise
+    frequent.release.max_interval.FromMilliseconds(500)
+    async with two(broker, tmp_path) as servers:
+        slow = owner("care", *servers)
+        (other,) = [server for server in servers if server is not slow]
+        async with Client(other.target) as client:
+            with Held(slow, "publish") as held:
+                await client.put_spec(frequent)
+                await client.emit(*taus(*(n / 40 for n in range(40))))
+                await held.standing.wait()
+                await client.put_spec(private(2.0), force=True)
+            await eventually(lambda: "care" not in slow.service.releaser._releasing)
+            await other.service.settle()
+            assert await priors(other) == []
+            assert sum(spend.rho > 0.0 for spend in await other.service.store.spends("care")) == 1
 
 
 async def test_of_two_changes_at_once_the_second_is_checked_against_the_first(broker, tmp_path):
