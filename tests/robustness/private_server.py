@@ -16,7 +16,8 @@ from typing import Any
 
 from fmi_server.privacy.noisy_means import PrivateSums
 from fmi_server.publication import Publisher
-from fmi_server.storage import SqliteStore
+from fmi_server.storage import SqliteStore, Store
+from fmi_server.storage.jetstream import JetStreamStore
 from fmi_server.storage.records import SpendRecord
 
 LATE_S = 0.5
@@ -53,26 +54,28 @@ def die_around(owner: type, name: str, *, before: bool) -> None:
     setattr(owner, name, deadly)
 
 
-def spend_late() -> None:
-    spend = SqliteStore.spend
+def spend_late(store: type[Store]) -> None:
+    spend = store.spend
     late = set()
 
-    async def pretended(self: SqliteStore, entry: SpendRecord) -> None:
+    async def pretended(self: Store, entry: SpendRecord) -> None:
         async def write() -> None:
             await asyncio.sleep(LATE_S)
             await spend(self, entry)
 
         late.add(asyncio.create_task(write()))
 
-    SqliteStore.spend = pretended  # type: ignore[method-assign]
+    store.spend = pretended  # type: ignore[method-assign]
 
 
-PLACES = {
-    "before the spend": (SqliteStore, "spend", True),
-    "after the spend": (SqliteStore, "spend", False),
-    "before the publication": (Publisher, "publish", True),
-    "after the publication": (Publisher, "publish", False),
-}
+def places(store: type[Store]) -> dict[str, tuple[type, str, bool]]:
+    """Return where a server can die: in which method, and whether before it."""
+    return {
+        "before the spend": (store, "spend", True),
+        "after the spend": (store, "spend", False),
+        "before the publication": (Publisher, "publish", True),
+        "after the publication": (Publisher, "publish", False),
+    }
 
 
 if __name__ == "__main__":
@@ -80,11 +83,13 @@ if __name__ == "__main__":
 
     place, witness = sys.argv.pop(1), sys.argv.pop(1)
     leave_word(witness)
+    of_brokers = any(argument.startswith("nats://") for argument in sys.argv)
+    store: type[Store] = JetStreamStore if of_brokers else SqliteStore
     if sys.argv[1] == "--fault":
         sys.argv.pop(1)
-        spend_late()
+        spend_late(store)
     if place != "anywhere":
-        owner, name, before = PLACES[place]
+        owner, name, before = places(store)[place]
         die_around(owner, name, before=before)
     sys.argv[0] = "fmi-server"
     main()
