@@ -106,11 +106,11 @@ class BudgetPlan:
         epsilon: of all epochs together.
         delta: the same.
         epochs: releases that it lasts for.
-        rho: of all epochs together, in zero-concentrated differential privacy: what the mechanism itself
-            costs so many times, and the share of a rounding more, so that a sum of costs does not pass it.
+        rho: of all epochs together, in zero-concentrated differential privacy: what one release is charged so
+            many times, and the share of a rounding more, so that a sum of charges does not pass it.
         noise_multiplier: standard deviation of the noise by the natural sensitivity.
         sums: the mechanism with that noise.
-        noise_asked: the `dp_noise_sigma` that was asked for; 0 where the noise follows from the budget.
+        settings: what was asked.
     """
 
     epsilon: float
@@ -119,12 +119,22 @@ class BudgetPlan:
     rho: float
     noise_multiplier: float
     sums: PrivateSums
-    noise_asked: float = 0.0
+    settings: PrivacySettings
+
+    @property
+    def stretch(self) -> float:
+        """Return how much more noise there is than the natural sensitivity needs, by a declared one."""
+        return _stretch(self.settings, self.sums.signals)
 
     @property
     def rho_per_release(self) -> float:
-        """Return what one release costs, by the mechanism's own account."""
-        return float(self.sums.rho)
+        """Return what one release is charged: no less than the mechanism costs by its own account.
+
+        On its grid it costs a little less than its multiplier says, and how much less changes with the clip
+        norm and the number of signals. A charge by the multiplier is the same on every grid, so that such a
+        change of a cohort that runs leaves it the releases that it had.
+        """
+        return _charge(self.sums, self.noise_multiplier)
 
     def spent(self, releases: int) -> float:
         """Return the epsilon that so many releases spent, at the plan's delta."""
@@ -190,7 +200,7 @@ def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
         epochs = _checked_epochs(settings, rho, multiplier)
     field = "dp_noise_sigma" if settings.dp_noise_sigma else "dp_epsilon"
     sums = _mechanism(settings, signals, multiplier, field)
-    rho = epochs * float(sums.rho) * (1.0 + _ROUNDING)
+    rho = epochs * _charge(sums, multiplier) * (1.0 + _ROUNDING)
     epsilon = settings.dp_epsilon or zcdp_epsilon(rho, settings.dp_delta)
     if epsilon > MAX_EPSILON:
         raise BudgetError(
@@ -198,9 +208,7 @@ def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
             f"is {settings.dp_noise_sigma:g}, which over {epochs} releases is an epsilon of {epsilon:.3g} "
             "and promises nothing: raise it, or say a dp_epsilon and leave it out",
         )
-    return BudgetPlan(
-        epsilon, settings.dp_delta, epochs, rho, multiplier, sums, settings.dp_noise_sigma
-    )
+    return BudgetPlan(epsilon, settings.dp_delta, epochs, rho, multiplier, sums, settings)
 
 
 def budget_faults(settings: PrivacySettings, signals: int) -> tuple[BudgetError, ...]:
@@ -292,6 +300,10 @@ def _measure_faults(settings: PrivacySettings, signals: int) -> Iterator[BudgetE
 
 
 _MEASURES = ("dp_epsilon", "dp_delta", "dp_noise_sigma", "dp_sensitivity", "dp_clip_norm")
+
+
+def _charge(sums: PrivateSums, multiplier: float) -> float:
+    return max(float(sums.rho), zcdp_of_noise(1.0, multiplier))
 
 
 def _mechanism(

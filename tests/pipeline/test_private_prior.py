@@ -36,7 +36,7 @@ SIGNALS = [
     },
 ]
 # So little noise promises nothing, and no spec may ask for it.
-TINY = BudgetPlan(math.inf, 1e-6, 1, math.inf, 1e-5, PrivateSums(3, 1e-5))
+TINY = BudgetPlan(math.inf, 1e-6, 1, math.inf, 1e-5, PrivateSums(3, 1e-5), PrivacySettings())
 REAL = plan_budget(PrivacySettings(2.0, 1e-6, dp_epochs=1), 3)
 
 

@@ -124,6 +124,18 @@ def test_a_clip_norm_is_the_sensitivity_where_it_is_smaller_than_the_bounds_have
     )
 
 
+def test_another_norm_takes_no_release_away():
+    """On another grid a release costs another rounding; ten of one leave forty of the other."""
+    for step in range(40):
+        one, other = (
+            plan_budget(PrivacySettings(2.0, 1e-6, dp_epochs=50, dp_clip_norm=norm), 20)
+            for norm in (3.0 + 0.05 * step, 3.07 + 0.05 * step)
+        )
+        left = (other.rho - 10 * one.rho_per_release) / other.rho_per_release
+        assert math.floor(left) == 40
+        assert float(one.sums.rho) <= one.rho_per_release
+
+
 def test_the_plan_counts_what_is_left_of_a_site_and_how_many_send_a_signal():
     asked = PrivacySettings(1.0, 1e-6, dp_epochs=1, dp_clip_norm=2.0)
     plain = plan_budget(PrivacySettings(1.0, 1e-6, dp_epochs=1), 50)
@@ -149,6 +161,13 @@ def test_the_plan_counts_what_is_left_of_a_site_and_how_many_send_a_signal():
             report_plan(clipped, 100, signals_per_site=wrong)
 
 
+def test_the_norm_that_the_advice_goes_up_to_is_not_advised_against():
+    asked = PrivacySettings(1.0, 1e-6, dp_epochs=1, dp_clip_norm=1.0)
+    (line,) = report_plan(plan_budget(asked, 20), 10_000).advice
+    norm = float(line.split("up to ")[1].split()[0])
+    assert report_plan(plan_budget(replace(asked, dp_clip_norm=norm), 20), 10_000).advice == ()
+
+
 def test_a_clip_norm_that_is_advised_takes_off_what_is_said():
     asked = PrivacySettings(1.0, 1e-6, dp_epochs=50)
     report = report_plan(plan_budget(asked, 20), 200, signals_per_site=5)
@@ -159,6 +178,51 @@ def test_a_clip_norm_that_is_advised_takes_off_what_is_said():
     after = report_plan(better, 200, signals_per_site=5)
     assert after.noise_stderr == pytest.approx(report.noise_stderr * (1 - gain), rel=0.02)
     assert not any("dp_clip_norm" in line for line in after.advice)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_where_a_sensitivity_is_declared_the_advice_is_for_its_noise(clip_norm):
+    """A norm takes nothing off noise that is for a larger sensitivity, and neither do fewer signals."""
+    asked = PrivacySettings(1.0, 1e-6, dp_sensitivity=12.0, dp_epochs=50, dp_clip_norm=clip_norm)
+    report = report_plan(plan_budget(asked, 20), 2_000)
+    assert not any("a dp_clip_norm of" in line for line in report.advice)
+    (ways,) = [line for line in report.advice if "choose one of" in line]
+    assert "signals instead" not in ways
+    epsilon = float(ways.split("epsilon of about ")[1].split(";")[0].split(",")[0])
+    with_it = plan_budget(replace(asked, dp_epsilon=epsilon), 20)
+    assert report_plan(with_it, 2_000).noise_stderr == pytest.approx(0.1, rel=0.01)
+    (line,) = [line for line in report.advice if line.startswith("dp_sensitivity 12")]
+    without = report_plan(plan_budget(replace(asked, dp_sensitivity=None), 20), 2_000)
+    assert float(line.split()[-1]) == pytest.approx(without.noise_stderr, rel=0.05)
+
+
+def test_a_norm_below_a_declared_sensitivity_may_grow_for_nothing():
+    asked = PrivacySettings(1.0, 1e-6, dp_sensitivity=3.0, dp_epochs=50, dp_clip_norm=1.0)
+    report = report_plan(plan_budget(asked, 20), 10_000)
+    (line,) = [line for line in report.advice if line.startswith("dp_clip_norm 1 leaves")]
+    assert "the error is the same" not in line
+    norm = float(line.split("up to ")[1].split()[0])
+    assert norm == 3.0
+    after = report_plan(plan_budget(replace(asked, dp_clip_norm=norm), 20), 10_000)
+    assert after.noise_stderr == pytest.approx(report.noise_stderr / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 2.0])
+@pytest.mark.parametrize("clip_norm", [None, 3.0])
+def test_where_the_noise_is_stated_the_advice_is_to_state_less(epsilon, clip_norm):
+    """Neither a larger budget nor fewer releases change noise that stands in the settings."""
+    asked = PrivacySettings(
+        epsilon, 1e-6, dp_noise_sigma=20.0, dp_epochs=30, dp_clip_norm=clip_norm
+    )
+    report = report_plan(plan_budget(asked, 20), 300)
+    (ways,) = [line for line in report.advice if "choose one of" in line]
+    assert "releases instead" not in ways
+    sigma, _, rest = ways.split("a dp_noise_sigma of ")[1].partition(" (an epsilon of about ")
+    within = float(rest.split()[0]) * 1.01
+    less = replace(asked, dp_noise_sigma=float(sigma), dp_epsilon=epsilon and within)
+    plan = plan_budget(less, 20)
+    assert plan.epsilon <= within
+    assert report_plan(plan, 300).noise_stderr == pytest.approx(0.1, rel=0.01)
 
 
 def test_the_expected_error_falls_with_sites_and_rises_with_signals():
@@ -197,6 +261,7 @@ def test_whatever_is_asked_gets_a_plan_that_keeps_its_word_or_a_reason(settings,
     plan = plan_budget(settings, signals)
     assert 1 <= plan.epochs < 2**32
     assert plan.spent(plan.epochs) <= plan.epsilon * (1.0 + 1e-9)
+    assert plan.sums.rho <= plan.rho_per_release * (1.0 + 1e-12)
     report = report_plan(plan, sites)
     assert 0.0 < report.noise_stderr <= report.noise_stderr_at_bound < math.inf
 

@@ -896,10 +896,13 @@ class PlanPrivacyResponse(_message.Message):
     SIGNAL_STDERR_FIELD_NUMBER: _builtins.int
     noise_stderr: _builtins.float
     """Output only. Standard error that the noise of one release gives a mean in the middle of its bounds, as a
-    share of half the width between them; 1 and more means that it says nothing.
+    share of half the width between them; 1 and more means that it says nothing. With a `dp_clip_norm` every
+    value of a site is taken to be in the middle; values that are not leave it less weight, and more error.
     """
     noise_stderr_at_bound: _builtins.float
-    """Output only. The same for a mean at one of its bounds."""
+    """Output only. The same for a mean at one of its bounds; with a `dp_clip_norm`, of sites that are at a bound in
+    every signal.
+    """
     least_weight: _builtins.float
     """Output only. Weight, in sites, below which a signal has no value: `vote_min_sites`, or three standard
     deviations of the noise.
