@@ -301,6 +301,7 @@ async def running(
                 _beside(_tell_of_following(service, health), "health of following"),
                 _beside(_stop_where_stuck(service, stop), "specs"),
                 _beside(_stop_where_store_ended(service, stop), "end of the store"),
+                _beside(_stop_where_unfit(service, stop), "end of the part among others"),
             ):
                 yield RunningServer(f"{host}:{port}", service, stop)
         finally:
@@ -364,6 +365,16 @@ async def _stop_where_store_ended(service: FMIService, stop: asyncio.Event) -> N
     stop.set()
 
 
+async def _stop_where_unfit(service: FMIService, stop: asyncio.Event) -> None:
+    """Stop the server where it fails at what other servers go on with."""
+    if service.cluster is None:
+        return
+    await service.cluster.ended()
+    error = service.cluster.end
+    _log.critical("%s", error, exc_info=error and error.__cause__)
+    stop.set()
+
+
 @contextlib.asynccontextmanager
 async def _uplinked(settings: ServerSettings, service: FMIService) -> AsyncIterator[None]:
     """Send the priors to the parent, where there is one, for as long as the context lasts."""
@@ -417,6 +428,7 @@ async def serve(settings: ServerSettings) -> None:
 
     Raises:
         FMIError: It stopped by itself, for this.
+        UnfitError: The same; other servers of the store go on.
     """
     _take_files()
     async with running(settings) as server:
@@ -426,7 +438,10 @@ async def serve(settings: ServerSettings) -> None:
         print(f"listening on {server.target}", flush=True)  # noqa: T201 - the one line for scripts
         await server.stop.wait()
         _log.info("draining: no new packets, subscriptions end, calls have %g s", settings.drain_s)
-    error = server.service.specs.unkept or server.service.store_watch.end
+    service = server.service
+    error = service.specs.unkept or service.store_watch.end
+    if error is None and service.cluster is not None:
+        error = service.cluster.end
     if error is not None:
         raise error
     _log.info("stopped in good order")

@@ -7,6 +7,7 @@ Each takes in what the others write (`following`), and releases alone what it ho
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
@@ -17,18 +18,24 @@ from fmi_server.dictionaries import DictionaryShelf
 from fmi_server.following import Following
 from fmi_server.partitions import Partitions, partition_of
 from fmi_server.releases import Releaser
-from fmi_server.storage import Store
+from fmi_server.storage import Store, StoreError
 from fmi_server.storage.jetstream_leases import LeaseTable
 from fmi_server.store_watch import StoreWatch
 from fmi_server.telemetry import FMITelemetry
 
-__all__ = ["Cluster"]
+__all__ = ["Cluster", "UnfitError"]
 
 BROKERS_AWAY: Final = frozenset({"no_answer", "no_broker", "no_quorum"})
 """Faults of a store that every server has at the same time."""
 
+_log = logging.getLogger(__name__)
+
 LOOK_S: Final = 1.0
 """Seconds between two looks at whether this server hears of what others write."""
+
+
+class UnfitError(Exception):
+    """This server fails at its part among others by an error that nobody foresaw; another start may help."""
 
 
 class Cluster:
@@ -48,6 +55,7 @@ class Cluster:
     Attributes:
         following: Takes in what others write.
         partitions: What this server releases.
+        end: Why the server has to end, so that it is started again; None where it need not. It stays.
     """
 
     def __init__(
@@ -70,6 +78,8 @@ class Cluster:
         self._telemetry = telemetry
         self._changed = asyncio.Event()
         self._well = True
+        self._ended = asyncio.Event()
+        self.end: UnfitError | None = None
         self.following = Following(
             store,
             cohorts,
@@ -98,6 +108,7 @@ class Cluster:
             "following": self.following.run(),
             "partitions": self.partitions.run(),
             "cluster": self._look_again_and_again(),
+            "end of the part among others": self._end_where_unfit(),
         }
 
     async def leave(self) -> None:
@@ -122,10 +133,48 @@ class Cluster:
         await self._changed.wait()
         self._changed.clear()
 
+    async def ended(self) -> None:
+        """Wait until the server has to end, see `end`."""
+        await self._ended.wait()
+
     async def _look_again_and_again(self) -> None:
         while True:
             self._look()
             await asyncio.sleep(LOOK_S)
+
+    @property
+    def _trouble(self) -> Exception | None:
+        return self.following.trouble or self.partitions.trouble
+
+    async def _end_where_unfit(self) -> None:
+        """Wait until this server fails at what another one goes on with."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if self._trouble is None or not await self._others_go_on():
+                continue
+            trouble = self._trouble  # it may be over by now
+            if trouble is not None:
+                break
+        self.end = UnfitError(
+            "this server fails again and again at its part among others, by an error that nobody foresaw "
+            f"({trouble!r}), and others go on: start it again"
+        )
+        self.end.__cause__ = trouble
+        self._ended.set()
+
+    async def _others_go_on(self) -> bool:
+        """Say whether another server does what this one cannot.
+
+        What fails at every server, such as a packet that none of them can count, must end none: they take
+        packets and are read at, and each start would come to it again.
+        """
+        try:
+            return await self.partitions.go_on_elsewhere()
+        except StoreError:
+            return False  # it is asked again
+        except Exception:
+            _log.warning("who the other servers are cannot be known", exc_info=True)
+            return True  # leases are what fails, and only another start makes anything of them
 
     def _look(self) -> bool:
         """See whether what others write comes here and is taken in; say so where that changed."""

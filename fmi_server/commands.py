@@ -13,6 +13,7 @@ import click
 import yaml
 
 from fmi_server import app, security_commands, store_commands
+from fmi_server.cluster import UnfitError
 from fmi_server.cohort_files import CohortFile, read_cohort_folder
 from fmi_server.config import (
     PRIVACY_SETTINGS,
@@ -26,7 +27,7 @@ from fmi_server.invocation import EXIT_AGAIN, fail, settings_of
 from fmi_server.listening import exposed_private
 from fmi_server.private_specs import privacy_settings
 from fmi_server.server_log import configure_log
-from fmi_server.storage.base import StoreBehindError
+from fmi_server.storage.base import StoreBehindError, StoreStoppedError
 
 __all__ = ["cli"]
 
@@ -99,7 +100,7 @@ def serve(config: Path | None, **flags: Any) -> None:
         _log.warning("%s", line)
     try:
         asyncio.run(app.serve(settings))
-    except StoreBehindError as error:
+    except (StoreBehindError, StoreStoppedError, UnfitError) as error:
         fail(error, code=EXIT_AGAIN)
     except (FMIError, SettingsError) as error:
         fail(error)

@@ -41,6 +41,9 @@ RETRY_S: Final = 1.0
 FAILURES: Final = 3
 """Failures in a row after which this server must not release what it may know too little of."""
 
+LASTING: Final = 15
+"""Failures in a row, by an error that nobody foresaw, after which trying again is no longer hoped to help."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -80,6 +83,8 @@ class Following:
         self._putting = ""
         self._counted_to = 0
         self._failures = 0
+        self._unforeseen = 0
+        self._trouble: Exception | None = None
         store.follow(self._note)
 
     @property
@@ -90,6 +95,11 @@ class Following:
     def spec_waits(self, cohort: str) -> bool:
         """Say whether another server changed the spec of a cohort, which is not in force here yet."""
         return cohort == self._putting or ("cohort", cohort, None) in self._changes
+
+    @property
+    def trouble(self) -> Exception | None:
+        """The error that nobody foresaw for which it fails again and again; None where there is none."""
+        return self._trouble
 
     async def load(self) -> None:
         """Note where counting goes on: before the packets that are there are brought back."""
@@ -129,6 +139,9 @@ class Following:
         elif self._failures and not failed:
             _log.info("what other servers wrote is taken in again")
         self._failures = self._failures + 1 if failed else 0
+        unforeseen = [error for error in failed if not isinstance(error, FMIError)]
+        self._unforeseen = self._unforeseen + 1 if unforeseen else 0
+        self._trouble = unforeseen[0] if self._unforeseen >= LASTING else None
 
     async def settle(self) -> None:
         """Take in all that anybody was answered before now, wherever it was written.

@@ -32,6 +32,10 @@ LOOKS: Final = 5
 RENEWED_AT: Final = 0.6
 """The part of its time from which on a lease is renewed."""
 
+LASTING: Final = 5
+"""Looks since it last had a partition that failed by an error that nobody foresaw, after which trying again is
+no longer hoped to help. Between two of them is the whole time of a lease: to take leases and give them back disturbs others."""
+
 GIVE_BACK_S: Final = 3.0
 """Seconds for giving leases back: who goes must not wait for brokers that do not answer."""
 
@@ -87,6 +91,8 @@ class Partitions:
         self._closing = False
         self._turn = asyncio.Lock()
         self._away = False
+        self._unforeseen = 0
+        self._trouble: Exception | None = None
 
     def owns(self, cohort: str) -> bool:
         """Say whether this server releases a cohort, now."""
@@ -99,8 +105,34 @@ class Partitions:
         """The partitions of this server, now."""
         return frozenset(p for p, lease in self._held.items() if p in self._ready and _good(lease))
 
+    @property
+    def trouble(self) -> Exception | None:
+        """The error that nobody foresaw for which it fails again and again; None where there is none."""
+        return self._trouble
+
+    async def go_on_elsewhere(self) -> bool:
+        """Say whether another server holds its own lease all the time, and so does its part.
+
+        It takes two times that of a lease: who fails as this server does gives its own back in between.
+
+        Raises:
+            StoreError: The brokers do not answer.
+        """
+        before = await self._others()
+        await asyncio.sleep(2 * self._leases.ttl_s)
+        return bool(before & await self._others())
+
+    async def _others(self) -> frozenset[tuple[str, int]]:
+        held = await self._leases.held(SERVER)
+        return frozenset(
+            (name, lease.token) for name, lease in held.items() if lease.holder != self._server
+        )
+
     async def run(self) -> None:
-        """Take what is this server's, and give back what is not, until cancelled."""
+        """Take what is this server's, and give back what is not, until cancelled.
+
+        Where that fails by an error that nobody foresaw, it gives everything back and tries again later.
+        """
         told = 0
         while True:
             try:
@@ -114,13 +146,29 @@ class Partitions:
                         exc_info=not isinstance(error, StoreError),
                     )
                 self._away = True
+                await self._note(error)
             else:
-                self._away = False
+                # What fails as soon as something is taken is not mended by a look that had nothing to take.
+                if self.owned or not self._unforeseen:
+                    self._away = False
+                    self._unforeseen, self._trouble = 0, None
             if (owned := len(self.owned)) != told:
                 _log.info("this server releases %d of %d partitions", owned, PARTITIONS)
                 self._on_change(owned)
                 told = owned
-            await asyncio.sleep(self._leases.ttl_s / LOOKS)
+            await asyncio.sleep(self._leases.ttl_s / (1 if self._unforeseen else LOOKS))
+
+    async def _note(self, error: Exception) -> None:
+        """Count an error that nobody foresaw; others do then what this server holds and does not do."""
+        if isinstance(error, StoreError):
+            return
+        self._unforeseen += 1
+        if self._unforeseen >= LASTING:
+            self._trouble = error
+        # What fails here too runs out by itself: it is held no more, and not renewed.
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(GIVE_BACK_S), self._turn:
+                await self._give_all_back()
 
     async def give_back(self) -> None:
         """Give everything back, so that others go on at once."""

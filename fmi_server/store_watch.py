@@ -7,9 +7,9 @@ says so, and finds out without a packet when there is room again.
 Damage is another matter: it does not go away, and what lies elsewhere in the file is still read and written.
 
 A store that several servers share may come to an entry that it must not pass. It then stands still, and so
-does all that is read from it. Where another start or another version is all that it wants, the server ends
-(`ended`): the others do its part meanwhile. Where all servers are in the same case, because the brokers lost
-or changed what they had, reads go on.
+does all that is read from it. Where another start or another version is all that it wants, or where it
+stopped for an error that nobody foresaw, the server ends (`ended`): the others do its part meanwhile. Where
+all servers are in the same case, because the brokers lost or changed what they had, reads go on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ import logging
 from typing import Final
 
 from fmi_server.storage import Store, StoreError
-from fmi_server.storage.base import StoreBehindError, StoreVersionError, UnavailableReason
+from fmi_server.storage.base import (
+    StoreBehindError,
+    StoreStoppedError,
+    StoreVersionError,
+    UnavailableReason,
+)
 from fmi_server.telemetry import FMITelemetry
 
 __all__ = ["StoreWatch"]
@@ -45,14 +50,15 @@ class StoreWatch:
     Attributes:
         fault: Why writes fail; None while the store takes them.
         damage: What was found damaged; None where nothing was. It stays.
-        end: Why the server has to end: `StoreBehindError` where it has to be started again and nothing else,
-            `StoreVersionError` where it takes a newer version; None where it need not. It stays.
+        end: Why the server has to end: `StoreBehindError` or `StoreStoppedError` where it has to be started
+            again and nothing else, `StoreVersionError` where it takes a newer version; None where it need
+            not. It stays.
     """
 
     def __init__(self, store: Store, *, telemetry: FMITelemetry) -> None:
         self.fault: UnavailableReason | None = None
         self.damage: str | None = None
-        self.end: StoreBehindError | StoreVersionError | None = None
+        self.end: StoreBehindError | StoreStoppedError | StoreVersionError | None = None
         self._store = store
         self._telemetry = telemetry
         self._changed = asyncio.Event()
@@ -79,8 +85,9 @@ class StoreWatch:
         since, sound = 0.0, 0
         while True:
             await asyncio.sleep(LOOK_S)
-            if isinstance(self._store.stopped, StoreBehindError | StoreVersionError):
-                self.end = self._store.stopped
+            stopped = self._store.stopped
+            if isinstance(stopped, StoreBehindError | StoreStoppedError | StoreVersionError):
+                self.end = stopped
                 self._ended.set()
                 self._changed.set()
                 return  # nothing mends that before the next start

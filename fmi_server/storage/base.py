@@ -97,6 +97,7 @@ __all__ = [
     "StoreError",
     "StoreLockedError",
     "StoreStats",
+    "StoreStoppedError",
     "StoreUnavailableError",
     "StoreVersionError",
     "StoredPacket",
@@ -162,6 +163,13 @@ class StoreBehindError(StoreUnavailableError):
 
     def __init__(self, *, detail: str, path: str) -> None:
         super().__init__("no_stream", detail=detail, path=path)
+
+
+class StoreStoppedError(StoreUnavailableError):
+    """This replica stopped for an error that nobody foresaw; opened again it goes on from its view."""
+
+    def __init__(self, *, detail: str, path: str) -> None:
+        super().__init__("io_error", detail=detail, path=path)
 
 
 class StoreLockedError(StoreUnavailableError):

@@ -25,6 +25,7 @@ from fmi_server.storage.base import (
     StoreBusyError,
     StoreCorruptError,
     StoreError,
+    StoreStoppedError,
     StoreUnavailableError,
 )
 from fmi_server.storage.jetstream_broker import FenceError
@@ -366,8 +367,9 @@ class Replica:
             self._break(
                 error
                 if isinstance(error, StoreError)
-                else StoreUnavailableError(
-                    "io_error", detail=f"unexpected: {error!r}", path=self._log.location
+                else StoreStoppedError(
+                    detail=f"the replica stopped for an error that nobody foresaw: {error!r}",
+                    path=self._log.location,
                 )
             )
         finally:

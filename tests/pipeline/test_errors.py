@@ -79,6 +79,7 @@ EXAMPLES = [
     base.StoreLockedError(path=PATH, holder_pid=4711),
     base.StoreCorruptError(path=PATH, detail=f"{PATH} is damaged"),
     base.StoreBehindError(detail=f"{PATH} begins later", path=PATH),
+    base.StoreStoppedError(detail="KeyError(1)", path=PATH),
     base.StoreVersionError(path=PATH, found=9, supported=1),
     base.EntryVersionError(path=PATH, found=9, supported=1),
     base.RevisionConflictError(
@@ -218,6 +219,7 @@ def test_only_what_can_help_is_retried():
         "StoreBusyError",
         "StoreLockedError",
         "StoreBehindError",
+        "StoreStoppedError",
         "StoreVersionError",
         "EntryVersionError",
     }
