@@ -33,8 +33,9 @@ RENEWED_AT: Final = 0.6
 """The part of its time from which on a lease is renewed."""
 
 LASTING: Final = 5
-"""Looks since it last had a partition that failed by an error that nobody foresaw, after which trying again is
-no longer hoped to help. Between two of them is the whole time of a lease: to take leases and give them back disturbs others."""
+"""Looks since it last had a partition that failed by an error that nobody foresaw, after which trying again
+is no longer hoped to help. Between two of them is the whole time of a lease: to take leases and give them
+back disturbs others."""
 
 GIVE_BACK_S: Final = 3.0
 """Seconds for giving leases back: who goes must not wait for brokers that do not answer."""

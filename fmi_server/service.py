@@ -68,7 +68,6 @@ from fmi_server.errors import (
     Reason,
     ServerDrainingError,
     UpdateNotFoundError,
-    reason_name,
 )
 from fmi_server.feed_requests import FeedRequest, everything, kind_name
 from fmi_server.memory_watch import MemoryWatch
@@ -425,9 +424,7 @@ class FMIService:
         for item in items:
             answer = self._settled(item, next(outcomes)) if isinstance(item, Candidate) else item
             counts[answer.kind, answer.status] += 1
-            if answer.error is not None:
-                self.telemetry.refusal(reason_name(answer.error.reason))
-            elif isinstance(item, Candidate) and answer.status == "accepted":
+            if isinstance(item, Candidate) and answer.status == "accepted":
                 answer = await self._count(item, answer)
             answers.append(answer)
         for (kind, status), count in counts.items():

@@ -20,6 +20,7 @@ from fmi_server.errors import (
     RequestInvalidError,
     ServerDrainingError,
     UpdateNotFoundError,
+    reason_name,
 )
 from fmi_server.service import FMIService
 from fmi_server.transport.auditing import note_items
@@ -33,6 +34,10 @@ __all__ = ["InterchangeServicer"]
 MAX_TOLD = 10
 """Violations told of one packet of a batch, so that the answer is not many times the question; Emit of the
 packet alone tells more, ValidatePacket all."""
+
+MAX_UNREAD_S = 3.0
+"""Seconds for which a stream is not read because its caller owes. A client that waits for an answer gives up
+sooner or later, and would not know why: the SDK does after 10 s."""
 
 _STATUSES = {
     "accepted": wire_pb2.EMIT_STATUS_ACCEPTED,
@@ -61,9 +66,9 @@ class InterchangeServicer:
             return wire_pb2.EmitResponse(results=[_result(0, answer)])
         self._service.registry.check_request(wire_pb2.EmitRequest(encoded=_checkable(request)))
         answers = await self._service.emit_envelope(request.encoded, caller=caller.principal)
-        self._note(answers, caller)
         if len(answers) == 1 and answers[0].error is not None:
-            kept([answers.pop()])
+            kept([answers.pop()])  # it is the call that is refused, and that is noted as one
+        self._note(answers, caller)
         return wire_pb2.EmitResponse(
             results=[_result(index, answer) for index, answer in enumerate(answers)]
         )
@@ -74,7 +79,8 @@ class InterchangeServicer:
         """Take batches, and answer each when it is durable.
 
         Where the caller owes for what it sent, nothing is read until that is paid: it feels that its writes
-        wait, and nothing of it is held here.
+        wait, and nothing of it is held here. Where it owes for longer than a client waits for an answer, the
+        batch that comes next ends the stream, and it is told for how long to wait.
         """
         with self._service.quotas.stream(caller.principal.account):
             async for response in self._answers(requests, caller):
@@ -95,6 +101,7 @@ class InterchangeServicer:
                 QuotaExceededError,
             ) as error:
                 # This batch is bad, or comes too early; the next one may be good.
+                self._service.telemetry.refusal(reason_name(error.reason))
                 response.refusal.CopyFrom(refusal_message(error))
             else:
                 self._note(answers, caller)
@@ -167,9 +174,10 @@ class InterchangeServicer:
         closing = asyncio.ensure_future(self._service.closing.wait())
         try:
             while True:
-                owed_s = self._service.quotas.owed_s(caller.principal.account)
+                account = caller.principal.account
+                owed_s = self._service.quotas.owed_s(account)
                 if owed_s > 0.0:
-                    await asyncio.wait({closing}, timeout=owed_s)
+                    await asyncio.wait({closing}, timeout=min(owed_s, MAX_UNREAD_S))
                 upcoming = asyncio.ensure_future(anext(requests, None))
                 await asyncio.wait({upcoming, closing}, return_when=asyncio.FIRST_COMPLETED)
                 if not upcoming.done():
@@ -178,11 +186,17 @@ class InterchangeServicer:
                 request = upcoming.result()
                 if request is None:
                     return
+                if owed_s > MAX_UNREAD_S:
+                    self._service.quotas.admit_packets(account, 0, 0)
                 yield request
         finally:
             closing.cancel()
 
     def _note(self, answers: Sequence[Answer], caller: Caller) -> None:
+        """Count the packets of a batch that were refused, and audit them."""
+        for answer in answers:
+            if answer.error is not None:
+                self._service.telemetry.refusal(reason_name(answer.error.reason))
         if self._audit is not None:
             note_items(self._audit, caller, answers)
 

@@ -46,6 +46,14 @@ def enveloped(
     return wire_pb2.EmitStreamRequest(batch_id=batch_id, encoded=envelope)
 
 
+async def answer_to(client: Client, request: wire_pb2.EmitStreamRequest):
+    call = client.interchange.EmitStream(timeout=DEADLINE_S)
+    await call.write(request)
+    answer = await call.read()
+    call.cancel()
+    return answer
+
+
 @pytest.mark.parametrize("make", [msp, pop, ccs])
 async def test_each_type_is_accepted_and_on_disk_when_it_is_answered(client, data_dir, make):
     packet = make("site-7")
@@ -160,6 +168,28 @@ async def test_an_envelope_of_one_refused_packet_fails_like_the_packet(client):
         grpc.StatusCode.INVALID_ARGUMENT,
         "CONTRACT_VIOLATION",
     )
+
+
+@pytest.mark.parametrize("sent", ["alone", "envelope of one", "envelope", "stream", "bad batch"])
+async def test_what_is_refused_is_counted_once_however_it_is_sent(sent):
+    async with running_server() as server, Client(server.target) as client:
+        counted = 'fmi_refusals_total{reason="CONTRACT_VIOLATION"}'
+        match sent:
+            case "alone":
+                await refusal_of(client.emit(msp("")))
+            case "envelope of one":
+                await refusal_of(client.emit_encoded(identity(msp(""))))
+            case "envelope":
+                await client.emit_encoded(identity(msp("a"), msp("")))
+            case "stream":
+                answer = await answer_to(client, plain_batch(msp("a"), msp("")))
+                assert answer.exceptions[0].HasField("refusal")
+            case "bad batch":
+                counted = 'fmi_refusals_total{reason="ENVELOPE_MALFORMED"}'
+                garbage = wire_pb2.EncodedPackets(encoding=1, uncompressed_size=1, data=b"\xff")
+                answer = await answer_to(client, enveloped(garbage))
+                assert answer.HasField("refusal")
+        assert server.service.telemetry.snapshot()[counted] == 1.0
 
 
 async def test_a_dictionary_is_used_in_an_envelope(client, data_dir):

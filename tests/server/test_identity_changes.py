@@ -24,7 +24,7 @@ from identity_harness import (
     secured,
     seed,
 )
-from server_harness import DEADLINE_S, PRIOR, Events, Refusal, eventually, msp, spec
+from server_harness import DEADLINE_S, PRIOR, Events, Refusal, eventually, identity, msp, spec
 
 from fmi.v1 import admin_service_pb2 as admin_pb2
 from fmi.v1 import cohort_pb2, packet_pb2
@@ -584,6 +584,18 @@ async def test_nobody_opens_a_cohort_by_emitting(office):
 
 def lines_of(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
+
+
+async def test_an_envelope_of_one_that_is_refused_is_written_down_once(office, tmp_path):
+    log = tmp_path / "audit.jsonl"
+    member = office.token("member")
+    async with (
+        secured(tokens=office.tokens, audit_log=log) as server,
+        calling(server.target, token=member.text) as caller,
+    ):
+        request = wire_pb2.EmitRequest(encoded=identity(msp("emitter", "care")))
+        await caller.outcome(f"{IN}Emit", request)
+    assert [line["outcome"] for line in lines_of(log)] == ["DOMAIN_ID_MISMATCH"]
 
 
 async def test_what_operators_do_and_who_is_refused_is_written_down(office, tmp_path):

@@ -22,6 +22,7 @@ from fmi_server import errors, quotas
 from fmi_server.config import DEFAULT_QUOTA
 from fmi_server.quotas import Quota
 from fmi_server.testing import running_server
+from fmi_server.transport import interchange
 
 EMIT = "fmi.v1.InterchangeService/Emit"
 STREAM = "fmi.v1.InterchangeService/EmitStream"
@@ -35,6 +36,7 @@ SLOW = 0.001
 @pytest.fixture(autouse=True)
 def _told_at_once(monkeypatch):
     monkeypatch.setattr(quotas, "STALL_S", 0.01)
+    monkeypatch.setattr(interchange, "MAX_UNREAD_S", 3600.0)
 
 
 @pytest.fixture
@@ -173,6 +175,46 @@ async def test_a_batch_that_comes_beside_what_is_owed_is_refused_and_the_stream_
         call.cancel()
 
 
+async def test_a_stream_whose_caller_owes_for_long_ends_with_the_time_to_wait(office, monkeypatch):
+    monkeypatch.setattr(interchange, "MAX_UNREAD_S", 0.05)
+    async with callers(office, ("emitter",), quota_packets_per_s=SLOW) as (server, loud):
+        call = loud.open(STREAM, *(batch(5, batch_id=number) for number in range(1, 4)))
+        async with asyncio.timeout(DEADLINE_S):
+            first = await call.read()
+        assert (first.batch_id, first.accepted) == (1, 5)
+        told = await refusal(call.read())
+        assert (told.code, told.reason) == (
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "QUOTA_EXCEEDED",
+        )
+        assert told.metadata["resource"] == "packets"
+        assert told.retry_s == 300.0
+        assert await stored(server) == 5
+
+
+async def test_a_stream_without_a_batch_stays_while_its_caller_owes(office, monkeypatch):
+    monkeypatch.setattr(interchange, "MAX_UNREAD_S", 0.01)
+    async with callers(office, ("emitter",), quota_packets_per_s=10.0) as (server, loud):
+        ready = asyncio.Event()
+
+        async def requests():
+            yield batch(105, batch_id=1)  # half a second more than the burst
+            await ready.wait()
+            yield batch(1, batch_id=2)
+
+        call = loud.channel.stream_stream(
+            f"/{STREAM}",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=wire_pb2.EmitStreamResponse.FromString,
+        )(requests(), metadata=loud.metadata)
+        async with asyncio.timeout(DEADLINE_S):
+            assert (await call.read()).accepted == 105
+            await eventually(lambda: not server.service.quotas.owed_s("emitter"))
+            ready.set()
+            assert (await call.read()).accepted == 1
+        call.cancel()
+
+
 async def test_a_draining_server_does_not_wait_for_what_is_owed(office):
     async with callers(office, ("emitter",), quota_packets_per_s=SLOW) as (server, loud):
         call = loud.open(STREAM, *(batch(5, batch_id=number) for number in range(1, 4)))
@@ -289,6 +331,49 @@ async def test_the_sdk_says_what_it_took_too_much_of(office):
                 await client.emit({"type": "msp", "controller": {"tau": 2.0}})
         assert caught.value.resource == "packets"
         assert caught.value.retry_after_s == 300.0
+
+
+async def test_emit_many_says_which_quota_stopped_it_and_what_arrived(office, monkeypatch):
+    """The time to wait is longer than the policy allows: it does not wait for nothing."""
+    monkeypatch.setattr(interchange, "MAX_UNREAD_S", 0.5)
+    token = office.token("member").text
+    async with secured(**office.tls, tokens=office.tokens, quota_packets_per_s=SLOW) as server:
+        async with AsyncFMIClient(
+            server.target,
+            domain_id="member",
+            cohort="care",
+            token=token,
+            tls=TLSConfig(office.ca_file),
+        ) as client:
+            packets = [{"type": "msp", "controller": {"tau": n / 300}} for n in range(70)]
+            with pytest.raises(QuotaExceededError) as caught:
+                await client.emit_many(packets, batch_packets=20)
+        error = caught.value
+        assert (error.resource, error.retry_after_s) == ("packets", 300.0)
+        assert [receipt.status for receipt in error.receipts if receipt] == ["accepted"] * 20
+        # What was read of the source and has no answer is handed back, and nothing else.
+        rest = [packet.msp.controller["tau"] for packet in error.unanswered]
+        assert rest == [n / 300 for n in range(20, 20 + len(rest))]
+        assert len(error.receipts) == 20 + len(rest)
+        assert await stored(server) == 20
+
+
+async def test_emit_many_goes_on_as_a_low_quota_allows(office, monkeypatch):
+    """Each batch is owed for longer than a stream is left unread."""
+    monkeypatch.setattr(interchange, "MAX_UNREAD_S", 0.1)
+    token = office.token("member").text
+    async with secured(**office.tls, tokens=office.tokens, quota_packets_per_s=4.0) as server:
+        async with AsyncFMIClient(
+            server.target,
+            domain_id="member",
+            cohort="care",
+            token=token,
+            tls=TLSConfig(office.ca_file),
+        ) as client:
+            packets = [{"type": "msp", "controller": {"tau": n / 300}} for n in range(52)]
+            receipts = await client.emit_many(packets, batch_packets=4)
+        assert [receipt.status for receipt in receipts] == ["accepted"] * 52
+        assert await stored(server) == 52
 
 
 async def test_envelopes_that_come_together_are_not_all_taken(office):
