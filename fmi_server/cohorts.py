@@ -361,13 +361,17 @@ class CohortRegistry:
         """
         rules, changed = self.check(spec, force=force)
         if changed:
-            forced = self.unsafe_changes(rules)
-            self._rules[rules.name] = rules
-            (self._private.discard if rules.privacy is None else self._private.add)(rules.name)
-            self._measure_packets()
-            for change in forced:
-                _log.warning("cohort %s was changed by force: %s", rules.name, change)
+            self.put_in_force(rules)
         return rules, changed
+
+    def put_in_force(self, rules: CohortRules) -> None:
+        """Put rules in force that `check` made of a spec; say which changes would break sites."""
+        forced = self.unsafe_changes(rules)
+        self._rules[rules.name] = rules
+        (self._private.discard if rules.privacy is None else self._private.add)(rules.name)
+        self._measure_packets()
+        for change in forced:
+            _log.warning("cohort %s was changed by force: %s", rules.name, change)
 
     def check(
         self, spec: cohort_pb2.CohortSpec, *, force: bool = False

@@ -126,7 +126,7 @@ class SpecChanges:
                     1,
                     holds=lambda: not self._releaser.spec_waits(rules.name),
                 )
-                self._declare(spec, force=force)
+                self._put_in_force(rules)
                 # Who may do what changes nothing of what the cohort's packets say.
                 if known != rules.schema_hash:
                     await self._releaser.rebuild(rules.name)
@@ -162,7 +162,7 @@ class SpecChanges:
                 return
             try:
                 spec = stored_spec(stored, self._store.location)
-                rules, _ = self._cohorts.check(spec, force=True)
+                rules, changed = self._cohorts.check(spec, force=True)
             except Exception as error:
                 self.unkept = error
                 self._router.drain()
@@ -174,7 +174,8 @@ class SpecChanges:
                 if counts_anew and self._compactor.compacted(name):
                     # What was retired here meanwhile was judged by the rules of before.
                     await stack.enter_async_context(self._compactor.suspended(name))
-                self._declare(spec, force=True)
+                if changed:
+                    self._put_in_force(rules)
                 if counts_anew:
                     await self._releaser.rebuild(name)
 
@@ -190,14 +191,13 @@ class SpecChanges:
             spec.access.SetInParent()
         return spec.SerializeToString()
 
-    def _declare(self, spec: cohort_pb2.CohortSpec, *, force: bool) -> CohortRules:
-        """Declare a spec that is stored, and let subscriptions follow."""
-        before = self._cohorts.access(spec.name) or AccessRules()
-        rules, _ = self._cohorts.declare(spec, force=force)
+    def _put_in_force(self, rules: CohortRules) -> None:
+        """Put the rules of a spec in force that is stored, and let subscriptions follow."""
+        before = self._cohorts.access(rules.name) or AccessRules()
+        self._cohorts.put_in_force(rules)
         log = self._releaser.publisher.log
         self._router.access_changed(rules.name, before, rules.access, log)
         self._telemetry.cohorts(len(self._cohorts))
-        return rules
 
     def _declared_hash(self, name: str) -> str:
         """Return the schema hash of a cohort that is declared; empty where it is not."""

@@ -305,6 +305,23 @@ async def test_health_comes_back_though_nobody_emits_to_a_server_that_is_not_wel
         await eventually(lambda: server.service.store_watch.sound)
 
 
+async def test_a_spec_is_compiled_once_at_each_server(broker, tmp_path, monkeypatch):
+    async with two(broker, tmp_path) as servers:
+        compiled: list[int] = []
+        for number, server in enumerate(servers):
+            compile_ = server.service.cohorts.compile
+
+            def counted(spec, *, number=number, compile_=compile_):
+                compiled.append(number)
+                return compile_(spec)
+
+            monkeypatch.setattr(server.service.cohorts, "compile", counted)
+        async with Client(servers[0].target) as client:
+            await client.put_spec(care())
+        await eventually(lambda: "care" in servers[1].service.cohorts)
+        assert sorted(compiled) == [0, 1]
+
+
 async def test_what_was_put_in_force_anywhere_is_known_to_who_asks_elsewhere(broker, tmp_path):
     async with (
         two(broker, tmp_path) as servers,
