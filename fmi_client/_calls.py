@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import grpc
 
 from fmi.v1 import admin_service_pb2_grpc, interchange_service_pb2_grpc, registry_service_pb2_grpc
+from fmi_client._arguments import check_kind, check_number
 from fmi_client._channel import TLSConfig, call_metadata, open_channel
 from fmi_client._fork import check_process, start_grpc
 from fmi_client._target import parse_target
@@ -61,6 +62,10 @@ class Caller:
         retry: RetryPolicy,
         timeout_s: float,
     ) -> None:
+        check_kind("target", target, str)
+        check_kind("tls", tls, TLSConfig, optional=True)
+        check_kind("insecure", insecure, bool)
+        check_number("timeout_s", timeout_s)
         if timeout_s <= 0:
             raise ConfigurationError("timeout_s must be above 0")
         if not isinstance(retry, RetryPolicy):  # None is what many write who want none

@@ -10,6 +10,7 @@ from typing import Final
 
 import grpc
 
+from fmi_client._arguments import check_kind
 from fmi_client.errors import ConfigurationError
 
 __all__ = [
@@ -86,6 +87,7 @@ class TLSConfig:
                 raise ConfigurationError(
                     f"TLSConfig: {name} must be the path of a PEM file, not {type(path).__name__}"
                 )
+        check_kind("TLSConfig: server_name", self.server_name, str, optional=True)
         if (self.certificate is None) != (self.private_key is None):
             raise ConfigurationError(
                 "TLSConfig: certificate and private_key belong together; give both or neither"

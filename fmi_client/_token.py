@@ -16,10 +16,14 @@ class TokenSource:
         given: The token, or the path of a file that has it; None for none.
 
     Raises:
-        ConfigurationError: The file cannot be read, or is empty.
+        ConfigurationError: It is neither, or the file cannot be read, or is empty.
     """
 
     def __init__(self, given: str | Path | None) -> None:
+        if not isinstance(given, str | Path | None):
+            raise ConfigurationError(
+                f"token must be a text or the Path of a file, not of type {type(given).__name__}"
+            )
         self._given = given
         self._seen: tuple[int, int, int] | None = None
         self._text = None if isinstance(given, Path) else given

@@ -20,6 +20,7 @@ from fmi.v1 import (
     registry_service_pb2,
     update_pb2,
 )
+from fmi_client._arguments import check_kind, check_whole
 from fmi_client._calls import Caller
 from fmi_client._channel import TLSConfig
 from fmi_client._emit_stream import BATCH_BYTES, BATCH_PACKETS, BatchSender
@@ -134,6 +135,8 @@ class AsyncFMIClient:
             privacy=privacy,
             clock=clock,
         )
+        check_kind("encoder", encoder, FMIEncoder, optional=True)
+        check_kind("outbox", outbox, Outbox, optional=True)
         self._encoder = encoder or FMIEncoder()
         self._subscriptions: weakref.WeakSet[Subscription] = weakref.WeakSet()
         self._sender = None if outbox is None else OutboxSender(outbox, self._caller, self._encoder)
@@ -305,6 +308,8 @@ class AsyncFMIClient:
                 `receipts` are the answers up to then, None where there is none, and its `unanswered`
                 the packets without one: to send these again is safe.
         """
+        check_whole("batch_packets", batch_packets)
+        check_whole("batch_bytes", batch_bytes)
         if batch_packets < 1 or batch_bytes < 1:
             raise ConfigurationError("batch_packets and batch_bytes must be at least 1")
         if self._sender is not None:

@@ -16,6 +16,7 @@ from fmi.plain import (
     packet_from_plain,
 )
 from fmi.v1 import packet_pb2
+from fmi_client._arguments import check_kind
 from fmi_client._contract import check_packet, plain_packet_error
 from fmi_client._translation import error_from_plain_data
 from fmi_client.errors import ConfigurationError
@@ -51,7 +52,8 @@ class HeaderDefaults:
         clock: Unix time in seconds.
 
     Raises:
-        ConfigurationError: `provenance` declares for every packet what `privacy` is to see to.
+        ConfigurationError: One is of a wrong type, or `provenance` declares for every packet what `privacy`
+            is to see to.
     """
 
     domain_id: str | None = None
@@ -63,6 +65,12 @@ class HeaderDefaults:
     clock: Callable[[], float] = time.time
 
     def __post_init__(self) -> None:
+        check_kind("domain_id", self.domain_id, str, optional=True)
+        for name in ("cohort", "profile_class", "schema_hash"):
+            check_kind(name, getattr(self, name), str)
+        check_kind("privacy", self.privacy, LocalPrivacy, optional=True)
+        if not callable(self.clock):
+            raise ConfigurationError("clock must be a function that returns Unix time in seconds")
         if (
             self.privacy is not None
             and self.provenance is not None
@@ -146,7 +154,8 @@ class FMIEmitter:
 
     Raises:
         ContractError: The provenance cannot be translated.
-        ConfigurationError: The provenance declares privacy, and there is `privacy` too.
+        ConfigurationError: An argument is of a wrong type, or the provenance declares privacy, and there is
+            `privacy` too.
     """
 
     def __init__(
@@ -160,6 +169,7 @@ class FMIEmitter:
         privacy: LocalPrivacy | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        check_kind("domain_id", domain_id, str)
         self.defaults = HeaderDefaults(
             domain_id=domain_id,
             cohort=cohort,

@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError
 
 from fmi.envelope import EnvelopeDecodeError, open_envelope
 from fmi.v1 import error_pb2, interchange_service_pb2, packet_pb2
+from fmi_client._arguments import check_kind, check_whole
 from fmi_client._counts import counted
 from fmi_client._translation import reason_name
 from fmi_client.errors import (
@@ -44,10 +45,15 @@ class FMIEncoder:
             server must have it too.
 
     Raises:
-        ConfigurationError: The dictionary is not one in zstd's format.
+        ConfigurationError: The level is none, or the dictionary is not one in zstd's format.
     """
 
     def __init__(self, *, level: int = LEVEL, dictionary: bytes | None = None) -> None:
+        check_whole("FMIEncoder: level", level)
+        if not -zstandard.MAX_COMPRESSION_LEVEL <= level <= zstandard.MAX_COMPRESSION_LEVEL:
+            most = zstandard.MAX_COMPRESSION_LEVEL
+            raise ConfigurationError(f"FMIEncoder: level must be between -{most} and {most}")
+        check_kind("FMIEncoder: dictionary", dictionary, bytes, optional=True)
         self._lock = threading.Lock()  # a zstd context serves one thread at a time
         loaded: zstandard.ZstdCompressionDict | None = None
         if dictionary is not None:

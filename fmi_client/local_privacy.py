@@ -28,12 +28,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, Self, TypeAlias
+from typing import Any, Final, Self, TypeAlias
 
 from fmi.rules import MAX_PROBLEMS, SECTIONS
 from fmi.v1 import cohort_pb2, packet_pb2
+from fmi_client._arguments import check_kind, check_number, check_path, check_whole
 from fmi_client._contract import check_packet
 from fmi_client._discrete_gaussian import discrete_gaussian
 from fmi_client._privacy_account import Account, FileAccount, MemoryAccount
@@ -122,6 +124,13 @@ class LocalPrivacy:
         regime_is_public: bool = False,
         account: str | Path | None = None,
     ) -> None:
+        if not isinstance(bounds, Mapping):
+            raise ConfigurationError("LocalPrivacy: bounds must be a mapping, bounds by signal")
+        check_number("LocalPrivacy: epsilon", epsilon)
+        check_number("LocalPrivacy: delta", delta)
+        check_whole("LocalPrivacy: emissions", emissions)
+        check_kind("LocalPrivacy: regime_is_public", regime_is_public, bool)
+        check_path("LocalPrivacy: account", account, optional=True)
         self._scales = _scales(bounds)
         if not 0.0 < epsilon < math.inf:
             raise ConfigurationError(f"LocalPrivacy: epsilon must be positive, got {epsilon}")
@@ -197,6 +206,11 @@ class LocalPrivacy:
                         name, "has no bounds in the spec; name some of your own, or leave it out"
                     )
                     for name in unbounded
+                ),
+                *(
+                    _at_fault(str(name), f"is {told!r}; it must be two numbers, (lower, upper)")
+                    for name, told in own.items()
+                    if not _is_pair(told)
                 ),
             ]
         )
@@ -445,6 +459,11 @@ def _sigma_for(sensitivity_squared: int, rho: Fraction) -> int:
 
 
 def _scales(given: Mapping[str, BoundsLike]) -> dict[str, _Scale]:
+    _refuse(
+        _at_fault(str(name), problem)
+        for name, told in given.items()
+        if (problem := _kind_problem(name, told))
+    )
     bounds = {
         name: told if isinstance(told, SignalBounds) else SignalBounds(told[0], told[1])
         for name, told in given.items()
@@ -457,6 +476,32 @@ def _scales(given: Mapping[str, BoundsLike]) -> dict[str, _Scale]:
         if (problem := _bounds_problem(told))
     )
     return {name: _Scale(told) for name, told in bounds.items()}
+
+
+def _kind_problem(name: object, told: object) -> str:
+    """Say what is no bounds at all in what was given as such; empty for nothing."""
+    if not isinstance(name, str):
+        return "is not the name of a signal, which is a text"
+    if not isinstance(told, SignalBounds):
+        return "" if _is_pair(told) else f"is {told!r}; it must be two numbers, (lower, upper)"
+    if not _is_pair((told.lower, told.upper)):
+        return f"has bounds {told.lower!r} and {told.upper!r}; they must be numbers"
+    if told.limits is not None and not _is_pair(told.limits):
+        return f"has limits {told.limits!r}; they must be two numbers, or None"
+    log: object = told.log
+    if not isinstance(log, bool):
+        return f"has log={log!r}; it must be True or False"
+    return ""
+
+
+def _is_pair(told: Any) -> bool:
+    try:
+        pair = tuple(told)
+    except TypeError:
+        return False
+    return len(pair) == 2 and all(
+        isinstance(value, Real) and not isinstance(value, bool) for value in pair
+    )
 
 
 def _bounds_problem(bounds: SignalBounds) -> str:

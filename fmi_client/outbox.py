@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 from fmi.v1 import packet_pb2
+from fmi_client._arguments import check_path, check_whole
 from fmi_client._fork import check_process
 from fmi_client._outbox_file import FileStore
 from fmi_client._outbox_store import Item, MemoryStore, RefusedPacket, Store, digest
@@ -96,7 +97,7 @@ class Outbox:
         keep_refused: The most of these packets that `refused` keeps, the newest.
 
     Raises:
-        ConfigurationError: A bound is below 1, or the policy is not known.
+        ConfigurationError: A bound is below 1, the policy is not known, or an argument is of a wrong type.
     """
 
     blocks = False
@@ -111,6 +112,11 @@ class Outbox:
         on_refused: OnRefused | None = None,
         keep_refused: int = KEEP_REFUSED,
     ) -> None:
+        check_whole("Outbox: max_packets", max_packets)
+        check_whole("Outbox: max_bytes", max_bytes)
+        check_whole("Outbox: keep_refused", keep_refused)
+        if not (on_refused is None or callable(on_refused)):
+            raise ConfigurationError("Outbox: on_refused must be a function or None")
         if max_packets < 1 or max_bytes < 1 or keep_refused < 1:
             raise ConfigurationError("Outbox: max_packets, max_bytes, keep_refused: at least 1")
         if when_full not in ("refuse", "drop_oldest"):
@@ -369,6 +375,7 @@ class FileOutbox(Outbox):
         on_refused: OnRefused | None = None,
         keep_refused: int = KEEP_REFUSED,
     ) -> None:
+        check_path("FileOutbox: path", path)
         self.path = Path(path)
         super().__init__(
             max_packets=max_packets,

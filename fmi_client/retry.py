@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Final
 
+from fmi_client._arguments import check_number, check_whole
 from fmi_client.errors import ConfigurationError, FMIError
 
 __all__ = ["NO_RETRY", "Backoff", "RetryPolicy"]
@@ -32,6 +33,9 @@ class RetryPolicy:
         max_attempts: Attempts in all, the first included. 1 means no retry.
         deadline_s: Seconds from the first attempt after which no further one begins. None means no
             limit. Of a long batch or a subscription the time counts from the last progress.
+
+    Raises:
+        ConfigurationError: One is no number, or out of range.
     """
 
     initial_s: float = 0.1
@@ -41,6 +45,10 @@ class RetryPolicy:
     deadline_s: float | None = 60.0
 
     def __post_init__(self) -> None:
+        for name in ("initial_s", "max_s", "multiplier"):
+            check_number(f"RetryPolicy: {name}", getattr(self, name))
+        check_whole("RetryPolicy: max_attempts", self.max_attempts)
+        check_number("RetryPolicy: deadline_s", self.deadline_s, optional=True)
         if not 0 < self.initial_s <= self.max_s:
             raise ConfigurationError("RetryPolicy: initial_s must be above 0 and at most max_s")
         if self.multiplier < 1:
