@@ -220,6 +220,10 @@ _BYTES: Final[dict[str, Any]] = {"unit": "bytes"}
 _SECONDS: Final[dict[str, Any]] = {"unit": "seconds"}
 
 
+class _TwiceError(ValueError):
+    """A name stands twice in one object of JSON, of which Python keeps the last value without a word."""
+
+
 class ServerSettings(BaseSettings):
     """How the server runs. Six of them suffice to start; each has a default.
 
@@ -544,7 +548,9 @@ class ServerSettings(BaseSettings):
         if not isinstance(value, str):
             return value
         try:
-            return json.loads(value)
+            return json.loads(value, object_pairs_hook=_once)
+        except _TwiceError:
+            raise
         except ValueError:
             raise ValueError("must be quotas by principal, as JSON") from None
 
@@ -633,6 +639,15 @@ class ServerSettings(BaseSettings):
         """Put flags before the environment."""
         del settings_cls, dotenv_settings, file_secret_settings
         return (init_settings, env_settings)
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields: dict[str, object] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise _TwiceError(f"{name!r} stands twice in one object; leave one of them out")
+        fields[name] = value
+    return fields
 
 
 def _is_host(text: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import IO
 
 import click
@@ -57,12 +58,16 @@ def command(_settings: Settings) -> None:
     metavar="BYTES",
     help="How large it becomes at most.",
 )
+@click.option("--force", is_flag=True, help="Write over FILE where there is one.")
 @json_option
-def _train(settings: Settings, files: tuple[IO[str], ...], out: str, size: int) -> int:
+def _train(settings: Settings, files: tuple[IO[str], ...], out: str, size: int, force: bool) -> int:
     """Train a dictionary from the packets of FILEs; no server is asked.
 
     Take some hundreds of packets like those to come, of about ten times the dictionary's size in all.
     """
+    # Sites may hold packets of the one that stands there, and no training makes it again.
+    if not force and out != "-" and Path(out).is_file():
+        raise click.UsageError(f"{out} exists; say --force to write over it.")
     entries = [entry for file in files for entry in read_packets(file, HeaderDefaults())]
     if _show_unreadable(settings, entries):
         return ExitCode.REFUSED

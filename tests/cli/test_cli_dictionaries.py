@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +51,26 @@ def test_training_makes_single_packets_small(train, packets):
     assert out.stat().st_size <= SIZE
     other = [HeaderDefaults().packet(plain(7.5))]
     assert len(encoder.encode(other).data) < len(FMIEncoder().encode(other).data) / 1.5
+
+
+@pytest.mark.parametrize("of_packets", [False, True], ids=["a dictionary", "its own packets"])
+def test_training_writes_over_nothing_unless_it_is_forced(train, packets, of_packets):
+    if of_packets:
+        out = Path(packets[0])
+        more = ["--out", str(out)]
+    else:
+        _, out = train(*packets)
+        more = []
+    before = out.read_bytes()
+    result, _ = train(*packets, more=more)
+    assert result.exit_code == ExitCode.USAGE
+    assert "say --force to write over it" in result.stderr
+    assert str(out) in result.stderr
+    assert out.read_bytes() == before
+    result, _ = train(packets[1], more=[*more, "--force"])
+    assert result.exit_code == 0, result.output
+    assert FMIEncoder(dictionary=out.read_bytes()).dictionary_id
+    assert out.read_bytes() != before
 
 
 def test_training_says_what_it_made(train, packets):

@@ -197,6 +197,8 @@ def test_an_empty_file_says_nothing(tmp_path, text):
         ({"quota_bytes_per_s": 10**400}, r"quota_bytes_per_s: "),
         ({"quota_streams": 1.5}, r"quota_streams: .*, not 1.5$"),
         ({"quotas": "{"}, r"quotas: must be quotas by principal, as JSON, not '\{'"),
+        ({"quotas": '{"a": {}, "a": {}}'}, r"quotas: 'a' stands twice in one object"),
+        ({"quotas": '{"a": {"streams": 1, "streams": 2}}'}, r"quotas: 'streams' stands twice"),
         ({"quotas": {"10.0.0.7": {"packets": 5}}}, r"quotas.10.0.0.7.packets: is no quota; there"),
         ({"quotas": {"10.0.0.7": {"streams": -1}}}, r"quotas.10.0.0.7: streams must be .* not -1"),
         ({"quotas": {"10.0.0.7": {"calls_per_s": 10**400}}}, r"quotas.10.0.0.7.calls_per_s: "),
