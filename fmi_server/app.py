@@ -31,13 +31,13 @@ from fmi_server.envelope import EnvelopeLimits
 from fmi_server.errors import ServerDrainingError
 from fmi_server.listening import (
     described,
-    exposed_private,
     probe_address,
     reaches_beyond_loopback,
     warn_of_open_listening,
     wrong_addresses,
 )
 from fmi_server.memory_watch import default_limit
+from fmi_server.private_specs import exposed_private
 from fmi_server.quotas import Quotas
 from fmi_server.router import FMIRouter
 from fmi_server.service import FMIService
@@ -449,7 +449,7 @@ async def serve(settings: ServerSettings) -> None:
 
 def _warn_of_exposed(settings: ServerSettings, cohorts: CohortRegistry) -> None:
     private = [rules.name for rules in cohorts if rules.privacy is not None]
-    if told := exposed_private(settings, private):
+    if told := exposed_private(private, authenticated=settings.authenticated):
         _log.warning("%s", told)
 
 

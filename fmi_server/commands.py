@@ -24,8 +24,7 @@ from fmi_server.config import (
 from fmi_server.contracts import FMIContractRegistry
 from fmi_server.errors import FMIError
 from fmi_server.invocation import EXIT_AGAIN, fail, settings_of
-from fmi_server.listening import exposed_private
-from fmi_server.private_specs import privacy_settings
+from fmi_server.private_specs import exposed_private, privacy_settings
 from fmi_server.server_log import configure_log
 from fmi_server.storage.base import StoreBehindError, StoreStoppedError
 
@@ -137,5 +136,5 @@ def check_config(config: Path | None, **flags: Any) -> None:
     if files:
         click.echo("# not compared with the store: a change that would break sites stops the start")
     private = [file.spec.name for file in files if privacy_settings(file.spec.privacy).private]
-    if told := exposed_private(settings, private):
+    if told := exposed_private(private, authenticated=settings.authenticated):
         click.echo(f"warning: {told}", err=True)

@@ -5,22 +5,17 @@ from __future__ import annotations
 import ipaddress
 import logging
 import socket
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Iterator
 
 from fmi_server.config import ServerSettings, SettingsError
 
 __all__ = [
     "described",
-    "exposed_private",
     "probe_address",
     "reaches_beyond_loopback",
     "warn_of_open_listening",
     "wrong_addresses",
 ]
-
-_NAMED: Final = 3
-"""Cohorts that a line names; of more it has the number."""
 
 _log = logging.getLogger(__name__)
 
@@ -124,24 +119,6 @@ def described(settings: ServerSettings) -> str:
     told = "no operators" if not operators else f"{operators} operator{'s' * (operators > 1)}"
     return (
         f"{wire}{', tokens' * (settings.tokens is not None)}; what is not allowed is denied; {told}"
-    )
-
-
-def exposed_private(settings: ServerSettings, private: Sequence[str]) -> str | None:
-    """Say which private cohorts are exposed because nobody is authenticated; None where none is.
-
-    Args:
-        settings: What protects the server.
-        private: The names of its private cohorts.
-    """
-    if settings.authenticated or not private:
-        return None
-    more = len(private) - _NAMED
-    named = f"{', '.join(private[:_NAMED])}{f' and {more} more' if more > 0 else ''}"
-    which = f"cohorts {named} are" if len(private) > 1 else f"cohort {named} is"
-    return (
-        f"{which} private, but callers are not authenticated: whoever reaches the server sees who sends, and "
-        "can send in any site's name; set tls_client_ca or tokens"
     )
 
 

@@ -6,7 +6,7 @@ released by no more than its own bounded vector, and moves when it is released n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from fmi.plain_values import quoted
@@ -18,6 +18,7 @@ __all__ = [
     "PRIVATE_INTERVAL_S",
     "SHORTEST_PERIOD_S",
     "Problem",
+    "exposed_private",
     "privacy_settings",
     "private_spec_problems",
 ]
@@ -26,6 +27,9 @@ PRIVATE_INTERVAL_S: Final = 86_400.0
 """The period of a private cohort whose spec does not say: each costs a part of the budget."""
 
 SHORTEST_PERIOD_S: Final = 0.1
+
+_NAMED: Final = 3
+"""Cohorts that a line names; of more it has the number."""
 
 
 class Problem(NamedTuple):
@@ -74,6 +78,24 @@ def private_spec_problems(spec: cohort_pb2.CohortSpec) -> Iterator[Problem]:
     yield from _schedule_problems(spec.release)
     for fault in budget_faults(settings, max(1, len(spec.signals))):
         yield Problem("privacy", (fault.setting, *_BUDGET), "privacy_budget", fault.advice)
+
+
+def exposed_private(private: Sequence[str], *, authenticated: bool) -> str | None:
+    """Say which private cohorts are exposed because nobody is authenticated; None where none is.
+
+    Args:
+        private: The names of private cohorts.
+        authenticated: Whether callers are.
+    """
+    if authenticated or not private:
+        return None
+    more = len(private) - _NAMED
+    named = f"{', '.join(private[:_NAMED])}{f' and {more} more' if more > 0 else ''}"
+    which = f"cohorts {named} are" if len(private) > 1 else f"cohort {named} is"
+    return (
+        f"{which} private, but callers are not authenticated: whoever reaches the server sees who sends, and "
+        "can send in any site's name; set tls_client_ca or tokens"
+    )
 
 
 _BUDGET: Final = (

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Final
 
 from fmi.v1 import admin_service_pb2 as wire_pb2
 from fmi_server.operations import CohortOverview, Operations, SiteOverview
-from fmi_server.private_specs import privacy_settings
+from fmi_server.private_specs import exposed_private, privacy_settings
 from fmi_server.service import FMIService
 from fmi_server.transport.identity import Caller
 from fmi_server.transport.privacy import budget_message, plan_message, spend_message
@@ -17,6 +18,8 @@ __all__ = ["AdminServicer"]
 DEFAULT_PAGE: Final = 100
 DEFAULT_MIN_SITES: Final = 3
 MAX_SEQUENCE: Final = 2**63 - 1
+
+_log = logging.getLogger(__name__)
 
 
 class AdminServicer:
@@ -45,6 +48,10 @@ class AdminServicer:
             dry_run=request.dry_run,
             caller=caller.principal,
         )
+        if changed and not request.dry_run and rules.privacy is not None:
+            authenticated = self._service.cohorts.authenticated
+            if told := exposed_private([rules.name], authenticated=authenticated):
+                _log.warning("%s", told)
         return wire_pb2.PutCohortSpecResponse(schema_hash=rules.schema_hash, changed=changed)
 
     async def ListSites(

@@ -122,8 +122,10 @@ async def test_the_log_warns_of_private_cohorts_where_nobody_is_authenticated(da
         spec = closed(tau=CONTROLLER)
         spec.signals[0].lower, spec.signals[0].upper = 0.0, 1.0
         spec.privacy.dp_epsilon, spec.privacy.dp_delta, spec.privacy.dp_epochs = 1.0, 1e-6, 2
+        assert "is private, but" not in caplog.text
         await client.put_spec(spec)
-    assert "is private, but" not in caplog.text
+        assert "cohort care is private, but callers are not authenticated" in caplog.text
+    caplog.clear()
     async with running_server(data_dir):
         pass
     assert "cohort care is private, but callers are not authenticated" in caplog.text
