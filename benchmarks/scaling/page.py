@@ -147,6 +147,13 @@ def _stores(record: Record) -> str:
                 _time(costs.cluster_alone_broker_cpu_s),
             ),
             (
+                "where 64 come at a time, processor",
+                _time(costs.packet_crowd_cpu_s),
+                _time(costs.cluster_crowd_take_cpu_s),
+                _time(costs.cluster_crowd_follow_cpu_s),
+                _time(costs.cluster_crowd_broker_cpu_s),
+            ),
+            (
                 "in an envelope, processor",
                 _time(costs.packet_batched_cpu_s),
                 _time(costs.cluster_take_cpu_s),
@@ -154,7 +161,7 @@ def _stores(record: Record) -> str:
                 _time(costs.cluster_broker_cpu_s),
             ),
             (
-                "disk",
+                "in an envelope, disk",
                 _bytes(live),
                 _bytes(costs.cluster_view_bytes),
                 _bytes(costs.cluster_view_bytes),

@@ -39,11 +39,12 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> Record:
-        """Read what is there; nothing where there is no file."""
+        """Read what is there; nothing where there is no file, no costs where they are others than today's."""
         if not path.exists():
             return cls()
         found = json.loads(path.read_text(encoding="utf-8"))
-        costs = found["costs"] and UnitCosts(**found["costs"])
+        names = {field.name for field in dataclasses.fields(UnitCosts)}
+        costs = UnitCosts(**found["costs"]) if set(found["costs"] or ()) == names else None
         return cls(found["machine"], costs, found["points"], found["simulated"])
 
     def write(self, path: Path) -> None:

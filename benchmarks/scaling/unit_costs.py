@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -98,6 +99,9 @@ class UnitCosts:
         cluster_alone_take_cpu_s: Of a packet that comes alone.
         cluster_alone_follow_cpu_s: Of a packet that comes alone.
         cluster_alone_broker_cpu_s: Of a packet that comes alone.
+        cluster_crowd_take_cpu_s: Of a packet where 64 come at a time.
+        cluster_crowd_follow_cpu_s: Of a packet where 64 come at a time.
+        cluster_crowd_broker_cpu_s: Of a packet where 64 come at a time.
         cluster_view_bytes: On the disk of each server, a packet.
         cluster_log_bytes: On the disk of each broker, a packet until the log is shortened.
     """
@@ -137,6 +141,9 @@ class UnitCosts:
     cluster_alone_take_cpu_s: float
     cluster_alone_follow_cpu_s: float
     cluster_alone_broker_cpu_s: float
+    cluster_crowd_take_cpu_s: float
+    cluster_crowd_follow_cpu_s: float
+    cluster_crowd_broker_cpu_s: float
     cluster_view_bytes: float
     cluster_log_bytes: float
 
@@ -170,27 +177,37 @@ async def measure(effort: Effort, say: Callable[[str], None]) -> UnitCosts:
 
 
 async def packets_taken(effort: Effort, folder: Path) -> Found:
-    """Measure what a server takes to acknowledge and count packets, and what it takes without."""
+    """Measure what a server takes to acknowledge and count packets, and what it takes without.
+
+    Each time at a server of its own, which gets fewer packets than start compaction: that is counted by
+    itself.
+    """
     spent: defaultdict[str, list[float]] = defaultdict(list)
-    async with serving(folder) as server, connected(server.target) as channel:
-        held = float(resident(server.pid))
-        await declare(channel, COHORT, interval_s=NEVER_S)
-        sites = Sites(channel, Packets([COHORT], effort.packets, SIGNALS))
-        alone, crowd = effort.packets // 4, effort.packets // 2
-        steps: dict[str, tuple[int, Callable[[], Awaitable[None]]]] = {
-            "packet_alone_cpu_s": (alone, lambda: sites.emit(alone)),
-            "packet_crowd_cpu_s": (crowd, lambda: sites.emit(crowd, callers=64)),
-            "packet_batched_cpu_s": (effort.packets, lambda: sites.emit_batches(effort.packets)),
-        }
-        await sites.emit_batches(effort.packets)  # warms up
-        await release(channel, COHORT)
-        for _ in range(effort.rounds):
-            with spent_s(server.pid) as once:
-                await sites.emit(1)
+    alone, crowd, batched = effort.packets // 4, effort.packets // 2, effort.packets
+    held: list[float] = []
+    for number in range(effort.rounds):
+        for name, count, callers in (
+            ("packet_alone_cpu_s", alone, 1),
+            ("packet_crowd_cpu_s", crowd, 64),
+            ("packet_batched_cpu_s", batched, 0),
+        ):
+            async with (
+                serving(folder / f"{name}-{number}") as server,
+                connected(server.target) as channel,
+            ):
+                held.append(float(resident(server.pid)))
+                await declare(channel, COHORT, interval_s=NEVER_S)
+                sites = Sites(channel, Packets([COHORT], effort.packets, SIGNALS))
+                await sites.emit_batches(effort.packets // 8)  # warms up
                 await release(channel, COHORT)
-            for name, (count, send) in steps.items():
+                with spent_s(server.pid) as once:
+                    await sites.emit(1)
+                    await release(channel, COHORT)
                 with spent_s(server.pid) as used:
-                    await send()
+                    if callers:
+                        await sites.emit(count, callers=callers)
+                    else:
+                        await sites.emit_batches(count)
                     await release(channel, COHORT)  # counts what waits
                 spent[name].append(max(used[0] - once[0], 0.0) / count)
     async with serving(folder / "idle") as server:
@@ -198,7 +215,11 @@ async def packets_taken(effort: Effort, folder: Path) -> Found:
         with spent_s(server.pid) as used:
             await asyncio.sleep(effort.idle_s)
     medians = {name: statistics.median(values) for name, values in spent.items()}
-    return {**medians, "server_bytes": held, "idle_cpu": used[0] / effort.idle_s}
+    return {
+        **medians,
+        "server_bytes": statistics.median(held),
+        "idle_cpu": used[0] / effort.idle_s,
+    }
 
 
 async def bytes_sent(effort: Effort, folder: Path) -> Found:
@@ -411,7 +432,17 @@ async def priors_sent_up(effort: Effort, folder: Path) -> Found:
 
 async def several_servers(effort: Effort, folder: Path) -> Found:
     """Measure two servers on a store at three brokers, of which one takes all packets."""
-    spent: defaultdict[str, list[float]] = defaultdict(list)
+    found: defaultdict[str, list[float]] = defaultdict(list)
+    for number in range(effort.rounds):
+        for name, value in (await _two_servers(effort, folder / str(number))).items():
+            found[name].append(value)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+async def _two_servers(effort: Effort, folder: Path) -> Found:
+    """Measure them once, with fewer packets than start compaction: that is counted by itself."""
+    spent: Found = {}
+    few, many = effort.packets // 16, effort.packets * 3 // 4
     async with contextlib.AsyncExitStack() as stack:
         found = brokers(folder / "brokers", folder / "broker.log")
         for broker in found:
@@ -426,26 +457,30 @@ async def several_servers(effort: Effort, folder: Path) -> Found:
         channel = await stack.enter_async_context(connected(servers[0].target))
         await declare(channel, COHORT, interval_s=NEVER_S)
         sites = Sites(channel, Packets([COHORT], effort.packets, SIGNALS))
-        await sites.emit_batches(effort.packets // 2)
-        await asyncio.sleep(1.0)
+        await sites.emit_batches(effort.packets // 8)
+        await _carried_out(servers)
+        for kind, count, sending in (
+            ("alone_", few, sites.emit),
+            ("crowd_", few, partial(sites.emit, callers=64)),
+            ("", many, sites.emit_batches),
+        ):
+            with spent_s(*pids) as used:
+                await sending(count)
+                await _carried_out(servers)
+            own, other, *rest = (seconds / count for seconds in used)
+            spent[f"cluster_{kind}take_cpu_s"] = own
+            spent[f"cluster_{kind}follow_cpu_s"] = other
+            spent[f"cluster_{kind}broker_cpu_s"] = sum(rest) / len(rest)
+        # Journals are as large as they become by now.
         view, log = disk_bytes(folder / "server-1"), disk_bytes(folder / "brokers")
-        taken = 0
-        for _ in range(effort.rounds):
-            for kind, count in (("", effort.packets), ("alone_", effort.packets // 16)):
-                with spent_s(*pids) as used:
-                    await (sites.emit(count) if kind else sites.emit_batches(count))
-                    await _carried_out(servers)
-                taken += count
-                own, other, *rest = (seconds / count for seconds in used)
-                spent[f"cluster_{kind}take_cpu_s"].append(own)
-                spent[f"cluster_{kind}follow_cpu_s"].append(other)
-                spent[f"cluster_{kind}broker_cpu_s"].append(sum(rest) / len(rest))
+        await sites.emit_batches(2 * effort.packets)
+        await _carried_out(servers)
         grown = disk_bytes(folder / "brokers") - log
         view = disk_bytes(folder / "server-1") - view
     return {
-        **{name: statistics.median(values) for name, values in spent.items()},
-        "cluster_view_bytes": max(view, 0) / taken,
-        "cluster_log_bytes": max(grown, 0) / BROKERS / taken,
+        **spent,
+        "cluster_view_bytes": max(view, 0) / (2 * effort.packets),
+        "cluster_log_bytes": max(grown, 0) / BROKERS / (2 * effort.packets),
     }
 
 
