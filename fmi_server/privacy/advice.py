@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from fmi_server.privacy.budget import BudgetPlan, natural_sensitivity
+from fmi_server.privacy.budget import BudgetPlan, natural_sensitivity, number_of
 from fmi_server.privacy.noisy_means import WEIGHT_SHARE
 
 __all__ = ["PlanReport", "report_plan"]
@@ -97,7 +97,8 @@ def _other_ways(plan: BudgetPlan, sent: int, excess: float) -> Iterator[str]:
     epsilon = plan.epsilon_of(plan.rho * (excess * (1.0 if sigma else plan.stretch)) ** 2)
     if epsilon <= LARGE_EPSILON:
         stated = f"an epsilon of about {epsilon:.3g}"
-        noise = f"a dp_noise_sigma of {sigma / excess:.3g} ({stated} over {plan.epochs} releases)"
+        releases = number_of(plan.epochs, "release")
+        noise = f"a dp_noise_sigma of {sigma / excess:.3g} ({stated} over {releases})"
         yield noise if sigma else stated
     counts = []
     # Noise that was asked for stays as it is however often it is drawn.
@@ -107,7 +108,7 @@ def _other_ways(plan: BudgetPlan, sent: int, excess: float) -> Iterator[str]:
         counts.append((signals, "signal"))
     for number, noun in counts:
         if fewer := math.floor(number / excess**2):
-            yield f"{fewer} {noun}{'' if fewer == 1 else 's'} instead of {number}"
+            yield f"{number_of(fewer, noun)} instead of {number}"
 
 
 def _stretched(plan: BudgetPlan) -> bool:

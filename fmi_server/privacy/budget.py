@@ -19,6 +19,7 @@ __all__ = [
     "PrivacySettings",
     "budget_faults",
     "natural_sensitivity",
+    "number_of",
     "plan_budget",
     "rounded_up",
 ]
@@ -205,8 +206,8 @@ def plan_budget(settings: PrivacySettings, signals: int) -> BudgetPlan:
     if epsilon > MAX_EPSILON:
         raise BudgetError(
             "dp_noise_sigma",
-            f"is {settings.dp_noise_sigma:g}, which over {epochs} releases is an epsilon of {epsilon:.3g} "
-            "and promises nothing: raise it, or say a dp_epsilon and leave it out",
+            f"is {settings.dp_noise_sigma:g}, which over {number_of(epochs, 'release')} is an epsilon of "
+            f"{epsilon:.3g} and promises nothing: raise it, or say a dp_epsilon and leave it out",
         )
     return BudgetPlan(epsilon, settings.dp_delta, epochs, rho, multiplier, sums, settings)
 
@@ -225,6 +226,11 @@ def budget_faults(settings: PrivacySettings, signals: int) -> tuple[BudgetError,
     except BudgetError as fault:
         return (fault,)
     return ()
+
+
+def number_of(count: int, noun: str) -> str:
+    """Tell so many of something."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def rounded_up(value: float) -> str:
@@ -344,10 +350,14 @@ def _checked_epochs(settings: PrivacySettings, rho: float, multiplier: float) ->
     needed = math.sqrt(max(1, settings.dp_epochs) / (2.0 * rho)) / (
         multiplier / settings.dp_noise_sigma
     )
-    ways = ["raise it", "leave it out", *([f"plan {lasts} releases (dp_epochs)"] if lasts else ())]
+    ways = [
+        "raise it",
+        "leave it out",
+        *([f"plan {number_of(lasts, 'release')} (dp_epochs)"] if lasts else ()),
+    ]
     raise BudgetError(
         "dp_noise_sigma",
         f"is {settings.dp_noise_sigma:g}, but dp_epsilon {settings.dp_epsilon:g} over "
-        f"{max(1, settings.dp_epochs)} releases needs at least {rounded_up(needed)}: "
+        f"{number_of(max(1, settings.dp_epochs), 'release')} needs at least {rounded_up(needed)}: "
         f"{', '.join(ways[:-1])} or {ways[-1]}",
     )

@@ -67,7 +67,7 @@ def test_more_epochs_than_the_noise_allows_are_refused_with_what_would_do():
 
 def test_too_little_noise_for_a_single_release_is_refused():
     with pytest.raises(
-        BudgetError, match=r"dp_noise_sigma: is 0\.1, but dp_epsilon 1 over 1 releases"
+        BudgetError, match=r"dp_noise_sigma: is 0\.1, but dp_epsilon 1 over 1 release needs"
     ):
         plan_budget(PrivacySettings(1.0, 1e-6, dp_noise_sigma=0.1), 5)
 
