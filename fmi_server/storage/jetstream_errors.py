@@ -18,6 +18,8 @@ __all__ = ["STREAM_EXISTS", "WRONG_LAST_SEQUENCE", "broker_error", "import_nats"
 
 WRONG_LAST_SEQUENCE = frozenset({10071, 10164})
 STREAM_EXISTS = 10058
+IN_PROCESS = 10158
+"""A message of the same id was sent before, and what becomes of it is not known yet."""
 
 _BY_CODE: dict[int, UnavailableReason] = {
     10005: "unsupported",  # no suitable peers for so many replicas
@@ -55,9 +57,11 @@ def import_nats() -> ModuleType:
 
 def is_refusal(error: BaseException) -> bool:
     """Tell whether the broker answered and will answer the same again, so that trying again is no use."""
-    nats = import_nats()
-    return isinstance(error, nats.js.errors.APIError) and not isinstance(
-        error, nats.js.errors.ServiceUnavailableError
+    errors = import_nats().js.errors
+    return (
+        isinstance(error, errors.APIError)
+        and not isinstance(error, errors.ServiceUnavailableError)
+        and error.err_code != IN_PROCESS
     )
 
 

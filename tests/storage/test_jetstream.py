@@ -33,6 +33,7 @@ from fmi_server.storage.base import (
     UpdateRecord,
 )
 from fmi_server.storage.jetstream_broker import BrokerOptions
+from fmi_server.storage.jetstream_errors import import_nats, is_refusal
 from fmi_server.storage.records import content_hash
 from fmi_server.storage.sqlite_writer import GroupLimits
 
@@ -602,3 +603,11 @@ async def test_who_waits_when_a_replica_stops_is_told(broker: Broker, tmp_path: 
         assert any(isinstance(answer, StoreVersionError) for answer in answers)
         assert (store.stats().pending_records, store.stats().pending_bytes) == (0, 0)
         await client.close()
+
+
+def test_what_becomes_of_a_repeat_that_is_in_process_is_waited_for():
+    """It is no refusal: told as one, what the brokers store in the next moment would count as not written."""
+    errors = import_nats().js.errors
+    assert not is_refusal(errors.APIError(code=409, err_code=10158))
+    assert not is_refusal(errors.ServiceUnavailableError(code=503))
+    assert is_refusal(errors.APIError(code=400, err_code=10077))
