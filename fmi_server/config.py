@@ -26,8 +26,9 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from fmi.plain_values import NameTwiceError, fields_once
 from fmi.yaml_text import YAMLTextError, read_yaml
-from fmi_server.privacy.budget import BudgetError, PrivacySettings
+from fmi_server.privacy.budget import PRIVACY_SETTINGS, BudgetError, PrivacySettings
 from fmi_server.privacy.noisy_means import PRIVATE_ESTIMATORS
 from fmi_server.quotas import Quota, account_of_host
 
@@ -185,16 +186,6 @@ DEFAULT_QUOTA: Final = Quota(
 )
 """What a caller may take where callers are authenticated: up to a quarter of what one process can do."""
 
-PRIVACY_SETTINGS: Final = (
-    "dp_noise_sigma",
-    "dp_epsilon",
-    "dp_delta",
-    "dp_sensitivity",
-    "dp_epochs",
-    "dp_clip_norm",
-)
-"""Names that ask for privacy. They belong to a cohort, because privacy needs the bounds of its signals."""
-
 _PRIVACY_OF_A_COHORT: Final = (
     "is no setting of the server: privacy is asked for in a cohort file, under `privacy`, beside the bounds "
     "of the cohort's signals"
@@ -218,10 +209,6 @@ _FOLDER: Final[dict[str, Any]] = {"unit": "folder"}
 _FILE: Final[dict[str, Any]] = {"unit": "file"}
 _BYTES: Final[dict[str, Any]] = {"unit": "bytes"}
 _SECONDS: Final[dict[str, Any]] = {"unit": "seconds"}
-
-
-class _TwiceError(ValueError):
-    """A name stands twice in one object of JSON, of which Python keeps the last value without a word."""
 
 
 class ServerSettings(BaseSettings):
@@ -548,9 +535,10 @@ class ServerSettings(BaseSettings):
         if not isinstance(value, str):
             return value
         try:
-            return json.loads(value, object_pairs_hook=_once)
-        except _TwiceError:
-            raise
+            return json.loads(value, object_pairs_hook=fields_once)
+        except NameTwiceError as error:
+            told = f"{error.name!r} stands twice in one object; leave one of them out"
+            raise ValueError(told) from None
         except ValueError:
             raise ValueError("must be quotas by principal, as JSON") from None
 
@@ -639,15 +627,6 @@ class ServerSettings(BaseSettings):
         """Put flags before the environment."""
         del settings_cls, dotenv_settings, file_secret_settings
         return (init_settings, env_settings)
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    fields: dict[str, object] = {}
-    for name, value in pairs:
-        if name in fields:
-            raise _TwiceError(f"{name!r} stands twice in one object; leave one of them out")
-        fields[name] = value
-    return fields
 
 
 def _is_host(text: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from fmi.plain_values import quoted
 from fmi.v1 import cohort_pb2
-from fmi_server.privacy.budget import PrivacySettings, budget_faults
+from fmi_server.privacy.budget import PRIVACY_SETTINGS, PrivacySettings, budget_faults
 from fmi_server.privacy.noisy_means import PRIVATE_ESTIMATORS
 
 __all__ = [
@@ -77,7 +77,7 @@ def private_spec_problems(spec: cohort_pb2.CohortSpec) -> Iterator[Problem]:
     yield from _estimator_problems(spec.aggregation)
     yield from _schedule_problems(spec.release)
     for fault in budget_faults(settings, max(1, len(spec.signals))):
-        yield Problem("privacy", (fault.setting, *_BUDGET), "privacy_budget", fault.advice)
+        yield Problem("privacy", (fault.setting, *PRIVACY_SETTINGS), "privacy_budget", fault.advice)
 
 
 def exposed_private(private: Sequence[str], *, authenticated: bool) -> str | None:
@@ -96,16 +96,6 @@ def exposed_private(private: Sequence[str], *, authenticated: bool) -> str | Non
         f"{which} private, but callers are not authenticated: whoever reaches the server sees who sends, and "
         "can send in any site's name; set tls_client_ca or tokens"
     )
-
-
-_BUDGET: Final = (
-    "dp_epsilon",
-    "dp_delta",
-    "dp_noise_sigma",
-    "dp_sensitivity",
-    "dp_epochs",
-    "dp_clip_norm",
-)
 
 
 def _vocabulary_problems(spec: cohort_pb2.CohortSpec) -> Iterator[Problem]:

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from rich.console import RenderableType
 from rich.text import Text
 
-from fmi.plain_values import quoted
+from fmi.plain_values import fields_once
 from fmi.v1 import admin_service_pb2, cohort_pb2, error_pb2
 from fmi_client.commands.exits import ExitCode
 from fmi_client.commands.options import Argument, DefaultGroup, Settings, shared_options
@@ -164,7 +164,7 @@ def _read_spec(file: Path) -> Mapping[str, Any]:
         plain = _read_yaml(file, content)
     else:
         try:
-            plain = json.loads(content, object_pairs_hook=_once)
+            plain = json.loads(content, object_pairs_hook=fields_once)
         except json.JSONDecodeError as error:
             detail = f"is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
             raise _spec_error(file, detail) from None
@@ -175,15 +175,6 @@ def _read_spec(file: Path) -> Mapping[str, Any]:
     if not isinstance(plain, Mapping):
         raise _spec_error(file, "must have the fields of a CohortSpec by name")
     return plain
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    fields: dict[str, object] = {}
-    for name, value in pairs:
-        if name in fields:
-            raise ValueError(f"{quoted(name)} stands twice in one object; leave one of them out")
-        fields[name] = value
-    return fields
 
 
 def _read_yaml(file: Path, content: str) -> object:

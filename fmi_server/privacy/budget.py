@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Final
 
 from fmi_server.privacy.accounting import zcdp_epsilon, zcdp_of_noise, zcdp_rho
 from fmi_server.privacy.noisy_means import PrivateSums
 
 __all__ = [
+    "PRIVACY_SETTINGS",
     "BudgetError",
     "BudgetPlan",
     "PrivacySettings",
@@ -97,6 +99,10 @@ class PrivacySettings:
                     f"is {getattr(self, name):g}, but neither dp_epsilon nor dp_noise_sigma asks for "
                     "privacy: set one, or leave it out",
                 )
+
+
+PRIVACY_SETTINGS: Final = tuple(field.name for field in fields(PrivacySettings))
+"""Names that ask for privacy. They belong to a cohort, because privacy needs the bounds of its signals."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,9 +24,11 @@ from fmi.v1 import packet_pb2
 __all__ = [
     "MAX_ENTRIES",
     "MAX_NESTING",
+    "NameTwiceError",
     "PlainDataError",
     "Problem",
     "ValueReader",
+    "fields_once",
     "is_numeric",
     "is_sequence",
     "name_of",
@@ -293,6 +295,32 @@ def quoted(name: str) -> str:
     """Quote a name that a site chose: bounded, and without line breaks or control characters."""
     cut = name if len(name) <= 140 else name[:137] + "..."
     return '"' + cut.encode("unicode_escape").decode("ascii").replace('"', '\\"') + '"'
+
+
+class NameTwiceError(ValueError):
+    """A name stands twice in one object of JSON, of which Python keeps the last value without a word.
+
+    Attributes:
+        name: The name.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{quoted(name)} stands twice in one object; leave one of them out")
+        self.name = name
+
+
+def fields_once(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
+    """Make an object of JSON of its fields; it is for `object_pairs_hook` of `json.loads`.
+
+    Raises:
+        NameTwiceError: A name stands there twice.
+    """
+    fields: dict[str, object] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise NameTwiceError(name)
+        fields[name] = value
+    return fields
 
 
 def shown(value: object) -> str:
