@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -57,16 +58,16 @@ async def publish(broker: Broker, data: bytes) -> None:
 
 async def test_an_older_server_stops_at_an_entry_of_a_newer_one_which_goes_on(broker, tmp_path):
     older, newer = (flags_of(broker, tmp_path / name) for name in ("older", "newer"))
-    async with (
-        started(*older) as first,
-        started(*newer, command=NEWER) as second,
-        Client(first.target) as a,
-        Client(second.target) as b,
-        a.subscribed("care") as events,
-    ):
+    async with contextlib.AsyncExitStack() as stack:
+        first = await stack.enter_async_context(started(*older))
+        a = await stack.enter_async_context(Client(first.target))
+        events = await stack.enter_async_context(a.subscribed("care"))
         await a.put_spec(care())
         await a.emit(*taus(0.1, 0.2, 0.3))
         await events.until("update")
+        # Only now: the newer one writes too as soon as the cohort is in its share, which is by chance.
+        second = await stack.enter_async_context(started(*newer, command=NEWER))
+        b = await stack.enter_async_context(Client(second.target))
         # What a newer server writes first, the older one cannot read.
         await b.emit(*taus(0.7, 0.8, 0.9))
         async with asyncio.timeout(START_S):
