@@ -24,11 +24,17 @@ from fmi_server.partitions import PARTITIONS
 ENDS_S = 200.0
 """Most of it is waiting: for tries, and to see whether others go on."""
 
+SOON = 0.05, 4
+"""Seconds between tries, and after how many it is no passing trouble."""
+
 FAULTY = """
 import sys
 from pathlib import Path
-from fmi_server import cli
+from fmi_server import cli, following, partitions
 from {module} import {owner}
+
+following.RETRY_S, following.LASTING = {soon!r}
+partitions.LASTING = 2
 
 whole = {owner}.{method}
 
@@ -51,13 +57,15 @@ async def broker(tmp_path) -> AsyncIterator[Broker]:
 @pytest.fixture
 def soon(monkeypatch) -> None:
     """What is tried again is tried again soon."""
-    monkeypatch.setattr(following, "RETRY_S", 0.05)
-    monkeypatch.setattr(following, "LASTING", 4)
+    monkeypatch.setattr(following, "RETRY_S", SOON[0])
+    monkeypatch.setattr(following, "LASTING", SOON[1])
 
 
 def faulty(module: str, owner: str, method: str, trigger: Path) -> tuple[str, ...]:
     """The command of a server of which one method fails once a file is there."""
-    script = FAULTY.format(module=module, owner=owner, method=method, trigger=str(trigger))
+    script = FAULTY.format(
+        module=module, owner=owner, method=method, trigger=str(trigger), soon=SOON
+    )
     return (sys.executable, "-c", script, "serve")
 
 
