@@ -43,6 +43,7 @@ from fmi.v1 import error_pb2
 
 __all__ = [
     "LAST_MOMENT_S",
+    "REASONS",
     "AccessDeniedError",
     "CohortUnknownError",
     "CompactedError",
@@ -113,6 +114,10 @@ class Reason:
     DOMAIN_ID_MISMATCH: Final = error_pb2.ERROR_REASON_DOMAIN_ID_MISMATCH
     UNAUTHORIZED: Final = error_pb2.ERROR_REASON_UNAUTHORIZED
     QUOTA_EXCEEDED: Final = error_pb2.ERROR_REASON_QUOTA_EXCEEDED
+
+
+REASONS: Final = tuple(error_pb2.ErrorReason.values()[1:])
+"""All reasons that there are."""
 
 
 def reason_name(reason: error_pb2.ErrorReason.ValueType) -> str:

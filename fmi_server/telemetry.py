@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Iterable, Mapping
+from typing import Final, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from fmi.v1 import update_pb2
+from fmi_server.aggregation import IgnoredReason
+from fmi_server.errors import REASONS, reason_name
+from fmi_server.feed_requests import kind_name
 
 __all__ = ["FMITelemetry"]
 
@@ -26,11 +32,20 @@ _LATENCY_BUCKETS_S: Final = (
 )
 
 
+_TYPES: Final = ("msp", "pop", "ccs", "unknown")
+_STATUSES: Final = ("accepted", "duplicate", "quarantined", "refused")
+_KINDS: Final = tuple(map(kind_name, update_pb2.UpdateKind.values()[1:]))
+_RELEASES: Final = ("published", "unchanged", "failed")
+_SENT_UP: Final = ("sent", "refused", "unavailable", "failed")
+_REPORTS: Final = ("applied", "failed")
+
+
 class FMITelemetry:
     """Counts packets, refusals, releases and subscribers.
 
     Labels come from closed sets (packet types, reasons, kinds): never from names that a site chooses,
-    so that no site can blow up the number of time series.
+    so that no site can blow up the number of time series. Each count is there from the start, as 0: of one
+    that comes with its first failure, Prometheus sees no increase.
 
     Attributes:
         registry: The Prometheus registry that the metrics stand in.
@@ -129,6 +144,13 @@ class FMITelemetry:
             ("outcome",),
             registry=self.registry,
         )
+        _begin_at_zero(self._packets, _TYPES, _STATUSES)
+        _begin_at_zero(self._refusals, map(reason_name, REASONS))
+        _begin_at_zero(self._ignored, get_args(IgnoredReason))
+        _begin_at_zero(self._releases, _RELEASES)
+        _begin_at_zero(self._updates, _KINDS)
+        _begin_at_zero(self._uplink, _SENT_UP)
+        _begin_at_zero(self._reports, _REPORTS)
         # The children are looked up once: the lookup by labels costs more than the count.
         self._packet_children: dict[tuple[str, str], Counter] = {}
 
@@ -224,3 +246,8 @@ class FMITelemetry:
                 )
                 values[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
         return values
+
+
+def _begin_at_zero(counter: Counter, *labels: Iterable[str]) -> None:
+    for values in itertools.product(*labels):
+        counter.labels(*values)

@@ -64,6 +64,7 @@ from fmi_server.aggregation.trust import (
     leave_one_out_z,
     site_scores,
 )
+from fmi_server.aggregation.vocabulary import IgnoredReason
 from fmi_server.aggregation.warm_start import (
     ContextReport,
     InitValue,
@@ -93,6 +94,7 @@ __all__ = [
     "EstimateTable",
     "EstimatorName",
     "EstimatorSettings",
+    "IgnoredReason",
     "IgnoredValue",
     "InitValue",
     "ParamValue",

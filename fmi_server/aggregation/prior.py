@@ -15,7 +15,7 @@ from fmi_server.aggregation.group_estimates import GroupEstimates, WeighedSites
 from fmi_server.aggregation.resident import ResidentMatrix
 from fmi_server.aggregation.transforms import SignalRule, TransformTable
 from fmi_server.aggregation.trust import in_steps, site_scores
-from fmi_server.aggregation.vocabulary import Vocabulary
+from fmi_server.aggregation.vocabulary import IgnoredReason, Vocabulary
 from fmi_server.aggregation.weights import site_reputations
 
 __all__ = ["CohortMatrix", "IgnoredValue", "PriorRelease", "PutReport", "SignalInUse", "UnitCells"]
@@ -38,7 +38,7 @@ class IgnoredValue:
 
     section: str
     name: str
-    reason: str
+    reason: IgnoredReason
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterable
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fmi_server.aggregation.transforms import SignalRule
 
-__all__ = ["SECTION_ORDER", "Vocabulary"]
+__all__ = ["SECTION_ORDER", "IgnoredReason", "Vocabulary"]
 
 SECTION_ORDER = ("controller", "evaluator", "operators", "metrics")
 """Which section is told of a name that as many sites send in several: a metric can only be watched."""
+
+
+IgnoredReason = Literal[
+    "section_conflict", "undeclared", "vocabulary_full", "too_many_new_names", "outside_domain"
+]
+"""Why a value of an accepted packet does not count; see `IgnoredValue`."""
 
 
 class Vocabulary:
@@ -83,7 +90,7 @@ class Vocabulary:
         name: str,
         values: NDArray[np.float64],
         in_use: Container[int],
-    ) -> int | str:
+    ) -> int | IgnoredReason:
         """Return the row of a name in a section, made new where need be, or why there is none.
 
         Args:
@@ -120,7 +127,7 @@ class Vocabulary:
         room = len(self.rules) < self._max_signals or self._values_went or bool(self._spare)
         return room and self._refusal(site_id, name) is None
 
-    def _refusal(self, site_id: str, name: str) -> str | None:
+    def _refusal(self, site_id: str, name: str) -> IgnoredReason | None:
         if name in self._declared:
             return "section_conflict"
         if not self._open:

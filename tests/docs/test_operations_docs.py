@@ -44,9 +44,7 @@ async def fill(data_dir: Path) -> None:
 def test_the_alert_rules_are_of_metrics_that_there_are() -> None:
     (block,) = re.findall(r"```yaml\n(groups:.*?)```", EMBEDDED, re.DOTALL)
     (group,) = yaml.safe_load(block)["groups"]
-    telemetry = FMITelemetry()
-    telemetry.release("failed", 1.0)
-    there = telemetry.snapshot()
+    there = FMITelemetry().snapshot()  # before any was counted: an increase is from something
     for rule in group["rules"]:
         for name in re.findall(r"fmi_\w+(?:\{.*?\})?", rule["expr"]):
             assert name in there, rule["alert"]

@@ -1038,7 +1038,7 @@ async def test_a_flood_of_new_signals_is_bounded(client, server):
     ignored = [
         (name, value)
         for name, value in server.service.telemetry.snapshot().items()
-        if name.startswith("fmi_ignored_values_total")
+        if name.startswith("fmi_ignored_values_total") and value
     ]
     assert [value for _, value in ignored] == [6 * 1024 - 512], ignored
     await eventually(lambda: not server.service.releaser.dirty("flood"))

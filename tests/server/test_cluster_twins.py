@@ -123,11 +123,12 @@ async def _two_more_releases(client: Client) -> None:
     await eventually(told)
 
 
-async def _snapshot(client: Client, mode: int) -> update_pb2.Update:
-    """The newest prior that a subscription begins with."""
+async def _first_prior(client: Client, mode: int) -> update_pb2.Update:
+    """The prior that a subscription begins with, or the next one where that is overtaken at once."""
     async with client.subscribed("**", mode=mode) as events:
-        updates = await events.snapshot()
-    return [update for update in updates if update.kind == PRIOR][-1]
+        while (event := await events.next()).update.kind != PRIOR:
+            pass
+    return event.update
 
 
 async def _both(look: Callable[[], Awaitable[Message]]) -> list[bytes]:
@@ -243,7 +244,7 @@ class World:
         spec_of = registry_service_pb2.GetCohortSpecRequest(cohort="care")
         await self._ask(f"spec {where}", client.registry.GetCohortSpec(spec_of))
         looks: list[tuple[str, Callable[[], Awaitable[Message]]]] = [
-            (f"snapshot {mode} {where}", partial(_snapshot, client, mode))
+            (f"begins {mode} {where}", partial(_first_prior, client, mode))
             for mode in (EVERY, LATEST)
         ]
         for profile_class, regime in itertools.product(("", "rare"), repeat=2):
