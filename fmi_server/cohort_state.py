@@ -22,6 +22,7 @@ from fmi_server.aggregation import (
     ContextReport,
     EstimatorName,
     EstimatorSettings,
+    IgnoredReason,
     PolicyDecision,
     PolicySettings,
     PriorRelease,
@@ -103,7 +104,7 @@ class CohortState:
         packets: Mapping[str, int] | None = None,
     ) -> None:
         self.packets: Counter[str] = Counter(packets)
-        self.ignored: Counter[str] = Counter()
+        self.ignored: Counter[IgnoredReason] = Counter()
         self._sites: dict[str, SiteRecord] = {}
         self._grouped: SiteGroups | None = None
         self._touched: set[str] = set()

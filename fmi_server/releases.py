@@ -290,8 +290,9 @@ class Releaser:
             work.computed_at = self._clock()
             if updates:
                 work.released_at = work.computed_at
-        outcome = "published" if updates else "unchanged"
-        self._telemetry.release(outcome, time.perf_counter() - started)
+        self._telemetry.release(
+            "published" if updates else "unchanged", time.perf_counter() - started
+        )
         return updates
 
     async def _publish_news(

@@ -54,6 +54,7 @@ from fmi_server.emission import (
     Answer,
     Candidate,
     Intake,
+    PacketStatus,
     kept,
     opening_warnings,
     overtaking_warnings,
@@ -420,7 +421,7 @@ class FMIService:
             self._doubt(error, {record.cohort for record in records})
             raise
         answers = []
-        counts: Counter[tuple[str, str]] = Counter()
+        counts: Counter[tuple[str, PacketStatus]] = Counter()
         for item in items:
             answer = self._settled(item, next(outcomes)) if isinstance(item, Candidate) else item
             counts[answer.kind, answer.status] += 1

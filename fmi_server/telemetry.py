@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from typing import Final, get_args
+from typing import Final, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -32,12 +32,12 @@ _LATENCY_BUCKETS_S: Final = (
 )
 
 
+_Status = Literal["accepted", "duplicate", "quarantined", "refused"]
+_Release = Literal["published", "unchanged", "failed"]
+_SentUp = Literal["sent", "refused", "unavailable", "failed"]
+_Report = Literal["applied", "failed"]
 _TYPES: Final = ("msp", "pop", "ccs", "unknown")
-_STATUSES: Final = ("accepted", "duplicate", "quarantined", "refused")
 _KINDS: Final = tuple(map(kind_name, update_pb2.UpdateKind.values()[1:]))
-_RELEASES: Final = ("published", "unchanged", "failed")
-_SENT_UP: Final = ("sent", "refused", "unavailable", "failed")
-_REPORTS: Final = ("applied", "failed")
 
 
 class FMITelemetry:
@@ -144,17 +144,17 @@ class FMITelemetry:
             ("outcome",),
             registry=self.registry,
         )
-        _begin_at_zero(self._packets, _TYPES, _STATUSES)
+        _begin_at_zero(self._packets, _TYPES, get_args(_Status))
         _begin_at_zero(self._refusals, map(reason_name, REASONS))
         _begin_at_zero(self._ignored, get_args(IgnoredReason))
-        _begin_at_zero(self._releases, _RELEASES)
+        _begin_at_zero(self._releases, get_args(_Release))
         _begin_at_zero(self._updates, _KINDS)
-        _begin_at_zero(self._uplink, _SENT_UP)
-        _begin_at_zero(self._reports, _REPORTS)
+        _begin_at_zero(self._uplink, get_args(_SentUp))
+        _begin_at_zero(self._reports, get_args(_Report))
         # The children are looked up once: the lookup by labels costs more than the count.
         self._packet_children: dict[tuple[str, str], Counter] = {}
 
-    def packet(self, kind: str, status: str, *, size: int = 0, count: int = 1) -> None:
+    def packet(self, kind: str, status: _Status, *, size: int = 0, count: int = 1) -> None:
         """Count packets of a type (`msp`, `pop`, `ccs`, `unknown`) that met with a status."""
         child = self._packet_children.get((kind, status))
         if child is None:
@@ -168,11 +168,11 @@ class FMITelemetry:
         """Count a refusal by the name of its reason."""
         self._refusals.labels(reason).inc()
 
-    def ignored(self, reason: str, count: int = 1) -> None:
+    def ignored(self, reason: IgnoredReason, count: int = 1) -> None:
         """Count values of accepted packets that could not be counted."""
         self._ignored.labels(reason).inc(count)
 
-    def release(self, outcome: str, seconds: float) -> None:
+    def release(self, outcome: _Release, seconds: float) -> None:
         """Count a release: `published`, `unchanged` or `failed`."""
         self._releases.labels(outcome).inc()
         self._release_seconds.observe(seconds)
@@ -185,11 +185,11 @@ class FMITelemetry:
         """Count updates that a slow subscriber did not get."""
         self._conflated.inc(count)
 
-    def uplink(self, outcome: str) -> None:
+    def uplink(self, outcome: _SentUp) -> None:
         """Count an attempt to send a prior to the parent: `sent`, `refused`, `unavailable` or `failed`."""
         self._uplink.labels(outcome).inc()
 
-    def report(self, outcome: str) -> None:
+    def report(self, outcome: _Report) -> None:
         """Count a subscriber's report on an update: `applied` or `failed`."""
         self._reports.labels(outcome).inc()
 

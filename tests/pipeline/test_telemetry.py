@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from typing import get_args
 
 import pytest
@@ -10,10 +12,13 @@ from parts import msp
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from fmi.v1 import packet_pb2
 from fmi_server import FMIService, FMITelemetry
 from fmi_server.aggregation import IgnoredReason
 from fmi_server.emission import PacketStatus
 from fmi_server.errors import REASONS, PacketRefusedError, reason_name
+
+BODIES = packet_pb2.Packet.DESCRIPTOR.oneofs_by_name["body"].fields
 
 
 def test_every_count_counts():
@@ -72,22 +77,40 @@ def test_two_servers_in_one_process_count_apart():
     assert second.snapshot()['fmi_updates_total{kind="prior"}'] == 0
 
 
+LABELS = {
+    "fmi_packets_total": {
+        "type": (*(body.name for body in BODIES), "unknown"),
+        "status": get_args(PacketStatus),
+    },
+    "fmi_refusals_total": {"reason": [reason_name(reason) for reason in REASONS]},
+    "fmi_ignored_values_total": {"reason": get_args(IgnoredReason)},
+    "fmi_releases_total": {"outcome": ("published", "unchanged", "failed")},
+    "fmi_updates_total": {"kind": ("prior", "policy_hint", "warm_start", "causal_consensus")},
+    "fmi_uplink_packets_total": {"outcome": ("sent", "refused", "unavailable", "failed")},
+    "fmi_apply_reports_total": {"outcome": ("applied", "failed")},
+}
+
+
 def test_every_count_is_there_before_it_counts():
     """Of a count that comes with its first failure, `increase()` sees nothing."""
-    counts = FMITelemetry().snapshot()
-    expected = {
-        *(
-            f'fmi_packets_total{{status="{status}",type="ccs"}}'
-            for status in get_args(PacketStatus)
-        ),
-        *(f'fmi_refusals_total{{reason="{reason_name(one)}"}}' for one in REASONS),
-        *(f'fmi_ignored_values_total{{reason="{reason}"}}' for reason in get_args(IgnoredReason)),
-        *(f'fmi_releases_total{{outcome="{one}"}}' for one in ("published", "unchanged", "failed")),
-        *(f'fmi_updates_total{{kind="{kind}"}}' for kind in ("prior", "causal_consensus")),
-        'fmi_uplink_packets_total{outcome="refused"}',
-        'fmi_apply_reports_total{outcome="failed"}',
+    counts = {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for metric in FMITelemetry().registry.collect()
+        for sample in metric.samples
+        if sample.name in LABELS
     }
-    assert {name: counts[name] for name in expected} == dict.fromkeys(expected, 0)
+    expected = {
+        (name, frozenset(zip(labels, values, strict=True)))
+        for name, labels in LABELS.items()
+        for values in itertools.product(*labels.values())
+    }
+    assert counts == dict.fromkeys(expected, 0)
+
+
+def test_every_count_with_labels_is_looked_at():
+    found = generate_latest(FMITelemetry().registry).decode()
+    counted = set(re.findall(r"^(\w+_total)\{", found, flags=re.MULTILINE))
+    assert counted == LABELS.keys()
 
 
 async def test_no_site_can_make_a_time_series():

@@ -14,6 +14,7 @@ from server_process import Ended
 
 from fmi_server.app import RunningServer
 from fmi_server.commands import cli
+from fmi_server.telemetry import FMITelemetry
 from fmi_server.testing import running_server
 
 
@@ -26,6 +27,8 @@ def data_dir(tmp_path: Path) -> Path:
 async def server(data_dir: Path) -> AsyncIterator[RunningServer]:
     async with running_server(data_dir) as running:
         yield running
+        # No call makes a time series: labels come from closed sets.
+        assert running.service.telemetry.snapshot().keys() == FMITelemetry().snapshot().keys()
 
 
 @pytest.fixture
