@@ -16,7 +16,7 @@ from server_harness import Client, eventually, msp, spec
 
 from fmi_server.app import RunningServer, running
 from fmi_server.config import ServerSettings
-from fmi_server.partitions import PARTITIONS
+from fmi_server.partitions import share_of
 
 __all__ = ["care", "member", "owner", "prior_of", "shared_out", "taus", "two"]
 
@@ -43,11 +43,16 @@ async def two(broker: Broker, folder: Path) -> AsyncIterator[tuple[RunningServer
 
 
 async def shared_out(*servers: RunningServer) -> None:
-    """Wait until every partition is one server's."""
+    """Wait until each server has its share, where there are no others.
+
+    That every partition is one server's is not enough: so it is too before those that were there first have
+    noticed who came.
+    """
 
     def done() -> bool:
-        owned = [server.service.cluster.partitions.owned for server in servers]
-        return sum(map(len, owned)) == PARTITIONS and len(frozenset().union(*owned)) == PARTITIONS
+        shares = [server.service.cluster.partitions for server in servers]
+        names = [share._server for share in shares]
+        return all(share.owned == share_of(share._server, names) for share in shares)
 
     await eventually(done)
 

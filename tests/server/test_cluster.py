@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -261,11 +260,9 @@ async def test_the_partitions_of_a_server_that_goes_are_the_others_at_once(broke
     async with member(broker, tmp_path / "a", lease_s=60.0) as stays:
         await eventually(lambda: len(stays.service.cluster.partitions.owned) == PARTITIONS)
         async with member(broker, tmp_path / "b", lease_s=60.0) as goes:
-            stays_s = time.monotonic()
             await shared_out(stays, goes)
-        await eventually(lambda: len(stays.service.cluster.partitions.owned) == PARTITIONS, 50.0)
-        # A lease that was not given back would have lasted for longer.
-        assert time.monotonic() - stays_s < 54.0
+        # A lease that was not given back would last for longer: none is older than a look, which is 12 s.
+        await eventually(lambda: len(stays.service.cluster.partitions.owned) == PARTITIONS, 40.0)
 
 
 async def test_private_cohorts_spend_once_for_each_period_whoever_releases(broker, tmp_path):

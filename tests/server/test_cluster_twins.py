@@ -1,8 +1,9 @@
 """Twins of several servers: two clusters live the same life, one with the packets of a site and one without.
 
 Whatever the others see, at a server that follows, at one that takes over and at one that joins, must be the
-same, but for when: these servers go by the real clock. The noise is replaced by numbers that do not depend on
-who is there, so that what differs leaks. `test_private_twins.py` does it with one service and many lives.
+same, but for when: these servers go by the real clock, and it is only looked at what is due when. The noise is
+replaced by numbers that do not depend on who is there, so that what differs leaks. `test_private_twins.py` does it
+with one service and many lives.
 """
 
 from __future__ import annotations
@@ -222,10 +223,12 @@ class World:
                 await self._send(0, there, beside)
                 await self._look(0, "beside", beside)
                 await self._look(0, "there", there)
+                await self._releases(first.server)
                 await first.life.aclose()
-                await self._taken_over(second.server)
+                await self._releases(second.server)
                 await self._send(100, beside, beside)
                 await self._look(100, "taken over", beside)
+                await self._releases(second.server)
                 # Who joins begins with a snapshot, of what is left of the packets.
                 compacted = await second.server.service.compactor.compact("care")
                 assert compacted.retired > 0
@@ -237,7 +240,7 @@ class World:
                     await self._look(200, "joined", new)
                     await self._look(200, "stayed", beside)
                     await second.life.aclose()
-                    await self._taken_over(third.server)
+                    await self._releases(third.server)
                     await self._send(300, new, new)
                     await self._look(300, "alone", new)
                     self.plan = third.server.service.cohorts.rules("care").privacy
@@ -250,8 +253,16 @@ class World:
         server = await life.enter_async_context(member(broker, folder, progress_interval_s=1.0))
         return Member(server, life)
 
-    async def _taken_over(self, server: RunningServer) -> None:
-        await eventually(lambda: server.service.cluster.partitions.owns("care"))
+    async def _releases(self, server: RunningServer) -> None:
+        """Wait until a server is the one that releases, whenever a period begins and not later."""
+        releaser, period_us = server.service.releaser, PERIOD_MS * 1000
+
+        def due() -> bool:
+            total = releaser.private.totals.get("care")
+            coming_us = (total.last_period // period_us + 1) * period_us if total else 0
+            return releaser._due().get("care") == coming_us / 1e6
+
+        await eventually(due)
 
     def drawn(self, sums: NoisySums, most: int) -> None:
         self._newest = (sums, most)
