@@ -1,9 +1,9 @@
 """Twins of several servers: two clusters live the same life, one with the packets of a site and one without.
 
 Whatever the others see, at a server that follows, at one that takes over and at one that joins, must be the
-same, but for when: these servers go by the real clock, and it is only looked at what is due when. The noise is
-replaced by numbers that do not depend on who is there, so that what differs leaks. `test_private_twins.py` does it
-with one service and many lives.
+same, but for when: these servers go by the real clock, and it is only looked at what is due when. The noise
+is replaced by numbers that do not depend on who is there, so that what differs leaks. `test_private_twins.py`
+does it with one service and many lives.
 """
 
 from __future__ import annotations
