@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import grpc
 import pytest
+from ports import lasting_address
 from process import probing, resident_bytes
 from proxy import bad_network
 from server_harness import PRIOR, Client, eventually, msp
@@ -93,8 +94,8 @@ async def released(client: Client) -> bool:
 async def test_all_subscribers_come_back_at_once(tmp_path):
     flags = ("--data-dir", str(tmp_path / "data"))
     async with contextlib.AsyncExitStack() as clients:
-        async with started("--listen", "127.0.0.1:0", *flags) as first:
-            target = first.target
+        target = lasting_address()
+        async with started("--listen", target, *flags) as first:
             alone = resident_bytes(first.pid)
             channels = [
                 await clients.enter_async_context(Client(target, QUICK)) for _ in range(CHANNELS)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -18,7 +19,7 @@ from fmi_server.app import RunningServer, running
 from fmi_server.config import ServerSettings
 from fmi_server.partitions import PARTITIONS
 
-__all__ = ["care", "member", "owner", "prior_of", "shared_out", "taus", "two"]
+__all__ = ["care", "heard_of", "member", "owner", "prior_of", "shared_out", "taus", "two"]
 
 LEASE_S = 2.0
 
@@ -67,12 +68,21 @@ def taus(*values, cohort="care"):
     return [msp(f"s{n}", cohort, controller={"tau": value}) for n, value in enumerate(values)]
 
 
+async def heard_of(call: Awaitable[Any]) -> Any:
+    """What a call gives; None where the server has not heard of what is asked for yet."""
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        if error.code() != grpc.StatusCode.NOT_FOUND:
+            raise
+        return None
+
+
 async def prior_of(client: Client, revision_from: int = 0) -> dict[str, float]:
     """The newest prior, as soon as it is of a later revision."""
 
     async def newest():
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            found = await client.update("care")
-            return found if found.revision > revision_from else None
+        found = await heard_of(client.update("care"))
+        return found if found is not None and found.revision > revision_from else None
 
     return dict((await eventually(newest)).prior_update.prior)

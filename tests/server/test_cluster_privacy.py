@@ -13,8 +13,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
 
 from broker import Broker
-from cluster_harness import care, owner, taus, two
-from server_harness import PRIOR, Client, eventually, msp, refusal_of, spec
+from cluster_harness import care, heard_of, owner, taus, two
+from server_harness import DEADLINE_S, PRIOR, Client, eventually, msp, refusal_of, spec
 
 from fmi.v1 import cohort_pb2, update_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
@@ -176,11 +176,11 @@ async def test_no_warm_start_is_made_of_what_is_held_where_a_spec_is_not_in_forc
         await client.emit(*taus(0.1, 0.2, 0.3))
 
         async def held(value: float) -> bool:
-            profile = (await there.interchange.GetWarmStart(asked)).profile
-            return profile.init["tau"] == pytest.approx(value)
+            answer = await heard_of(there.interchange.GetWarmStart(asked, timeout=DEADLINE_S))
+            return answer is not None and answer.profile.init["tau"] == pytest.approx(value)
 
         await eventually(lambda: held(0.2))
-        await eventually(lambda: client.update("care"))
+        await eventually(lambda: heard_of(there.update("care")))
         await client.emit(msp("s0", "care", controller={"tau": 0.9}))
         await eventually(lambda: held(0.3))
         async with late.service.cluster.following._turn:
