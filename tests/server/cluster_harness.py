@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
 from broker import Broker
 from server_harness import Client, eventually, msp, spec
 
+from fmi_server import partitions
 from fmi_server.app import RunningServer, running
 from fmi_server.config import ServerSettings
-from fmi_server.partitions import PARTITIONS
 
 __all__ = ["care", "heard_of", "member", "owner", "prior_of", "shared_out", "taus", "two"]
 
@@ -44,11 +44,12 @@ async def two(broker: Broker, folder: Path) -> AsyncIterator[tuple[RunningServer
 
 
 async def shared_out(*servers: RunningServer) -> None:
-    """Wait until every partition is one server's."""
+    """Wait until each of the servers, which are all that run, has its share: from then on nothing moves."""
+    found = [server.service.cluster.partitions for server in servers]
+    names = [one._server for one in found]
 
     def done() -> bool:
-        owned = [server.service.cluster.partitions.owned for server in servers]
-        return sum(map(len, owned)) == PARTITIONS and len(frozenset().union(*owned)) == PARTITIONS
+        return all(one.owned == partitions.share_of(one._server, names) for one in found)
 
     await eventually(done)
 

@@ -123,7 +123,9 @@ async def test_a_store_moves_from_a_file_to_brokers_and_back(broker, tmp_path):
     assert ended.code == 0, ended
     async with started(*flags(broker.url(), here)) as server, Client(server.target) as client:
         # It says that what is served is not the file that lies there too.
-        warned = [line for line in server.err if "fmi.sqlite3 is not served" in line]
+        warned = await eventually(
+            lambda: [line for line in server.err if "fmi.sqlite3 is not served" in line]
+        )
         assert len(warned) == 1
         (answer,) = await client.emit(packet)
         assert answer.status == wire_pb2.EMIT_STATUS_DUPLICATE

@@ -296,7 +296,7 @@ async def test_subscribers_that_never_read_hold_bounded_memory(
                     asleep.subscribed("**", kinds=[PRIOR], mode=mode, start_revisions=starts)
                 )
                 await generation()
-            assert server.service.router.subscribers == 8
+            await eventually(lambda: server.service.router.subscribers == 8)
             with_sleepers = await python_bytes()
         await eventually(lambda: server.service.router.subscribers == 0)
         held = with_sleepers - await python_bytes()

@@ -157,10 +157,9 @@ async def test_the_leader_of_three_brokers_is_killed(
         number = 0
         while not stop:
             record = packet(f"{name}-{number}", name)
-            try:
-                await store.append([record])
-            except StoreUnavailableError:
-                continue
+            await stubborn(
+                store, record
+            )  # what is not known to be there may be there: it is sent again
             acknowledged.add(record.packet_id)
             number += 1
 
