@@ -12,16 +12,25 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
 
+import cluster_harness
 from broker import Broker
 from cluster_harness import care, heard_of, owner, taus, two
 from server_harness import DEADLINE_S, PRIOR, Client, eventually, msp, refusal_of, spec
 
 from fmi.v1 import cohort_pb2, update_pb2
 from fmi.v1 import interchange_service_pb2 as wire_pb2
+from fmi_server import partitions
 from fmi_server.app import RunningServer
 from fmi_server.storage import JetStreamStore
 
 TAU = {"name": "tau", "section": 2, "lower": 0.0, "upper": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def _who_has_a_cohort_keeps_it(monkeypatch) -> None:
+    """Whoever is made to wait here keeps its leases, however slow the machine is."""
+    monkeypatch.setattr(cluster_harness, "LEASE_S", 60.0)
+    monkeypatch.setattr(partitions, "LOOKS", 150)
 
 
 @pytest.fixture
