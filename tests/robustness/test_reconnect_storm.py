@@ -108,7 +108,7 @@ async def test_all_subscribers_come_back_at_once(tmp_path):
             grown = resident_bytes(first.pid) - alone
             first.process.kill()
             await first.process.wait()
-        await eventually(lambda: not any(s.live for s in subscribers), 30.0)
+        await eventually(lambda: not any(s.live for s in subscribers), BACK_S)
         async with (
             started("--listen", target, *flags) as second,
             Client(target) as other,
@@ -160,7 +160,7 @@ async def test_storm_after_storm_leaves_nothing_behind(tmp_path):
                 # The first may be back before the last has noticed.
                 await eventually(
                     lambda had=had: all(s.ends > n for s, n in zip(subscribers, had, strict=True)),
-                    30.0,
+                    BACK_S,
                 )
                 await eventually(lambda: all(s.live for s in subscribers), BACK_S)
                 storms.append((cut, time.monotonic()))
