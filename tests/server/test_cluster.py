@@ -85,7 +85,7 @@ async def test_packets_of_both_are_counted_together_and_once(broker, tmp_path):
         Client(servers[1].target) as b,
     ):
         await a.put_spec(care())
-        await eventually(lambda: "care" in servers[1].service.cohorts)
+        await servers[1].service.settle()
         packets = taus(0.1, 0.2, 0.3, 0.4, 0.5)
         for number, packet in enumerate(packets):
             (result,) = await (a, b)[number % 2].emit(packet)
@@ -236,6 +236,8 @@ async def test_the_cluster_says_what_one_server_with_sqlite_says(broker, tmp_pat
     ):
         for client in (a, one):
             await client.put_spec(spec("care"))
+        await servers[1].service.settle()
+        for client in (a, one):
             await client.emit(*first)
         for client in (a, b, one):
             await eventually(lambda client=client: heard_of(client.update("care")))
