@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import sys
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
 from broker import Broker
 from cluster_harness import care, heard_of, member, prior_of, shared_out, taus, two
 from server_harness import (
+    DEADLINE_S,
     HINT,
     PRIOR,
     Client,
@@ -106,6 +108,37 @@ async def test_packets_of_both_are_counted_together_and_once(broker, tmp_path):
             await server.service.settle()
             async with server.service.releaser.settled("care") as state:
                 assert state.packets["msp"] == 5
+
+
+async def test_packets_that_come_while_a_spec_is_put_in_force_are_counted_once(
+    broker, tmp_path, monkeypatch
+):
+    """The packets of before are counted anew then; those that come meanwhile are found among them."""
+    async with two(broker, tmp_path) as (first, late), Client(first.target) as client:
+        store, counted_anew = late.service.store, asyncio.Event()
+        live_pages = store.live_pages
+
+        async def come_meanwhile(cohort, **named):
+            if not counted_anew.is_set():
+                await client.emit(*taus(0.1, 0.2, 0.3))
+                await eventually(lambda: three_are_there(store))
+                counted_anew.set()
+            async for page in live_pages(cohort, **named):
+                yield page
+
+        monkeypatch.setattr(store, "live_pages", come_meanwhile)
+        await client.put_spec(care())
+        async with asyncio.timeout(DEADLINE_S):
+            await counted_anew.wait()
+        for server in (first, late):
+            await server.service.settle()
+            async with server.service.releaser.settled("care") as state:
+                assert state.packets["msp"] == 3
+                assert state.sites == 3
+
+
+async def three_are_there(store) -> bool:
+    return await store.last_sequence() == 3
 
 
 async def test_a_token_of_one_is_good_at_the_other(broker, tmp_path):
