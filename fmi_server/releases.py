@@ -58,6 +58,10 @@ SWEEP_S: Final = 10.0
 LONGEST_WAIT_S: Final = 60.0
 """Seconds without a look at the clock, which somebody may set."""
 
+COUNT_LOOKS: Final = 20
+"""Looks for a moment in which no packet comes while those that were taken are counted. A look takes about a
+millisecond; where there is no such moment the count may be short of what came meanwhile."""
+
 RETRY_S: Final = 2.0
 """Seconds after which a release that failed is tried again."""
 
@@ -329,11 +333,11 @@ class Releaser:
     async def _rebuild(self, cohort: str, work: _Cohort) -> None:
         rules = self._cohorts.rules(cohort)
         try:
-            counts = (await self._store.packet_counts(cohort)).get(cohort)
+            counts, known_to = await self._taken(cohort)
             waiting = len(work.uncounted)  # they are stored, so the replay counts them
             reputations = self._saved_reputations.get(cohort)
             state = CohortState(rules, reputations=reputations, packets=counts)
-            work.counted_to = await self._replay(state)
+            work.counted_to = await self._replay(state, known_to=known_to)
         except BaseException:
             self._mark_dirty(work)
             raise
@@ -343,6 +347,21 @@ class Releaser:
         self._aggregator.replace(state)
         work.stale = False
         work.quorate = state.quorum
+
+    async def _taken(self, cohort: str) -> tuple[Counter[str] | None, int | None]:
+        """Count the packets of a cohort that were taken; return up to which place in the store they are.
+
+        Where this server alone writes it is told of each packet that comes behind them; the place is None.
+        """
+        counts = (await self._store.packet_counts(cohort)).get(cohort)
+        if not self._store.shared:
+            return counts, None
+        looks, before, last = 0, -1, await self._store.last_sequence()
+        while last != before and looks < COUNT_LOOKS:
+            looks, before = looks + 1, last
+            counts = (await self._store.packet_counts(cohort)).get(cohort)
+            last = await self._store.last_sequence()
+        return counts, last
 
     def _take_uncounted(self, work: _Cohort, most: int | None = None) -> list[packet_pb2.Packet]:
         """Take the packets that wait, or the first so many of them, and their bytes off the bounds."""
@@ -519,8 +538,13 @@ class Releaser:
         else:
             saved.update(moved)
 
-    async def _replay(self, state: CohortState) -> int:
-        """Count the live packets of a cohort that are not past their time; return the last one's place."""
+    async def _replay(self, state: CohortState, *, known_to: int | None = None) -> int:
+        """Count the live packets of a cohort that are not past their time; return the last one's place.
+
+        Args:
+            state: Of the cohort.
+            known_to: The place in the store behind which packets are news; None where none is.
+        """
         last = 0
         rules = state.rules
         since_us = (self._clock() - max(rules.site_ttl_s, rules.policy_window_s)) * 1e6
@@ -529,7 +553,11 @@ class Releaser:
             packets = parsed(counting, self._store.location)
             for stored in counting:
                 self.note_newest(stored.record)
-            await in_thread(state.replay, packets)
+            news = 0 if known_to is None else sum(one.sequence > known_to for one in counting)
+            known = len(packets) - news
+            await in_thread(state.replay, packets[:known])
+            if news:
+                await in_thread(state.count_all, packets[known:])
             last = page[-1].sequence
         return last
 

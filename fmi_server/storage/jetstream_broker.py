@@ -26,7 +26,8 @@ from fmi_server.storage.jetstream_errors import (
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping
+    from typing import Any
 
     from nats.aio.client import Client
     from nats.js import JetStreamContext
@@ -128,8 +129,9 @@ class BrokerConnection:
         client = nats.NATS()
         user, password = self.options.login or (None, None)
         try:
-            async with asyncio.timeout(self.options.connect_timeout_s):
-                await client.connect(
+            await _within(
+                self.options.connect_timeout_s,
+                client.connect(
                     list(self._address.servers),
                     name=f"fmi-server {self._address.federation}",
                     error_cb=note,
@@ -144,7 +146,8 @@ class BrokerConnection:
                     tls=self.options.tls,
                     user=user,
                     password=password,
-                )
+                ),
+            )
         except BaseException as error:
             with contextlib.suppress(Exception):
                 await client.close()
@@ -356,6 +359,25 @@ class BrokerConnection:
         if found is None or (found.headers or {}).get(_MESSAGE_ID) != message_id:
             return None
         return int(found.seq or 0)
+
+
+async def _within(limit_s: float, connecting: Coroutine[Any, Any, None]) -> None:
+    """Let the client connect for some seconds and no longer.
+
+    It may overhear that it is cancelled, as `uncancelled` says, and would then try again for ever: it is
+    cancelled until it has ended.
+
+    Raises:
+        TimeoutError: It did not connect in time.
+    """
+    task = asyncio.ensure_future(connecting)
+    try:
+        async with asyncio.timeout(limit_s):
+            await asyncio.shield(task)
+    finally:
+        while not task.done():
+            task.cancel()
+            await asyncio.wait({task}, timeout=_FIRST_PAUSE_S)
 
 
 async def uncancelled(request: Awaitable[T]) -> T:

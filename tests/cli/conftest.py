@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
+
 from cli_server import Script, contract_answer, serve
 from click.testing import CliRunner, Result
 

@@ -13,6 +13,7 @@ import grpc
 import pytest
 from cli_process import fmi_process
 from cli_server import RefusedError
+from ports import lasting_address
 
 from fmi.v1 import interchange_service_pb2, update_pb2
 from fmi_client import AsyncFMIClient, FMIEmitter, outages
@@ -37,8 +38,8 @@ async def emit_five(target: str, cohort: str) -> None:
 
 async def test_nothing_to_see_an_outage_and_then_an_update(tmp_path):
     async with AsyncExitStack() as stack:
-        async with running_server(tmp_path) as server:
-            target = server.target
+        target = lasting_address()
+        async with running_server(tmp_path, listen=target):
             watch = ("watch", "ca?e", "--kind", "prior", "--json", "--target", target)
             process = await stack.enter_async_context(fmi_process(*watch))
             assert "snapshot_end" in json.loads(await line(process.stdout))

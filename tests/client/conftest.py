@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
+
 from scripted_server import FAST, ScriptedServer
 
 from fmi_client import AsyncFMIClient, FMIEmitter

@@ -13,6 +13,7 @@ import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
+from ports import lasting_port
 
 from fmi.v1 import (
     admin_service_pb2_grpc,
@@ -140,7 +141,7 @@ class ScriptedServer(
         self.target = ""
         self._server: grpc.aio.Server | None = None
 
-    async def start(self, port=0):
+    async def start(self, port=None):
         self._server = grpc.aio.server(
             options=[("grpc.max_receive_message_length", MAX_SEND_BYTES)]
         )
@@ -150,7 +151,7 @@ class ScriptedServer(
             admin_service_pb2_grpc.add_AdminServiceServicer_to_server,
         ):
             add(self, self._server)
-        port = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        port = self._server.add_insecure_port(f"127.0.0.1:{port or lasting_port()}")
         self.target = f"127.0.0.1:{port}"
         await self._server.start()
 

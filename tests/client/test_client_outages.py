@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 import grpc
 import pytest
+from ports import lasting_address
 from scripted_server import FAST, snapshot_end, status, streams, update_event
 
 from fmi_client import (
@@ -47,12 +48,11 @@ def told(caplog):
 @pytest.fixture
 async def restartable(tmp_path):
     """Give a context that runs the server, always on the same port."""
-    async with running_server(tmp_path) as first:
-        port = first.target.rpartition(":")[2]
+    address = lasting_address()
 
     @asynccontextmanager
     async def run():
-        async with running_server(tmp_path, listen=f"127.0.0.1:{port}") as server:
+        async with running_server(tmp_path, listen=address) as server:
             yield server.target
 
     return run

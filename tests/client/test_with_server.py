@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from ports import lasting_address
 
 from fmi.v1 import cohort_pb2
 from fmi_client import (
@@ -221,7 +222,7 @@ async def test_closed_server_knows_declared_cohorts_only():
 async def test_restart_is_survived(tmp_path):
     """A server that goes away and comes back on the same data: nothing is lost, nothing twice."""
     patient = RetryPolicy(initial_s=0.05, max_s=0.2, max_attempts=200)
-    async with running_server(tmp_path) as server:
+    async with running_server(tmp_path, listen=lasting_address()) as server:
         client = AsyncFMIClient(server.target, domain_id="s", cohort="care", retry=patient)
         subscription = client.subscribe("care", "prior", mode="every")
         await client.emit_many(packets())

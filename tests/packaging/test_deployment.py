@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tomllib
@@ -31,6 +30,7 @@ from deployment_files import (
 )
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from ports import lasting_address
 
 from fmi_server.config import ServerSettings, load_settings
 
@@ -336,7 +336,7 @@ async def test_the_files_made_by_the_page_let_a_real_server_in_at_a_real_broker(
     made = await asyncio.to_thread(run, "bash", "-c", script, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     folder = tmp_path / "deploy" / "deployment"
-    listen, health, broker = (f"127.0.0.1:{number}" for number in free_ports(3))
+    listen, health, broker = (lasting_address() for _ in range(3))
     conf = (DEPLOY / "compose" / "nats.conf").read_text(encoding="utf-8")
     conf = conf.replace("store_dir: /data", f'store_dir: "{tmp_path}/files"')
     conf = conf.replace("listen: 0.0.0.0:4222", f"listen: {broker}").partition("\ncluster {")[0]
@@ -399,14 +399,3 @@ async def process(*command: str, log: Path) -> AsyncIterator[asyncio.subprocess.
         if started.returncode is None:
             started.kill()
         await started.communicate()
-
-
-def free_ports(count: int) -> list[int]:
-    held = [socket.socket() for _ in range(count)]
-    try:
-        for found in held:
-            found.bind(("127.0.0.1", 0))
-        return [int(found.getsockname()[1]) for found in held]
-    finally:
-        for found in held:
-            found.close()

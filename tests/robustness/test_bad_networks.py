@@ -14,9 +14,10 @@ import os
 import random
 
 import pytest
+from followers import KINDS
 from guarantees import Answer, History, Record, Store, broken
 from proxy import BadNetwork, bad_network
-from server_harness import PRIOR, Client, eventually, rows
+from server_harness import Client, eventually, rows
 
 from fmi.v1 import cohort_pb2
 from fmi_client import AsyncFMIClient, FMIError, RetryPolicy
@@ -130,9 +131,15 @@ async def test_a_bad_network_breaks_no_guarantee(tmp_path):
             await asyncio.gather(*emitters)
             while await direct.release(COHORT):
                 pass
-            newest = await direct.update(COHORT, PRIOR)
-            line = (newest.cohort, newest.kind)
-            await eventually(lambda: all(r.newest.get(line) == newest.revision for r in records))
+            released = (await direct.cohorts())[COHORT].revisions
+            newest = {(COHORT, KINDS[kind]): revision for kind, revision in released.items()}
+            await eventually(
+                lambda: all(
+                    record.newest.get(line) == revision
+                    for record in records
+                    for line, revision in newest.items()
+                )
+            )
             for watch in watches:
                 watch.cancel()
         store = Store.from_rows(rows(tmp_path, "packets", "updates", "sites"))

@@ -164,7 +164,7 @@ async def suffer(rig: Pair, chance: random.Random, trouble: str) -> None:
             await victim.kill()
             await victim.start(place)
             other.tell(signal.SIGSTOP)  # so that the cohort is the victim's
-            died = await victim.died(10.0 * LEASE_S)
+            died = await victim.died(START_S)
             other.tell(signal.SIGCONT)
             assert died, victim.told()
             await victim.start()

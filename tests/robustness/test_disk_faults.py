@@ -114,7 +114,9 @@ async def test_a_full_disk_makes_the_server_read_only_until_there_is_room(small_
             await events.until("progress")
             await events.until("progress")
             assert (await client.update("care")).revision == 1
-            assert any("takes no writes (disk_full)" in line for line in server.err), server.err
+            await eventually(
+                lambda: any("takes no writes (disk_full)" in line for line in server.err)
+            )
 
             (small_disk / "ballast").unlink()
 
@@ -122,7 +124,7 @@ async def test_a_full_disk_makes_the_server_read_only_until_there_is_room(small_
                 return (await states()) == (SERVING, SERVING)
 
             await eventually(recovered)  # without any packet
-            assert any("takes writes again" in line for line in server.err)
+            await eventually(lambda: any("takes writes again" in line for line in server.err))
             await client.emit(packet)
             kept.append(("filler", packet.header.packet_id))
             await client.emit(msp("site", "care", controller={"tau": 0.7}))

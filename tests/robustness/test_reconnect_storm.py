@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import grpc
 import pytest
+from ports import lasting_address
 from process import probing, resident_bytes
 from proxy import bad_network
 from server_harness import PRIOR, Client, eventually, msp
@@ -93,8 +94,8 @@ async def released(client: Client) -> bool:
 async def test_all_subscribers_come_back_at_once(tmp_path):
     flags = ("--data-dir", str(tmp_path / "data"))
     async with contextlib.AsyncExitStack() as clients:
-        async with started("--listen", "127.0.0.1:0", *flags) as first:
-            target = first.target
+        target = lasting_address()
+        async with started("--listen", target, *flags) as first:
             alone = resident_bytes(first.pid)
             channels = [
                 await clients.enter_async_context(Client(target, QUICK)) for _ in range(CHANNELS)
@@ -107,7 +108,7 @@ async def test_all_subscribers_come_back_at_once(tmp_path):
             grown = resident_bytes(first.pid) - alone
             first.process.kill()
             await first.process.wait()
-        await eventually(lambda: not any(s.live for s in subscribers), 30.0)
+        await eventually(lambda: not any(s.live for s in subscribers), BACK_S)
         async with (
             started("--listen", target, *flags) as second,
             Client(target) as other,
@@ -159,7 +160,7 @@ async def test_storm_after_storm_leaves_nothing_behind(tmp_path):
                 # The first may be back before the last has noticed.
                 await eventually(
                     lambda had=had: all(s.ends > n for s, n in zip(subscribers, had, strict=True)),
-                    30.0,
+                    BACK_S,
                 )
                 await eventually(lambda: all(s.live for s in subscribers), BACK_S)
                 storms.append((cut, time.monotonic()))

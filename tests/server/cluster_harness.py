@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -14,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
 from broker import Broker
 from server_harness import Client, eventually, msp, spec
 
+from fmi_server import partitions
 from fmi_server.app import RunningServer, running
 from fmi_server.config import ServerSettings
-from fmi_server.partitions import share_of
 
-__all__ = ["care", "member", "owner", "prior_of", "shared_out", "taus", "two"]
+__all__ = ["care", "heard_of", "member", "owner", "prior_of", "shared_out", "taus", "two"]
 
 LEASE_S = 2.0
 
@@ -43,16 +44,12 @@ async def two(broker: Broker, folder: Path) -> AsyncIterator[tuple[RunningServer
 
 
 async def shared_out(*servers: RunningServer) -> None:
-    """Wait until each server has its share, where there are no others.
-
-    That every partition is one server's is not enough: so it is too before those that were there first have
-    noticed who came.
-    """
+    """Wait until each of the servers, which are all that run, has its share: from then on nothing moves."""
+    found = [server.service.cluster.partitions for server in servers]
+    names = [one._server for one in found]
 
     def done() -> bool:
-        shares = [server.service.cluster.partitions for server in servers]
-        names = [share._server for share in shares]
-        return all(share.owned == share_of(share._server, names) for share in shares)
+        return all(one.owned == partitions.share_of(one._server, names) for one in found)
 
     await eventually(done)
 
@@ -72,12 +69,21 @@ def taus(*values, cohort="care"):
     return [msp(f"s{n}", cohort, controller={"tau": value}) for n, value in enumerate(values)]
 
 
+async def heard_of(call: Awaitable[Any]) -> Any:
+    """What a call gives; None where the server has not heard of what is asked for yet."""
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        if error.code() != grpc.StatusCode.NOT_FOUND:
+            raise
+        return None
+
+
 async def prior_of(client: Client, revision_from: int = 0) -> dict[str, float]:
     """The newest prior, as soon as it is of a later revision."""
 
     async def newest():
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            found = await client.update("care")
-            return found if found.revision > revision_from else None
+        found = await heard_of(client.update("care"))
+        return found if found is not None and found.revision > revision_from else None
 
     return dict((await eventually(newest)).prior_update.prior)

@@ -1,11 +1,11 @@
-"""Ports for servers that are started again and again on the same one."""
+"""Ports that are known before a server listens on them, or that it is started on again."""
 
 from __future__ import annotations
 
 import random
 import socket
 
-__all__ = ["lasting_port"]
+__all__ = ["lasting_address", "lasting_port"]
 
 _BELOW_EPHEMERAL = range(20_000, 32_000)
 """Linux takes the ports of outgoing connections from 32768 on: one of those may be taken while its server is
@@ -30,3 +30,8 @@ def lasting_port() -> int:
                 continue
         _given.add(port)
         return port
+
+
+def lasting_address() -> str:
+    """Return such a port of this machine, as `HOST:PORT`."""
+    return f"127.0.0.1:{lasting_port()}"

@@ -7,7 +7,7 @@ import contextlib
 import os
 import sysconfig
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 START_S = 60.0
@@ -53,11 +53,18 @@ class ServerProcess:
 
     process: asyncio.subprocess.Process
     target: str
-    err: list[str] = field(default_factory=list)
+    err: list[str]
+    reading: asyncio.Future[None]
 
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    async def ended(self) -> int:
+        """Wait until it ended and all that it said is in `err`; return its exit code."""
+        code = await self.process.wait()
+        await asyncio.shield(self.reading)
+        return code
 
 
 async def run(*flags: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Ended:
@@ -110,7 +117,8 @@ async def started(
         async with asyncio.timeout(START_S):
             first = (await process.stdout.readline()).decode()
         assert first.startswith("listening on "), (first, lines)
-        yield ServerProcess(process, first.removeprefix("listening on ").strip(), lines)
+        target = first.removeprefix("listening on ").strip()
+        yield ServerProcess(process, target, lines, reading)
     finally:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):

@@ -15,6 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
 
 from broker import Broker
+from ports import lasting_address
 from server_harness import Client, eventually, msp
 from server_process import COMMAND, LOCAL, ServerProcess, environment, started
 from test_jetstream import packet
@@ -40,6 +41,10 @@ async def at(server: ServerProcess) -> float:
         return (await client.update("care")).prior_update.prior["tau"]
 
 
+async def says(server: ServerProcess, tau: float) -> bool:
+    return await at(server) == tau
+
+
 async def test_a_log_is_backed_up_beside_its_servers_and_restored_under_another_name(
     broker, tmp_path
 ):
@@ -54,7 +59,7 @@ async def test_a_log_is_backed_up_beside_its_servers_and_restored_under_another_
 
     async with contextlib.AsyncExitStack() as stack:
         async with (
-            started(*flags(broker.url(), tmp_path / "a")) as one,
+            started(*flags(broker.url(), tmp_path / "a", lasting_address())) as one,
             started(*flags(broker.url(), tmp_path / "b")) as other,
             Client(one.target) as client,
         ):
@@ -75,7 +80,7 @@ async def test_a_log_is_backed_up_beside_its_servers_and_restored_under_another_
                 "bytes": copy.stat().st_size,
             }
             await publish(client, 0.2)
-            assert await at(other) == 0.2
+            await eventually(lambda: says(other, 0.2))
         found = await inspected("--check", copy)
         assert found["cohorts"]["care"]["packets"]["msp"]["live"] == 1
         refused = await store_command("restore", "--store", broker.url(), copy)
@@ -118,7 +123,9 @@ async def test_a_store_moves_from_a_file_to_brokers_and_back(broker, tmp_path):
     assert ended.code == 0, ended
     async with started(*flags(broker.url(), here)) as server, Client(server.target) as client:
         # It says that what is served is not the file that lies there too.
-        warned = [line for line in server.err if "fmi.sqlite3 is not served" in line]
+        warned = await eventually(
+            lambda: [line for line in server.err if "fmi.sqlite3 is not served" in line]
+        )
         assert len(warned) == 1
         (answer,) = await client.emit(packet)
         assert answer.status == wire_pb2.EMIT_STATUS_DUPLICATE

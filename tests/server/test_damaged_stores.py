@@ -179,7 +179,7 @@ async def test_damage_found_later_is_told_plainly_and_not_written_over(tmp_path,
             return await ingest_health(server.target) == (serving, not_serving)
 
         await eventually(told)
-        lines = [line for line in server.err if "is damaged" in line]
+        lines = await eventually(lambda: [line for line in server.err if "is damaged" in line])
         assert len(lines) == 1, server.err
         assert str(path) in lines[0]
         assert "restore a backup" in lines[0]

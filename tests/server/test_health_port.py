@@ -12,18 +12,13 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from identity_harness import Office
+from ports import lasting_address
 from server_process import LOCAL, ServerProcess, assert_refused, environment, run, started
 
 from fmi.descriptors import DELIVERY, INGEST, SERVICE_NAMES
 from fmi.v1 import registry_service_pb2, registry_service_pb2_grpc
 
 PROBE = (sys.executable, "-m", "fmi_server.probe")
-
-
-def free_address() -> str:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{held.getsockname()[1]}"
 
 
 async def probe(*arguments: str) -> tuple[int, str]:
@@ -48,7 +43,7 @@ def office(tmp_path: Path) -> Office:
 @pytest.fixture
 async def guarded(tmp_path: Path, office: Office):
     """A server that lets nobody in without a client certificate, and its address of health."""
-    address = free_address()
+    address = lasting_address()
     flags = {**office.mutual, "data_dir": tmp_path / "data", "health_listen": address}
     given = [part for name, value in flags.items() for part in (_flag(name), str(value))]
     async with started(*LOCAL, *given) as server:

@@ -10,6 +10,7 @@ import grpc
 import pytest
 from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2, status_pb2
+from ports import lasting_address
 from server_harness import PRIOR, Client, eventually, msp
 
 from fmi.v1 import cohort_pb2
@@ -75,8 +76,9 @@ async def test_regions_are_sites_of_their_parent():
 
 
 async def test_a_region_sends_what_it_has_when_its_parent_comes_later(tmp_path):
-    async with running_server(tmp_path) as parent:
-        target = parent.target
+    target = lasting_address()
+    async with running_server(tmp_path, listen=target) as parent:
+        pass
     # Nothing listens there now.
     async with region(1, parent) as client:
         await emitted(client, 1)
@@ -122,16 +124,16 @@ async def sent_up(above):
 
 
 async def test_each_others_parents_come_to_rest():
-    first, second = free_ports(2)
+    first, second = lasting_address(), lasting_address()
     async with (
         running_server(
-            listen=f"127.0.0.1:{first}",
-            parent=f"127.0.0.1:{second}",
+            listen=first,
+            parent=second,
             parent_domain_id="one",
         ) as one,
         running_server(
-            listen=f"127.0.0.1:{second}",
-            parent=f"127.0.0.1:{first}",
+            listen=second,
+            parent=first,
             parent_domain_id="two",
         ) as two,
         Client(one.target) as below,
@@ -159,14 +161,6 @@ async def known(client, site):
 
 async def revision(client):
     return (await client.update("care")).revision
-
-
-def free_ports(count):
-    with contextlib.ExitStack() as probes:  # held all at once, so that they differ
-        found = [probes.enter_context(socket.socket()) for _ in range(count)]
-        for probe in found:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in found]
 
 
 async def test_with_a_parent_a_wrong_start_is_told_as_without(tmp_path):
@@ -241,17 +235,16 @@ async def test_what_a_parent_answers_is_understood(answer, kind):
 async def test_a_parent_on_this_machine_is_not_asked_through_a_proxy(monkeypatch):
     for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
         monkeypatch.delenv(name, raising=False)
-    (port,) = free_ports(1)  # where nobody is
+    nobody = lasting_address()
     for name in ("http_proxy", "grpc_proxy"):
-        monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
+        monkeypatch.setenv(name, f"http://{nobody}")
     async with scripted_parent(Scripted(grpc.StatusCode.PERMISSION_DENIED)) as link:
         with pytest.raises(ParentRefusedError, match="scripted"):
             await link.send(msp("s", "care"))
 
 
 async def test_a_parent_that_is_not_there_is_unavailable():
-    (port,) = free_ports(1)
-    async with ParentLink(f"127.0.0.1:{port}") as link:
+    async with ParentLink(lasting_address()) as link:
         with pytest.raises(ParentUnavailableError):
             await link.send(msp("s", "care"))
 

@@ -172,7 +172,8 @@ async def test_a_first_deployment_works(tmp_path):
 
     flags = ("--config", str(folder / "fmi.yaml"), "--listen", "127.0.0.1:0")
     async with started(*flags) as server:
-        assert any("what is not allowed is denied; 1 operator" in line for line in server.err)
+        told = "what is not allowed is denied; 1 operator"
+        await eventually(lambda: any(told in line for line in server.err))
 
         def options(name):
             of = folder / "clients" / name

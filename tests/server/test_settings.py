@@ -16,6 +16,7 @@ import grpc
 import pytest
 import yaml
 from click.testing import CliRunner
+from ports import lasting_address
 from server_harness import (
     DEADLINE_S,
     Client,
@@ -298,12 +299,15 @@ async def test_a_port_in_use_is_told_by_nothing_but_our_line(tmp_path):
 
 async def test_the_port_of_a_server_that_ended_is_free_at_once(tmp_path):
     """Its connections keep the port busy for a while, in a state that stops nobody who may reuse it."""
-    async with started(*LOCAL, "--data-dir", str(tmp_path)) as server:
-        address = server.target
-        async with Client(address) as client, client.subscribed("**") as events:
-            await events.snapshot()
-            server.process.send_signal(signal.SIGTERM)
-            assert await server.process.wait() == 0
+    address = lasting_address()
+    async with (
+        started("--listen", address, "--data-dir", str(tmp_path)) as server,
+        Client(address) as client,
+        client.subscribed("**") as events,
+    ):
+        await events.snapshot()
+        server.process.send_signal(signal.SIGTERM)
+        assert await server.process.wait() == 0
     async with started("--listen", address, "--data-dir", str(tmp_path)) as server:
         assert server.target == address
 
@@ -315,9 +319,7 @@ async def test_an_address_of_another_machine_is_told(tmp_path):
 
 
 async def test_metrics_are_served(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = lasting_address()
     async with started(*LOCAL, "--metrics-listen", address, "--data-dir", str(tmp_path)) as server:
         async with Client(server.target) as client:
             await client.emit(msp())

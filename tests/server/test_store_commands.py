@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ports import lasting_address
 from server_harness import PRIOR, Client, eventually, msp, packet_keys, spec
 from server_process import COMMAND, LOCAL, Ended, environment, started
 
@@ -183,8 +184,10 @@ async def test_subscribers_go_on_in_the_restored_history(tmp_path):
                 tau = update.prior_update.prior["tau"]
                 seen.append((update.history_epoch, update.revision, tau))
 
+    address = lasting_address()  # to which they come back
+
     async with contextlib.AsyncExitStack() as stack:
-        async with started(*flags(data_dir)) as server, Client(server.target) as client:
+        async with started(*flags(data_dir, address)) as server, Client(address) as client:
             await declare(client, "care")
             for value in (0.1, 0.2):
                 await publish(client, value)
@@ -210,7 +213,7 @@ async def test_subscribers_go_on_in_the_restored_history(tmp_path):
         with contextlib.closing(sqlite3.connect(aside)) as connection:
             assert connection.execute("SELECT max(revision) FROM updates").fetchone() == (4,)
         async with (
-            started(*flags(data_dir, server.target)) as server,
+            started(*flags(data_dir, address)) as server,
             Client(server.target) as client,
         ):
             for mode in (wire_pb2.DELIVERY_MODE_LATEST, EVERY):

@@ -449,7 +449,7 @@ async def test_signs_of_life_come_behind_all_data(data_dir):
             first, second = await events.next(), await events.next()
             assert first.WhichOneof("event") == second.WhichOneof("event") == "progress"
             times = [e.progress.server_time.ToNanoseconds() for e in (first, second)]
-            assert 0.1e9 < times[1] - times[0] < 2e9
+            assert 0.1e9 < times[1] - times[0] < 10e9, "by default it is longer"
             published = await publish()
             *_, update = await events.until("update")
             assert update.update == published

@@ -312,6 +312,31 @@ async def test_no_broker_answers(tmp_path: Path) -> None:
         await store.append([packet("p1")])
 
 
+async def test_a_client_that_overhears_that_its_time_is_over_is_told_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before Python 3.12 it drops a cancellation that comes with an answer; it would connect for ever."""
+    overheard = False
+
+    async def overhears(_client: nats.NATS, _server: object) -> None:
+        nonlocal overheard
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            if overheard:
+                raise
+            overheard = True
+            raise ConnectionRefusedError("the answer that came with it") from None
+
+    monkeypatch.setattr(nats.NATS, "_connect_to_server", overhears)
+    store = JetStreamStore("nats://127.0.0.1:9", tmp_path / "a.db", options=QUICK)
+    async with asyncio.timeout(60):
+        with pytest.raises(StoreUnavailableError) as caught:
+            await store.open()
+    assert caught.value.cause == "no_broker"
+    assert overheard
+
+
 async def test_a_broker_without_jetstream(tmp_path: Path) -> None:
     folder = tmp_path / "broker"
     broker = Broker(folder)

@@ -157,10 +157,8 @@ async def test_the_leader_of_three_brokers_is_killed(
         number = 0
         while not stop:
             record = packet(f"{name}-{number}", name)
-            try:
-                await store.append([record])
-            except StoreUnavailableError:
-                continue
+            # What is not known to be there may be there: it is sent again.
+            await stubborn(store, record)
             acknowledged.add(record.packet_id)
             number += 1
 
