@@ -286,10 +286,14 @@ class Releaser:
                     updates = await self._publish_news(rules, state)
                 else:
                     updates = await self.private.release(rules, state, self._holds(rules))
-            except BaseException:
+            except BaseException as error:
                 if not self.dirty(cohort):
                     work.dirty_since = since
-                self._telemetry.release("failed", time.perf_counter() - started)
+                if isinstance(error, Exception):  # who is told to stop did not fail
+                    self._telemetry.release(
+                        "overtaken" if self._is_overtaken(error) else "failed",
+                        time.perf_counter() - started,
+                    )
                 raise
             work.computed_at = self._clock()
             if updates:
@@ -496,6 +500,11 @@ class Releaser:
         if state.sites + len(work.new_sites) >= state.min_sites:
             work.quorate = True
             self._wake.set()
+
+    def _is_overtaken(self, error: Exception) -> bool:
+        """Say whether another server released the cohort meanwhile, or another spec is in force."""
+        by_another = isinstance(error, RevisionConflictError | LedgerConflictError)
+        return isinstance(error, SpecChangedError) or (by_another and self._store.shared)
 
     async def _release_safely(self, name: str) -> None:
         try:

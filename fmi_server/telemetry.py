@@ -33,7 +33,7 @@ _LATENCY_BUCKETS_S: Final = (
 
 
 _Status = Literal["accepted", "duplicate", "quarantined", "refused"]
-_Release = Literal["published", "unchanged", "failed"]
+_Release = Literal["published", "unchanged", "overtaken", "failed"]
 _SentUp = Literal["sent", "refused", "unavailable", "failed"]
 _Report = Literal["applied", "failed"]
 _TYPES: Final = ("msp", "pop", "ccs", "unknown")
@@ -72,7 +72,10 @@ class FMITelemetry:
             registry=self.registry,
         )
         self._releases = Counter(
-            "fmi_releases", "Releases by outcome.", ("outcome",), registry=self.registry
+            "fmi_releases",
+            "Releases by outcome; `overtaken` by another server or another spec.",
+            ("outcome",),
+            registry=self.registry,
         )
         self._updates = Counter(
             "fmi_updates", "Updates published, by kind.", ("kind",), registry=self.registry
@@ -173,7 +176,7 @@ class FMITelemetry:
         self._ignored.labels(reason).inc(count)
 
     def release(self, outcome: _Release, seconds: float) -> None:
-        """Count a release: `published`, `unchanged` or `failed`."""
+        """Count a release: `published`, `unchanged` or `failed`; `overtaken` by another server or spec."""
         self._releases.labels(outcome).inc()
         self._release_seconds.observe(seconds)
 

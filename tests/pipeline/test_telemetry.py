@@ -84,7 +84,7 @@ LABELS = {
     },
     "fmi_refusals_total": {"reason": [reason_name(reason) for reason in REASONS]},
     "fmi_ignored_values_total": {"reason": get_args(IgnoredReason)},
-    "fmi_releases_total": {"outcome": ("published", "unchanged", "failed")},
+    "fmi_releases_total": {"outcome": ("published", "unchanged", "overtaken", "failed")},
     "fmi_updates_total": {"kind": ("prior", "policy_hint", "warm_start", "causal_consensus")},
     "fmi_uplink_packets_total": {"outcome": ("sent", "refused", "unavailable", "failed")},
     "fmi_apply_reports_total": {"outcome": ("applied", "failed")},

@@ -104,6 +104,9 @@ async def test_a_release_from_before_a_cohort_was_private_is_not_told_after_it(b
             await slow.service.store.probe()
             await other.service.settle()
             assert await priors(other) == []
+            counts = slow.service.telemetry.snapshot()
+            assert counts['fmi_releases_total{outcome="overtaken"}'] >= 1.0
+            assert counts['fmi_releases_total{outcome="failed"}'] == 0.0
 
 
 async def test_a_release_that_is_paid_by_a_larger_budget_is_not_told_after_it(broker, tmp_path):
