@@ -7,7 +7,7 @@ server's way to both.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from fmi.descriptors import CONTRACT_FILES, contract_hash, descriptor_set
 from fmi.plain import (
@@ -36,6 +36,7 @@ __all__ = [
     "ConceptCausalSummary",
     "FMIContractRegistry",
     "MetaSignalPack",
+    "PacketStatus",
     "PacketType",
     "PolicyOutcomePack",
 ]
@@ -43,6 +44,9 @@ __all__ = [
 MetaSignalPack = packet_pb2.MetaSignalPack
 PolicyOutcomePack = packet_pb2.PolicyOutcomePack
 ConceptCausalSummary = packet_pb2.ConceptCausalSummary
+
+PacketStatus = Literal["accepted", "duplicate", "quarantined", "refused"]
+"""What became of a packet."""
 
 
 class FMIContractRegistry:

@@ -7,14 +7,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final, Literal
+from typing import Final
 
 from google.protobuf.message import DecodeError
 
 from fmi.plain import DEFAULT_COHORT
 from fmi.v1 import packet_pb2
 from fmi_server.access import TRUSTED, Principal
-from fmi_server.contracts import FMIContractRegistry
+from fmi_server.contracts import FMIContractRegistry, PacketStatus
 from fmi_server.counted_time import NewestSignals, counted_at_us
 from fmi_server.errors import (
     FMIError,
@@ -29,7 +29,6 @@ __all__ = [
     "Answer",
     "Candidate",
     "Intake",
-    "PacketStatus",
     "kept",
     "opening_warnings",
     "overtaking_warnings",
@@ -43,8 +42,6 @@ SLICE_PACKETS: Final = 128
 
 SLICE_BYTES: Final = 128 * 1024
 """Bytes after which a turn ends too."""
-
-PacketStatus = Literal["accepted", "duplicate", "quarantined", "refused"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -357,14 +357,16 @@ class Releaser:
 
         Where this server alone writes it is told of each packet that comes behind them; the place is None.
         """
-        counts = (await self._store.packet_counts(cohort)).get(cohort)
         if not self._store.shared:
-            return counts, None
-        looks, before, last = 0, -1, await self._store.last_sequence()
-        while last != before and looks < COUNT_LOOKS:
-            looks, before = looks + 1, last
+            return (await self._store.packet_counts(cohort)).get(cohort), None
+        counts: Counter[str] | None = None
+        last = await self._store.last_sequence()
+        for _ in range(COUNT_LOOKS):
+            before = last
             counts = (await self._store.packet_counts(cohort)).get(cohort)
             last = await self._store.last_sequence()
+            if last == before:
+                break
         return counts, last
 
     def _take_uncounted(self, work: _Cohort, most: int | None = None) -> list[packet_pb2.Packet]:

@@ -47,14 +47,13 @@ from fmi_server.checking import Checking
 from fmi_server.cluster import Cluster
 from fmi_server.cohorts import CohortRegistry, CohortRules
 from fmi_server.compaction import Compactor
-from fmi_server.contracts import FMIContractRegistry
+from fmi_server.contracts import FMIContractRegistry, PacketStatus
 from fmi_server.counted_time import as_counted
 from fmi_server.dictionaries import DictionaryShelf
 from fmi_server.emission import (
     Answer,
     Candidate,
     Intake,
-    PacketStatus,
     kept,
     opening_warnings,
     overtaking_warnings,

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from fmi.v1 import update_pb2
 from fmi_server.aggregation import IgnoredReason
+from fmi_server.contracts import PacketStatus, PacketType
 from fmi_server.errors import REASONS, reason_name
 from fmi_server.feed_requests import kind_name
 
@@ -32,11 +33,10 @@ _LATENCY_BUCKETS_S: Final = (
 )
 
 
-_Status = Literal["accepted", "duplicate", "quarantined", "refused"]
 _Release = Literal["published", "unchanged", "overtaken", "failed"]
 _SentUp = Literal["sent", "refused", "unavailable", "failed"]
 _Report = Literal["applied", "failed"]
-_TYPES: Final = ("msp", "pop", "ccs", "unknown")
+_TYPES: Final = (*PacketType, "unknown")
 _KINDS: Final = tuple(map(kind_name, update_pb2.UpdateKind.values()[1:]))
 
 
@@ -147,7 +147,7 @@ class FMITelemetry:
             ("outcome",),
             registry=self.registry,
         )
-        _begin_at_zero(self._packets, _TYPES, get_args(_Status))
+        _begin_at_zero(self._packets, _TYPES, get_args(PacketStatus))
         _begin_at_zero(self._refusals, map(reason_name, REASONS))
         _begin_at_zero(self._ignored, get_args(IgnoredReason))
         _begin_at_zero(self._releases, get_args(_Release))
@@ -157,7 +157,7 @@ class FMITelemetry:
         # The children are looked up once: the lookup by labels costs more than the count.
         self._packet_children: dict[tuple[str, str], Counter] = {}
 
-    def packet(self, kind: str, status: _Status, *, size: int = 0, count: int = 1) -> None:
+    def packet(self, kind: str, status: PacketStatus, *, size: int = 0, count: int = 1) -> None:
         """Count packets of a type (`msp`, `pop`, `ccs`, `unknown`) that met with a status."""
         child = self._packet_children.get((kind, status))
         if child is None:

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fmi.v1 import packet_pb2
 from fmi_server import FMIService, FMITelemetry
 from fmi_server.aggregation import IgnoredReason
-from fmi_server.emission import PacketStatus
+from fmi_server.contracts import PacketStatus
 from fmi_server.errors import REASONS, PacketRefusedError, reason_name
 
 BODIES = packet_pb2.Packet.DESCRIPTOR.oneofs_by_name["body"].fields

@@ -28,7 +28,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))
 
 from broker import Broker
-from cluster_harness import member, owner, shared_out
+from cluster_harness import heard_of, member, owner, shared_out
 from server_harness import PRIOR, Client, Refusal, ccs, eventually, msp, pop, spec
 
 from fmi.v1 import interchange_service_pb2 as wire_pb2
@@ -133,9 +133,8 @@ async def _two_more_releases(client: Client) -> None:
     """Wait until a server told of two releases more: all that it was sent before is in the second."""
 
     async def revision() -> int:
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            return (await client.update("care")).revision
-        return 0
+        newest = await heard_of(client.update("care"))
+        return newest.revision if newest is not None else 0
 
     before = await revision()
 

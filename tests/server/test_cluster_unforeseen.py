@@ -99,7 +99,7 @@ async def test_who_fails_by_what_nobody_foresaw_ends_to_be_started_again(
             trigger.touch()
             await client.put_spec(spec("other"))  # something to take in
             async with asyncio.timeout(ENDS_S):
-                assert await failing.process.wait() == 1
+                assert await failing.ended() == 1
         said = "".join(failing.err)
         assert "Traceback" in said
         assert "KeyError: 'planted'" in said

@@ -71,7 +71,7 @@ async def test_an_older_server_stops_at_an_entry_of_a_newer_one_which_goes_on(br
         # What a newer server writes first, the older one cannot read.
         await b.emit(*taus(0.7, 0.8, 0.9))
         async with asyncio.timeout(START_S):
-            assert await first.process.wait() == 2
+            assert await first.ended() == 2
         # Who subscribed there is told to go elsewhere, and not left with what was.
         assert (await events.refusal()).reason == "SERVER_DRAINING"
         said = "".join(first.err)
